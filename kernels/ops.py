@@ -1,0 +1,156 @@
+"""The `jkv::` operators: schemas, shape functions and the choice of a kernel per device.
+
+They are what rewritten graphs call. All state is in tensor arguments (`layout` says how they are laid out), everything
+that affects a result is an argument, and mutation is annotated, so torch.compile may functionalise, reorder and cache
+around them. Defined with `torch.library.Library` rather than `custom_op`, whose call costs three times as much.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+library = torch.library.Library("jkv", "DEF")
+_TAGS = (torch.Tag.flexible_layout,)  # kernels take any strides: Inductor need not copy inputs into a layout
+
+library.define("append(Tensor(a!) codes, Tensor(b!) scales, Tensor source, SymInt start, int bits) -> ()", tags=_TAGS)
+library.define(
+    "move(Tensor(a!) codes, Tensor(b!) scales, SymInt source, SymInt destination, SymInt length) -> ()", tags=_TAGS
+)
+library.define(
+    "dequantize(Tensor codes, Tensor scales, SymInt start, SymInt stop, int bits, ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
+    "SymInt[] ranges, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
+    "int key_bits, int value_bits, str correction) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _kernels(device: torch.device):
+    """The module that holds the kernels for a device."""
+    if device.type == "cuda":
+        from . import gpu
+
+        return gpu
+    return cpu
+
+
+def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
+    """Quantize `source` `[B, H, n, D]` into tokens `start … start + n - 1` of a packed cache, in place.
+
+    Args:
+        codes: uint8 `[B, H, S, D · bits / 8]`, mutated.
+        scales: float16 `[B, H, G, S, 2]`, mutated.
+        source: float32, float16 or bfloat16, any strides; must not alias the cache.
+        start: first token written.
+        bits: 2, 3, 4 or 8.
+
+    Raises:
+        RuntimeError: the range does not lie within the cache; nothing has been written then.
+    """
+    if start < 0 or start + source.shape[2] > codes.shape[2]:
+        raise RuntimeError(
+            f"jkv::append: tokens {start}:{start + source.shape[2]} do not lie within the cache's {codes.shape[2]} tokens"
+        )
+    if source.numel():
+        _kernels(codes.device).append(codes, scales, source, start, bits)
+
+
+def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
+    """Copy packed tokens `source … source + length - 1` to `destination …`, bit for bit; the ranges may overlap."""
+    for first in (source, destination):
+        if first < 0 or length < 0 or first + length > codes.shape[2]:
+            raise RuntimeError(
+                f"jkv::move: tokens {first}:{first + length} do not lie within the cache's {codes.shape[2]} tokens"
+            )
+    codes[:, :, destination : destination + length] = codes[:, :, source : source + length].clone()
+    scales[:, :, :, destination : destination + length] = scales[:, :, :, source : source + length].clone()
+
+
+def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Tokens `start … stop - 1` of a packed cache as a contiguous `[B, H, stop - start, D]` tensor of `dtype`."""
+    if not 0 <= start <= stop <= codes.shape[2]:
+        raise RuntimeError(
+            f"jkv::dequantize: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens"
+        )
+    return _kernels(codes.device).dequantize(codes, scales, start, stop, bits, dtype)
+
+
+def attention(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    ranges: list[int],
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    key_bits: int,
+    value_bits: int,
+    correction: str,
+) -> Tensor:
+    """softmax over [s·q·k̂_j - b_ij + mask, j cached; s·q·k_j + mask, j in full precision] times the values.
+
+    One softmax over two phases (arXiv 2605.26266): packed tokens, whose scores carry the correction b of
+    `reference.correction_bias`, then full-precision keys (the chunk being generated, sinks, windows), which are
+    **never** corrected.
+
+    Args:
+        query: `[B, H, L, D]`, float32, float16 or bfloat16; H a multiple of the key/value heads H_kv (grouped queries).
+        key_codes, key_scales, value_codes, value_scales: packed caches, H_kv heads; head_dims of keys and values may differ.
+        ranges: `[start, stop, start, stop, …]`, the packed tokens to attend, in the mask's order.
+        key, value: full-precision `[B, H_kv, N, D]` and `[B, H_kv, N, Dv]` in query's dtype; N may be 0.
+        mask: None, or boolean (True is visible) or additive, broadcastable to `[B, H, L, cached + N]`.
+        causal: within the full-precision keys, query i sees key j only if j <= i + N - L; packed tokens are all visible.
+        scale: softmax scale s.
+        correction: "none", "taylor" or "exact".
+
+    Returns:
+        `[B, H, L, Dv]` in query's dtype, laid out in memory as `[B, L, H, Dv]`, as PyTorch's flash attention does.
+
+    Raises:
+        RuntimeError: a range does not lie within the cache.
+    """
+    for start, stop in zip(ranges[::2], ranges[1::2]):
+        if not 0 <= start <= stop <= key_codes.shape[2]:
+            raise RuntimeError(
+                f"jkv::attention: tokens {start}:{stop} do not lie within the cache's {key_codes.shape[2]} tokens"
+            )
+    output, _ = _kernels(query.device).attention(
+        query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
+        value_bits, correction,
+    )  # fmt: skip
+    return output
+
+
+def _empty_attention_output(query: Tensor, head_dim: int) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _attention_fake(query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, *_):
+    return _empty_attention_output(query, value.shape[-1])
+
+
+def _dequantize_fake(codes, scales, start, stop, bits, dtype):
+    batch, heads, _, width = codes.shape
+    return codes.new_empty(batch, heads, stop - start, width * 8 // bits, dtype=dtype)
+
+
+for _name, _kernel, _fake in (
+    ("append", append, lambda *_: None),
+    ("move", move, lambda *_: None),
+    ("dequantize", dequantize, _dequantize_fake),
+    ("attention", attention, _attention_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"jkv::{_name}", _fake, lib=library)
