@@ -1,0 +1,1 @@
+"""A small chunk-wise causal video diffusion transformer with a convolutional autoencoder, in plain PyTorch."""
