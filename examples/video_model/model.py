@@ -171,7 +171,7 @@ class CausalVideoTransformer(nn.Module):
         return self
 
     def allocate_cache(self, batch: int, frames: int) -> list[KVCache]:
-        """Zeroed caches, one per layer: ``k`` and ``v``, each [B, frames * tokens per frame, H, D], in the dtype of the weights."""
+        """Zeroed ``k`` and ``v`` per layer, each [B, frames * tokens per frame, H, D], in the weights' dtype."""
         rows, columns = self.config.grid
         shape = (batch, frames * rows * columns, self.config.heads, self.config.head_dim)
         weight = self.patch_in.weight
