@@ -31,6 +31,21 @@ library.define(
 )
 
 
+library.define("fill(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, float value) -> ()", tags=_TAGS)
+library.define(
+    "dequantize_active(Tensor codes, Tensor scales, Tensor active, Tensor active_range, SymInt start, SymInt stop, "
+    "int bits, ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "attention_active(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
+    "Tensor key_active, Tensor key_active_range, Tensor value_active, Tensor value_active_range, "
+    "SymInt start, SymInt stop, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
+    "int key_bits, int value_bits, str correction) -> Tensor",
+    tags=_TAGS,
+)
+
+
 def _kernels(device: torch.device):
     """The module that holds the kernels for a device."""
     if device.type == "cuda":
@@ -70,6 +85,13 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
             )
     codes[:, :, destination : destination + length] = codes[:, :, source : source + length].clone()
     scales[:, :, :, destination : destination + length] = scales[:, :, :, source : source + length].clone()
+
+
+def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
+    """Set tokens `start … stop - 1` to a number that float16 holds exactly (zero, as a rule)."""
+    codes[:, :, start:stop] = 0
+    scales[:, :, :, start:stop, 0] = 0
+    scales[:, :, :, start:stop, 1] = value
 
 
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -131,6 +153,68 @@ def attention(
     return output
 
 
+# A cache that was written in another graph, or in eager code, holds the range written last in full precision too
+# (`active`, `[B, H, n, D]`; `active_range`, int64 `[start, stop]` on the CPU, so that reading it waits for no device).
+
+
+def dequantize_active(
+    codes: Tensor, scales: Tensor, active: Tensor, active_range: Tensor, start: int, stop: int, bits: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As `dequantize`, with the active range as it was written."""
+    out = dequantize(codes, scales, start, stop, bits, dtype)
+    first, last = (min(max(p, start), stop) for p in active_range.tolist())
+    if first < last:
+        offset = int(active_range[0])
+        out[:, :, first - start : last - start] = active[:, :, first - offset : last - offset]
+    return out
+
+
+def attention_active(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    key_active: Tensor,
+    key_active_range: Tensor,
+    value_active: Tensor,
+    value_active_range: Tensor,
+    start: int,
+    stop: int,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    key_bits: int,
+    value_bits: int,
+    correction: str,
+) -> Tensor:
+    """As `attention` over tokens `start … stop - 1`, the active range among them in full precision and uncorrected.
+
+    Where the active ranges of keys and values differ (only one of them has been written since), neither is used.
+    """
+    written = key_active_range.tolist()
+    first, last = (min(max(p, start), stop) for p in written)
+    if written != value_active_range.tolist() or first >= last:
+        return attention(
+            query, key_codes, key_scales, value_codes, value_scales, [start, stop], key, value, mask, causal, scale,
+            key_bits, value_bits, correction,
+        )  # fmt: skip
+    held = slice(first - written[0], last - written[0])
+    key, value = (
+        torch.cat((active[:, :, held].to(x.dtype), x), 2) for active, x in ((key_active, key), (value_active, value))
+    )
+    if mask is not None and last < stop and mask.shape[-1] > 1:  # the mask's columns follow: packed, then full precision
+        a, b, end = first - start, last - start, stop - start
+        mask = torch.cat((mask[..., :a], mask[..., b:end], mask[..., a:b], mask[..., end:]), -1)
+    return attention(
+        query, key_codes, key_scales, value_codes, value_scales, [start, first, last, stop], key, value, mask, causal,
+        scale, key_bits, value_bits, correction,
+    )  # fmt: skip
+
+
 def _empty_attention_output(query: Tensor, head_dim: int) -> Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
@@ -138,6 +222,14 @@ def _empty_attention_output(query: Tensor, head_dim: int) -> Tensor:
 
 def _attention_fake(query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, *_):
     return _empty_attention_output(query, value.shape[-1])
+
+
+def _attention_active_fake(query, *others):
+    return _empty_attention_output(query, others[11].shape[-1])
+
+
+def _dequantize_active_fake(codes, scales, active, active_range, start, stop, bits, dtype):
+    return _dequantize_fake(codes, scales, start, stop, bits, dtype)
 
 
 def _dequantize_fake(codes, scales, start, stop, bits, dtype):
@@ -150,6 +242,9 @@ for _name, _kernel, _fake in (
     ("move", move, lambda *_: None),
     ("dequantize", dequantize, _dequantize_fake),
     ("attention", attention, _attention_fake),
+    ("fill", fill, lambda *_: None),
+    ("dequantize_active", dequantize_active, _dequantize_active_fake),
+    ("attention_active", attention_active, _attention_active_fake),
 ):
     for _key in ("CPU", "CUDA"):
         library.impl(_name, _kernel, _key)

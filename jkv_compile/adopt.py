@@ -1,0 +1,92 @@
+"""Turning the caller's own cache tensor into a packed one, in place, so that its full-precision memory is freed.
+
+A rewritten graph alone frees nothing: the tensor belongs to the caller, who reaches it through a dict, a list or an
+attribute. So the object stays, and what it *is* changes: every reference to it is then a reference to the packed cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .compat import storage_holders, storage_key, swap_implementation
+from .config import Config
+from .packed import PackedKV
+from .store import Store
+
+BLOCK = 4096  # tokens quantized at a time, so that adoption needs no second copy of the cache
+
+
+def obstacle(tensor: Tensor, views: int = 0) -> str | None:
+    """Why a plain tensor cannot become packed, or None. `views` is the number of known other views of its storage."""
+    if type(tensor) is not Tensor:
+        return f"it is a {type(tensor).__name__}, not a plain tensor"
+    if tensor.requires_grad:
+        return "it requires grad"
+    if tensor._is_view() and tensor._base is not None and tensor._base.numel() != tensor.numel():
+        return "it is a view of a larger tensor"
+    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        return "its storage holds more than this tensor"
+    others = storage_holders(tensor) - 1 - views
+    if others > 0:
+        return f"{others} other live tensor{'s' * (others > 1)} share its memory"
+    return None
+
+
+def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views: Sequence[Tensor] = ()) -> Store:
+    """Pack a plain cache tensor in place; what it holds is quantized.
+
+    Args:
+        tensor: four dimensions, any order; afterwards a `PackedKV` of the same size, stride and dtype.
+        axes: the tensor's dimension for each of (batch, head, token, channel).
+        views: plain views of the tensor that become windows on the packed cache with it.
+
+    Raises:
+        ConfigurationError: groups do not tile its head_dim.
+    """
+    canonical = tensor.detach().permute(tuple(axes))
+    config.check_head_dim(canonical.shape[3])
+    store = Store.empty(canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device)
+    for start in range(0, canonical.shape[2], BLOCK):
+        block = canonical[:, :, start : start + BLOCK]
+        if block.any():  # an empty store reads as zeros already
+            store.write(block, (0, 0, start, 0), keep_active=False)
+    del canonical
+    for target in (*views, tensor):
+        with torch.inference_mode(target.is_inference()):
+            packed = PackedKV(store, target.size(), target.stride(), target.storage_offset(), target.dtype)
+        swap_attributes = packed.__dict__
+        swap_implementation(target, packed)
+        target.__dict__.update(swap_attributes)
+        del packed
+    return store
+
+
+class Written:
+    """Plain tensors that compiled graphs have written slices of: caches, if attention is found to read them elsewhere.
+
+    Keyed by storage, since the attention may only ever see a view.
+    """
+
+    def __init__(self) -> None:
+        import weakref
+
+        self._ref = weakref.ref
+        self._records: dict[int, tuple[object, int, int]] = {}
+
+    def record(self, tensor: Tensor, start: int, stop: int) -> None:
+        """Remember that a graph wrote tokens `start … stop - 1` of a plain tensor."""
+        key = storage_key(tensor)
+        self._records[key] = (self._ref(tensor, lambda _: self._records.pop(key, None)), start, stop)
+
+    def owner(self, view: Tensor) -> Tensor | None:
+        """The tensor written whose storage a plain tensor shares."""
+        record = self._records.get(storage_key(view))
+        owner = None if record is None else record[0]()  # type: ignore[operator]
+        return owner if owner is not None and not isinstance(owner, PackedKV) else None
+
+    def last_range(self, owner: Tensor) -> tuple[int, int]:
+        _, start, stop = self._records[storage_key(owner)]
+        return start, stop

@@ -1,0 +1,142 @@
+"""The backend for `torch.compile`: rewrite the graph, adopt the caches, hand plain tensors to the inner compiler."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from .adopt import Written
+from .compat import compile_inner
+from .config import Config
+from .errors import NoCachedAttentionError, NotRewrittenWarning
+from .passes.pipeline import Plan, plan_graph
+from .report import GraphReport, MemoryReport
+from .runtime import first_contact, packed_call, recorded_call
+from .store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class State:
+    """What a configuration knows at run time; shared by all backends that are equal."""
+
+    def __init__(self) -> None:
+        self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
+        self.reports: list[GraphReport] = []
+        self.written = Written()
+
+
+_states: weakref.WeakValueDictionary[Config, State] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+class JKVBackend:
+    """A `torch.compile` backend; make one with `jkv_backend`. Equal configurations make equal backends."""
+
+    __name__ = "jkv"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        with _lock:
+            self._state = _states.setdefault(config, State())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JKVBackend) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash((JKVBackend, self.config))
+
+    def __repr__(self) -> str:
+        return f"jkv_backend({self.config})"
+
+    def memory(self) -> MemoryReport:
+        """Bytes of the caches that backends of this configuration have packed and that are still alive."""
+        stores = list(self._state.stores)
+        return MemoryReport(
+            adopted=len(stores),
+            full_precision_bytes=sum(s.full_precision_bytes for s in stores),
+            packed_bytes=sum(s.packed_bytes for s in stores),
+            active_bytes=sum(s.active_bytes for s in stores),
+        )
+
+    @property
+    def reports(self) -> list[GraphReport]:
+        """One report per compiled graph, oldest first."""
+        return list(self._state.reports)
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph of Dynamo's. `mode` and `options` are passed on to Inductor."""
+        plan = plan_graph(gm, example_inputs, self.config, self._state.written)
+        self._state.reports.append(plan.report)
+        logger.debug("%s", plan.report)
+        self._complain(plan)
+
+        def compile_plain(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            return compile_inner(graph, inputs, self.config.inner, mode, options or {})
+
+        if plan.outcome == "untouched":
+            inner = compile_plain(gm, list(example_inputs))
+            return recorded_call(inner, plan, self._state.written) if plan.written else inner
+        if plan.outcome == "eager":
+            return gm.forward
+        if plan.outcome == "adopted":
+            return first_contact(gm, plan, self.config, self._state.stores, self._state.written)
+        return packed_call(plan, compile_plain(plan.rewritten.graph, plan.inner_inputs(example_inputs)))
+
+    def _complain(self, plan: Plan) -> None:
+        """Nothing is left undone in silence: near misses warn, or raise where the user asked for it."""
+        report = plan.report
+        if report.matches or not plan.attentions:
+            if report.rejections:
+                warnings.warn(f"jkv: some attention was left in full precision\n{report}", NotRewrittenWarning, stacklevel=2)
+            return
+        if self.config.strict:
+            raise NoCachedAttentionError(
+                f"strict=True, and no attention of this graph reads a cache that could be packed\n{report}"
+            )
+        if report.rejections:
+            warnings.warn(f"jkv: the model runs as written\n{report}", NotRewrittenWarning, stacklevel=2)
+
+
+def jkv_backend(
+    bits: int | tuple[int, int] = 2,
+    *,
+    group_size: int = 32,
+    correction: str = "taylor",
+    inner: str = "inductor",
+    strict: bool = False,
+) -> JKVBackend:
+    """A backend that keeps K/V caches packed: `torch.compile(model, backend=jkv_backend(bits=2))`.
+
+    Arguments are those of `Config`. Raises `ConfigurationError` where one has a value that cannot work.
+    """
+    return JKVBackend(Config(bits, group_size, correction, inner, strict))  # type: ignore[arg-type]
+
+
+_SETTINGS = ("bits", "group_size", "correction", "inner", "strict")
+
+
+def jkv(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend by name, `torch.compile(model, backend="jkv", options={"bits": 2})`; other options go to Inductor."""
+    options = dict(options or {})
+    settings = {name: options.pop(name) for name in _SETTINGS if name in options}
+    return jkv_backend(**settings)(gm, example_inputs, mode=mode, options=options)

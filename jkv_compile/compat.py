@@ -1,0 +1,92 @@
+"""Everything private of torch that this package uses, in one place. Checked on torch 2.13.0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+TORCH_RANGE = ((2, 11), (2, 15))  # [from, to): what the private interfaces below are known for
+
+
+def check_torch_version() -> None:
+    """Warn, once at import, where torch is outside the range that this file is known to work with."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not TORCH_RANGE[0] <= version < TORCH_RANGE[1]:
+        import warnings
+
+        low, high = (".".join(map(str, v)) for v in TORCH_RANGE)
+        warnings.warn(f"jkv-compile is known to work with torch >= {low}, < {high}; this is {torch.__version__}", stacklevel=3)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def current_fake_mode() -> FakeTensorMode | None:
+    """The fake mode of the graph that Dynamo is handing to a backend."""
+    context = TracingContext.try_get()
+    return None if context is None else context.fake_mode
+
+
+def swap_implementation(tensor: Tensor, other: Tensor) -> None:
+    """Exchange what two tensor objects are: class and C++ implementation. Attributes set by users stay with the object.
+
+    `torch.utils.swap_tensors` refuses tensors that have weak references, which Dynamo's guards hold.
+    """
+    tensor.__class__, other.__class__ = other.__class__, tensor.__class__
+    torch._C._swap_tensor_impl(tensor, other)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Identifies the storage a tensor lives in, for as long as it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def storage_holders(tensor: Tensor) -> int:
+    """How many tensors hold a plain tensor's storage, the tensor itself among them."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # less the Python object that asks
+
+
+def compile_inner(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str, mode: str | None, options: dict[str, Any]):
+    """Compile a graph of plain tensors with the backend named `inner`; `mode` and `options` are Inductor's."""
+    if inner == "eager":
+        return gm.forward
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+    return compile_fx(gm, example_inputs, config_patches=patches or None)
+
+
+def fake_mode_of(tensor: Tensor) -> FakeTensorMode | None:
+    """The fake mode that a fake tensor belongs to; Dynamo's own differs from the one that a backend is to use."""
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+
+
+def dynamic_input(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A fake tensor for a compiler's example inputs whose size along `dim` may be anything of at least 2."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    mode = current_fake_mode()
+    real = torch.empty(shape, dtype=dtype, device=device)
+    if mode is None or mode.shape_env is None:
+        return real
+    sizes = [DimDynamic.DYNAMIC if i == dim else DimDynamic.STATIC for i in range(len(shape))]
+    global _dynamic_inputs
+    _dynamic_inputs += 1
+    source = ConstantSource(f"jkv_active_{_dynamic_inputs}")
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(real, source=source, symbolic_context=context)
+
+
+_dynamic_inputs = 0

@@ -1,0 +1,73 @@
+"""The one configuration object: frozen, validated, hashable, part of what a compiled graph is keyed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import ConfigurationError
+from .kernels.layout import SUPPORTED_BITS
+
+Correction = Literal["taylor", "exact", "none"]
+Inner = Literal["inductor", "aot_eager", "eager"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How caches are stored and attended.
+
+    Args:
+        bits: bits of a stored channel: one of 2, 3, 4, 8, or a pair `(key_bits, value_bits)`.
+        group_size: channels that share a step and a zero point; a multiple of 8 that divides head_dim.
+        correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
+            "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "exact" (Σ_c log(sinh α_c / α_c); slower), or "none".
+        inner: what compiles the rewritten graph.
+        strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
+
+    Raises:
+        ConfigurationError: a value is not among those named above.
+    """
+
+    bits: int | tuple[int, int] = 2
+    group_size: int = 32
+    correction: Correction = "taylor"
+    inner: Inner = "inductor"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, list):
+            object.__setattr__(self, "bits", tuple(self.bits))
+        pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
+        if len(pair) != 2 or any(isinstance(b, bool) or b not in SUPPORTED_BITS for b in pair):
+            raise ConfigurationError(
+                f"bits={self.bits!r}: expected one of {SUPPORTED_BITS}, or a pair of them for keys and values, "
+                "as in bits=(4, 2)"
+            )
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 8:
+            raise ConfigurationError(f"group_size={self.group_size!r}: expected an int of at least 8 that divides head_dim")
+        if self.group_size % 8:
+            raise ConfigurationError(f"group_size={self.group_size}: expected a multiple of 8; 32, 64 and 128 are usual")
+        for name, value, allowed in (
+            ("correction", self.correction, get_args(Correction)),
+            ("inner", self.inner, get_args(Inner)),
+            ("strict", self.strict, (True, False)),
+        ):
+            if value not in allowed:
+                raise ConfigurationError(f"{name}={value!r}: expected one of {allowed}")
+
+    @property
+    def key_bits(self) -> int:
+        return self.bits[0] if isinstance(self.bits, tuple) else self.bits
+
+    @property
+    def value_bits(self) -> int:
+        return self.bits[1] if isinstance(self.bits, tuple) else self.bits
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise `ConfigurationError` unless groups tile a head of `head_dim` channels."""
+        if head_dim % self.group_size:
+            fitting = [g for g in (16, 32, 48, 64, 96, 128, 256) if head_dim % g == 0]
+            raise ConfigurationError(
+                f"group_size={self.group_size} does not divide this model's head_dim={head_dim}; "
+                f"use one of {fitting or [8]}"
+            )

@@ -1,0 +1,106 @@
+"""Which part of a cache a view shows, read off its size, stride and storage offset alone.
+
+Every spelling of a view (slices, transpose, permute, narrow, select, chunk, unbind, …) leaves the same trace in a
+tensor's metadata, on real tensors, meta tensors and the fake tensors of a captured graph alike. Reading the metadata
+covers them all, so that nothing here knows any of them by name. Sizes may be SymInts; comparing them may add guards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """A box of a tensor: per axis its first index and its length.
+
+    `axes[i]` is the axis that dimension i of the view runs along, or None where that dimension has size 1 and stands
+    for nothing. Axes of a packed store are (batch, head, token, channel).
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    axes: tuple[int | None, ...]
+
+    def covers(self, shape: Sequence[int], axis: int) -> bool:
+        """Whether the window spans the whole of an axis."""
+        return same(self.lengths[axis], shape[axis])
+
+    def to_canonical(self, x: Tensor) -> Tensor:
+        """`x`, of the view's shape, as `[batch, head, token, channel]`."""
+        order = [axis for axis in self.axes if axis is not None]
+        x = x.squeeze([i for i, axis in enumerate(self.axes) if axis is None]) if None in self.axes else x
+        for axis in range(4):
+            if axis not in order:
+                x, order = x.unsqueeze(-1), [*order, axis]
+        return x.permute([order.index(axis) for axis in range(4)])
+
+    def from_canonical(self, x: Tensor) -> Tensor:
+        """`x`, `[batch, head, token, channel]`, in the view's shape; the inverse of `to_canonical`."""
+        order = [axis for axis in self.axes if axis is not None]
+        dropped = [axis for axis in range(4) if axis not in order]
+        x = x.permute([*order, *dropped])
+        x = x.squeeze(list(range(len(order), 4))) if dropped else x
+        for i, axis in enumerate(self.axes):
+            if axis is None:
+                x = x.unsqueeze(i)
+        return x
+
+
+def locate(
+    size: Sequence[int], stride: Sequence[int], offset: int, shape: Sequence[int], strides: Sequence[int]
+) -> Window | None:
+    """The window that a view `(size, stride, offset)` shows of a tensor with `shape` and `strides`.
+
+    Returns:
+        None where the view is no box of the tensor: steps, expanded or merged dimensions.
+    """
+    ndim = len(shape)
+    axes: list[int | None] = [None] * len(size)
+    free = list(range(ndim))
+    for i, (n, step) in enumerate(zip(size, stride)):
+        if n == 1:
+            continue
+        axis = next((a for a in free if shape[a] != 1 and step == strides[a] and _fits(n, shape[a])), None)
+        if axis is None:
+            return None
+        axes[i] = axis
+        free.remove(axis)
+    lengths: list[int] = [1] * ndim
+    for n, axis in zip(size, axes):
+        if axis is not None:
+            lengths[axis] = n
+    # A dimension of size 1 can stand for any axis of which one index is left.
+    for i, axis in enumerate(axes):
+        if axis is None and free:
+            axes[i] = free.pop(0)
+    starts: list[int] = [0] * ndim
+    partial = [a for a in range(ndim) if not same(lengths[a], shape[a])]
+    partial.sort(key=lambda a: int(strides[a]), reverse=True)
+    for a in partial:
+        starts[a] = constant(offset // strides[a])
+        offset = offset - starts[a] * strides[a]
+    return Window(tuple(starts), tuple(lengths), tuple(axes)) if offset == 0 else None
+
+
+def _fits(n: int, limit: int) -> bool:
+    """n <= limit; a SymInt that is not known to exceed the limit fits (a slice of a cache never does)."""
+    return isinstance(n, torch.SymInt) or isinstance(limit, torch.SymInt) or n <= limit
+
+
+def constant(n: int) -> int:
+    """A SymInt whose expression is a number as an int; anything else as it is."""
+    if isinstance(n, torch.SymInt):
+        expression = n.node.expr
+        return int(expression) if expression.is_number else n
+    return n
+
+
+def same(a: int, b: int) -> bool:
+    """Whether two sizes are equal whatever values symbols take; adds no guard."""
+    difference = constant(a - b)
+    return isinstance(difference, int) and difference == 0

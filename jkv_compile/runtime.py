@@ -1,0 +1,148 @@
+"""The callables that Dynamo gets back: they stand between the caller's arguments and a graph of plain tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .adopt import Written, adopt, obstacle
+from .config import Config
+from .errors import NotRewrittenWarning
+from .packed import PackedKV
+from .store import Active, Store
+
+if TYPE_CHECKING:
+    from .passes.pipeline import Plan
+
+NO_RANGE = (0, 0)
+
+
+def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Call `inner` with the components of packed caches; nothing else where the graph needs nothing else."""
+    rewritten = plan.rewritten
+    assert rewritten is not None
+    inputs, written, kept = rewritten.inputs, rewritten.written, rewritten.kept
+    if rewritten.has_extra_outputs:
+        finish = _finisher(plan)
+    else:
+        finish = None
+
+    def call(*args: Any) -> Any:
+        flat = []
+        for argument, component in inputs:
+            value = args[argument]
+            flat.append(value if component == "plain" else _component(value._store, component))
+        for argument in written:
+            args[argument]._store.active = None
+        for keep in kept:
+            args[keep.argument]._store.active = None
+        outputs = inner(*flat)
+        return outputs if finish is None else finish(args, outputs)
+
+    return call
+
+
+def _component(store: Store, component: str) -> Tensor:
+    if component == "codes":
+        return store.codes
+    if component == "scales":
+        return store.scales
+    active = store.active
+    if component == "active_range":
+        return torch.tensor(NO_RANGE if active is None else (active.start, active.stop))
+    if active is None or active.data.shape[2] < 2:  # sizes 0 and 1 are special to compilers: never pass them
+        batch, heads, _, head_dim = store.shape
+        padded = torch.zeros(batch, heads, 2, head_dim, dtype=store.dtype, device=store.codes.device)
+        if active is not None:
+            padded[:, :, : active.data.shape[2]] = active.data
+        return padded
+    return active.data
+
+
+def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
+    """Turns a rewritten graph's outputs into those of the user's graph, and keeps ranges that it wrote."""
+    rewritten = plan.rewritten
+    assert rewritten is not None
+
+    def finish(args: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
+        for keep in rewritten.kept:
+            store = args[keep.argument]._store
+            store.active = Active(outputs[keep.data], outputs[keep.start], outputs[keep.stop])
+        result = []
+        for output in rewritten.outputs:
+            if isinstance(output, int):
+                result.append(outputs[output])
+                continue
+            cache = args[output.argument]
+            size, stride = [outputs[i] for i in output.size], [outputs[i] for i in output.stride]
+            with torch.inference_mode(cache.is_inference()):
+                result.append(PackedKV(cache._store, size, stride, outputs[output.offset], cache.dtype))
+        return tuple(result)
+
+    return finish
+
+
+def first_contact(
+    gm: GraphModule, plan: Plan, config: Config, stores: Any, written: Written
+) -> Callable[..., Any]:
+    """Adopt the plain caches among the arguments, then run the rewritten graph as it is.
+
+    Dynamo recompiles as soon as it sees the packed caches: this graph runs once per cache and is not worth a compilation.
+    """
+    rewritten = plan.rewritten
+    assert rewritten is not None
+    run_packed = packed_call(plan, rewritten.graph.forward)
+
+    def call(*args: Any) -> Any:
+        owners = {i: _owner(args[i], i in plan.owners, written) for i in rewritten.caches}
+        for argument, owner in owners.items():
+            reason = "it is not known as a cache any more" if owner is None else None
+            if owner is not None and not isinstance(owner, PackedKV):
+                reason = obstacle(owner, views=int(owner is not args[argument]))
+            if reason is not None:
+                warnings.warn(f"jkv: a cache stays in full precision: {reason}", NotRewrittenWarning, stacklevel=2)
+                return gm.forward(*args)
+        for argument, cache in rewritten.caches.items():
+            owner, value = owners[argument], args[argument]
+            assert owner is not None
+            active = None
+            if argument in plan.owners:  # the chunk that another graph has just written is still in full precision
+                start, stop = written.last_range(owner)
+                active = Active(owner.permute(cache.axes)[:, :, start:stop].clone(), start, stop)
+            views = [] if owner is value else [value]
+            store = adopt(owner, cache.axes, cache.bits, config, views)
+            store.active = active
+            stores.add(store)
+        return run_packed(*args)
+
+    return call
+
+
+def _owner(value: Tensor, elsewhere: bool, written: Written) -> Tensor | None:
+    return written.owner(value) if elsewhere else value
+
+
+def recorded_call(inner: Callable[..., Any], plan: Plan, written: Written) -> Callable[..., Any]:
+    """Call `inner`, and remember which slices of plain tensors it wrote."""
+    names = list(plan.symbols)
+    places = [plan.symbols[n] for n in names]
+
+    def evaluator(value: Any) -> Callable[..., int]:
+        return sympy.lambdify(names, value.node.expr if isinstance(value, torch.SymInt) else value)
+
+    ranges = [(w.argument, evaluator(w.start), evaluator(w.stop)) for w in plan.written]
+
+    def call(*args: Any) -> Any:
+        outputs = inner(*args)
+        values = [args[i] for i in places]
+        for argument, start, stop in ranges:
+            written.record(args[argument], int(start(*values)), int(stop(*values)))
+        return outputs
+
+    return call

@@ -1,0 +1,206 @@
+"""Decides, for one graph of Dynamo's, what becomes of it: track, choose the caches, rewrite, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..adopt import Written, obstacle
+from ..compat import dynamic_input
+from ..config import Config
+from ..geometry import same
+from ..packed import PackedKV
+from ..report import GraphReport, Match, Rejected
+from .attention_forms import as_attention
+from .rewrite import CachePlan, Rewritten, copy_graph, rewrite
+from .segments import Cached
+from .tracking import Append, Attend, Holder, Tracker, Tracking, example
+
+
+@dataclass
+class WrittenRange:
+    """A plain tensor that a graph writes a slice of: expressions for the range, in the symbols of integer arguments."""
+
+    argument: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Plan:
+    """What becomes of a graph.
+
+    outcome: "untouched", it has nothing to do with a cache; "adopted", its plain caches are packed when it is called;
+    "packed", its caches are packed already; "eager", it does to a packed cache what only eager code can express.
+    """
+
+    outcome: str
+    report: GraphReport
+    attentions: int
+    rewritten: Rewritten | None = None
+    owners: dict[int, Tensor] = field(default_factory=dict)  # by argument: the cache that it is a view of
+    written: list[WrittenRange] = field(default_factory=list)
+    symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
+
+    def inner_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
+        """Example inputs of the rewritten graph."""
+        assert self.rewritten is not None
+        inputs = []
+        for argument, component in self.rewritten.inputs:
+            value = example_inputs[argument]
+            if component == "plain":
+                inputs.append(value)
+            elif component == "active":
+                batch, heads, _, head_dim = value._store.shape
+                inputs.append(dynamic_input((batch, heads, 2, head_dim), 2, value.dtype, value.device))
+            elif component == "active_range":
+                inputs.append(torch.zeros(2, dtype=torch.int64))
+            else:
+                inputs.append(getattr(value._store, component))
+        return inputs
+
+
+def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, written: Written) -> Plan:
+    """Decide what becomes of a graph, and rewrite a copy of it where caches are to be packed or are packed already.
+
+    Raises:
+        ConfigurationError: groups do not tile the head_dim of a cache that would be packed.
+    """
+    copied, _ = copy_graph(gm)
+    placeholders = list(copied.graph.find_nodes(op="placeholder"))
+    position = {p: i for i, p in enumerate(placeholders)}
+    owners = _owners(placeholders, example_inputs, written)
+    tracking = Tracker(copied.graph, {placeholders[i]: owner for i, owner in owners.items()}).run()
+    attentions = sum(as_attention(n) is not None for n in copied.graph.nodes)
+    report = GraphReport(len(copied.graph.nodes), "untouched")
+    report.rejections = [
+        Rejected(source_line(r.node), r.reason) for r in tracking.rejections if any(_looks_cached(c) for c in r.caches)
+    ]
+
+    packed = [h for h in tracking.caches if h.packed]
+    blocked = [h for h in packed if h.blockers]
+    aliased = len({id(example_inputs[position[h.node]]._store) for h in packed}) < len(packed)
+    if blocked or aliased:
+        reasons = [f"{h.node.name}: {r}" for h in blocked for r in h.blockers] or ["two views of one cache enter it"]
+        report.outcome = "eager"
+        report.rejections += [Rejected("graph", reason) for reason in reasons]
+        return Plan("eager", report, attentions)
+
+    plans = {h: _packed_plan(h) for h in packed}
+    fresh_plans = {} if packed else _choose(tracking, position, example_inputs, owners, config, report)
+    plans |= fresh_plans
+    if not plans:
+        plan = Plan("untouched", report, attentions)
+        plan.symbols = _symbol_arguments(placeholders)
+        plan.written = _written_ranges(tracking, position, plan.symbols)
+        return plan
+    outcome = "adopted" if fresh_plans else "packed"
+    report.outcome = outcome
+    report.caches = [h.node.name for h in plans]
+    report.matches = [_match(a) for a in tracking.attends if a.key_cache in plans and a.value_cache in plans]
+    rewritten = rewrite(copied, tracking, plans, config.correction)
+    return Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
+
+
+def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Written) -> dict[int, Tensor]:
+    """Plain arguments that show a cache which another graph has written, and that cache."""
+    owners = {}
+    for i, value in enumerate(example_inputs):
+        if type(value) is Tensor and isinstance(example(placeholders[i]), Tensor) and value.dim() == 4:
+            owner = written.owner(value)
+            if owner is not None:
+                owners[i] = owner
+    return owners
+
+
+def _packed_plan(holder: Holder) -> CachePlan:
+    store = example(holder.node)._store
+    return CachePlan((0, 1, 2, 3), store.bits, store.group_size)
+
+
+def _choose(
+    tracking: Tracking,
+    position: dict[Node, int],
+    example_inputs: Sequence[Any],
+    owners: dict[int, Tensor],
+    config: Config,
+    report: GraphReport,
+) -> dict[Holder, CachePlan]:
+    """The plain caches to pack: written in slices, here or elsewhere, and read by attention as keys and as values."""
+    plans: dict[Holder, CachePlan] = {}
+    for attend in tracking.attends:
+        pair = (attend.key_cache, attend.value_cache)
+        if not all(_is_cache(h, position[h.node] in owners) for h in pair):
+            continue
+        for holder in pair:
+            argument = position[holder.node]
+            tensor = owners.get(argument, example_inputs[argument])
+            reason = next(iter(holder.blockers), None) or obstacle(tensor, views=int(argument in owners and owners[argument] is not example_inputs[argument]))
+            if reason is not None:
+                report.rejections.append(Rejected(source_line(attend.call.node), f"{holder.node.name}: {reason}"))
+                break
+        else:
+            for holder, axes, bits in zip(
+                pair, (attend.key_axes, attend.value_axes), (config.key_bits, config.value_bits)
+            ):
+                config.check_head_dim(int(holder.shape[axes[3]]))
+                plans[holder] = CachePlan(axes, bits, config.group_size)
+    return plans
+
+
+def _is_cache(holder: Holder, written_elsewhere: bool) -> bool:
+    """A cache gathers tokens: it is written slice by slice, never as a whole (as what is computed once from a context)."""
+    return written_elsewhere or _looks_cached(holder)
+
+
+def _looks_cached(holder: Holder) -> bool:
+    if holder.packed:
+        return True
+    return any(not same(stop - start, holder.shape[holder.token_axis]) for _, start, stop in holder.writes)
+
+
+def _symbol_arguments(placeholders: list[Node]) -> dict[Any, int]:
+    symbols = {}
+    for i, node in enumerate(placeholders):
+        value = example(node)
+        if isinstance(value, torch.SymInt) and value.node.expr.is_symbol:
+            symbols[value.node.expr] = i
+    return symbols
+
+
+def _written_ranges(tracking: Tracking, position: dict[Node, int], symbols: dict[Any, int]) -> list[WrittenRange]:
+    """Slices that the graph writes of plain tensors, where integer arguments tell their range."""
+    ranges = {}
+    for write in tracking.writes:
+        holder = write.holder
+        if isinstance(write, Append) and holder.root is None and not holder.blockers and _looks_cached(holder):
+            positions = [p.node.expr for p in (write.start, write.stop) if isinstance(p, torch.SymInt)]
+            if all(s in symbols for p in positions for s in p.free_symbols):
+                ranges[holder.node] = WrittenRange(position[holder.node], write.start, write.stop)
+    return list(ranges.values())
+
+
+def _match(attend: Attend) -> Match:
+    cached = [s for s in attend.key if isinstance(s.content, Cached)]
+    current = [s for s in attend.key if not isinstance(s.content, Cached)]
+    return Match(
+        source_line(attend.call.node),
+        "fused",
+        ", ".join(f"[{s.content.first}, {s.content.first + s.length})" for s in cached) or "none yet",
+        " + ".join(str(s.length) for s in current) or "0",
+    )
+
+
+def source_line(node: Node) -> str:
+    """Where a node stands in the model's own code: `file:line in function`, as far as Dynamo recorded it."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not frames:
+        return node.name
+    file, line, function = (part.strip() for part in frames[-1].removeprefix("File ").split(",")[:3])
+    return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {function}"

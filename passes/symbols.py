@@ -1,0 +1,41 @@
+"""SymInts of a captured graph as nodes of that graph, so that rewritten nodes can take them as arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from ..geometry import constant
+
+
+class Symbols:
+    """Knows, while a graph is walked in order, which node computes which expression."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.known: dict[sympy.Expr, Node] = {}
+
+    def see(self, node: Node) -> None:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            self.known.setdefault(value.node.expr, node)
+
+    def node(self, value: int) -> Node | int:
+        """An int as it is; a SymInt as a node, built from nodes seen so far at the graph's insertion point."""
+        value = constant(value)
+        if not isinstance(value, torch.SymInt):
+            return value
+        expression = value.node.expr
+        if expression in self.known:
+            return self.known[expression]
+        proxies = {
+            symbol: torch.fx.Proxy(self.known[symbol], torch.fx.proxy.GraphAppendingTracer(self.graph))
+            for symbol in expression.free_symbols
+        }
+        result: Any = sympy_interp(PythonReferenceAnalysis, proxies, expression)
+        return result.node
