@@ -1,0 +1,279 @@
+"""Kernels for CUDA and HIP tensors: what `ops` calls, in terms of the Triton kernels.
+
+Two paths for cached keys, one threshold per architecture (`Architecture.unpack_once_rows`):
+
+* **fused** (few query rows): codes are unpacked in registers, nothing but the packed cache is read;
+* **unpack-once** (many query rows, as video chunks have): a slab of heads is dequantized to float16 scratch of at most
+  `SLAB_BYTES`, which plain flash attention with the correction's columns then reads.
+
+Few rows and many keys (decode) are split over the keys, and joined by their log-sum-exp.
+
+Safe to capture in a CUDA graph: what is launched and allocated depends on shapes and on the integers a caller passes,
+never on values in a tensor; nothing synchronises with the host, and scratch comes from the caching allocator, whose
+capture pool gives replays the same addresses. Under Triton's interpreter the same functions take CPU tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_append import append_kernel
+from .triton_attention import Meta, attention_kernel
+from .triton_config import (
+    ARCHITECTURES,
+    MAX_FUSED_RANGES,
+    MAX_SPLITS,
+    SLAB_BYTES,
+    architecture_of,
+    eighth_lanes,
+    processors_of,
+    tile,
+)
+from .triton_correction import prepare_kernel
+from .triton_dequantize import dequantize_kernel
+from .triton_merge import merge_kernel
+
+_log = logging.getLogger("jkv_compile.kernels.gpu")
+_BLOCK = 64  # tokens per program of the elementwise kernels
+
+
+def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
+    """Quantize `source` into tokens `start …` of one cache; see `ops.append`."""
+    _append(codes, scales, source, codes, scales, source, start, bits, bits, 1)
+
+
+def append_kv(
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    key_bits: int,
+    value_bits: int,
+) -> None:
+    """`append` for keys and values in one launch."""
+    _append(key_codes, key_scales, key, value_codes, value_scales, value, start, key_bits, value_bits, 2)
+
+
+def _append(key_codes, key_scales, key, value_codes, value_scales, value, start, key_bits, value_bits, stores) -> None:
+    batch, heads, length, head_dim = key.shape
+    if length == 0 or batch * heads == 0:
+        return
+    append_kernel[(triton.cdiv(length, _BLOCK), batch * heads, stores)](
+        key_codes, key_scales, key, value_codes, value_scales, value,
+        _code_strides(key_codes), _word_strides(key_scales), key.stride(),
+        _code_strides(value_codes), _word_strides(value_scales), value.stride(),
+        heads, length, start, _BLOCK,
+        key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
+        value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
+    )  # fmt: skip
+
+
+def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Tokens `start … stop - 1` as a contiguous tensor of `dtype`; see `ops.dequantize`."""
+    batch, heads, _, width = codes.shape
+    output = codes.new_empty(batch, heads, stop - start, width * 8 // bits, dtype=dtype)
+    if output.numel():
+        _dequantize(codes, scales, output, codes, scales, output, output, start, stop, 0, bits, bits, 1, 0)
+    return output
+
+
+def _dequantize(key_codes, key_scales, key, value_codes, value_scales, value, columns, start, stop, first, key_bits,
+                value_bits, stores, n_columns) -> None:  # fmt: skip
+    batch, heads, total, head_dim = key.shape
+    dequantize_kernel[(triton.cdiv(stop - start, _BLOCK), batch * heads, stores)](
+        key_codes, key_scales, key, columns, value_codes, value_scales, value,
+        _code_strides(key_codes), _word_strides(key_scales), key.stride()[:3],
+        _code_strides(value_codes), _word_strides(value_scales), value.stride()[:3],
+        heads, start, stop - start, first, total, _BLOCK,
+        key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
+        value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
+        _token_block(key_codes, key_scales), n_columns,
+    )  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    ranges: list[int],
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    key_bits: int,
+    value_bits: int,
+    correction: str,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.attention`; also returns the log-sum-exp `[B, H, L]` in float32.
+
+    A row whose every key is masked gives zeros and a log-sum-exp of -inf, as `F.scaled_dot_product_attention` does.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, n_current, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    output = query.new_empty(batch, length, heads, value_dim).transpose(1, 2)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    if not output.numel():
+        return output, lse
+    if scale <= 0:  # the online softmax takes the maximum before scaling
+        query, scale = (query * -1, -scale) if scale < 0 else (query * 0, 1.0)
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    spans = [(a, b) for a, b in zip(ranges[::2], ranges[1::2]) if b > a]
+    n_cached = sum(b - a for a, b in spans)
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, n_cached + n_current)
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+    rows = heads // kv_heads * length
+    architecture = architecture_of(query.device)
+    per_channel = _token_block(key_codes, key_scales) > 1
+    meta, options = tile(architecture, head_dim, value_dim, triton.next_power_of_2(rows), query.dtype == torch.float32)
+    meta = meta._replace(
+        KEY_BITS=key_bits,
+        VALUE_BITS=value_bits,
+        KEY_GROUPS=key_scales.shape[2],
+        VALUE_GROUPS=value_scales.shape[2],
+        COLUMNS=max(16, 2 * triton.next_power_of_2(key_scales.shape[2])),
+        CURRENT=n_current > 0 or n_cached == 0,
+        MASK="none" if mask is None else "boolean" if mask.dtype == torch.uint8 else "additive",
+        CAUSAL=causal,
+    )
+    arguments = (query, key, value, mask, output, lse, scale, options)
+    if n_cached == 0:
+        _launch(meta, *arguments)
+        return output, lse
+
+    long = rows >= ARCHITECTURES[architecture].unpack_once_rows or len(spans) > MAX_FUSED_RANGES
+    if per_channel or (long and correction != "exact"):
+        meta = meta._replace(CACHED="dense", CORRECTION="block" if per_channel and correction != "none" else correction)
+        _unpack_once(meta, key_codes, key_scales, value_codes, value_scales, spans, arguments, correction)
+    elif len(spans) > MAX_FUSED_RANGES:
+        raise NotImplementedError(
+            f"exact correction over {len(spans)} token ranges; at most {MAX_FUSED_RANGES} are supported on a GPU"
+        )
+    else:
+        meta = meta._replace(CACHED="packed", CORRECTION=correction, RANGES=len(spans))
+        _launch(meta, *arguments, store=(key_codes, key_scales, value_codes, value_scales), spans=spans)
+    return output, lse
+
+
+def _unpack_once(meta: Meta, key_codes, key_scales, value_codes, value_scales, spans, arguments, correction) -> None:
+    """Dequantize a slab of key/value heads at a time, and attend to it."""
+    query, key, value, mask, output, lse, scale, options = arguments
+    batch, kv_heads = key_codes.shape[:2]
+    n_cached = sum(b - a for a, b in spans)
+    columns = meta.COLUMNS if meta.CORRECTION == "taylor" else 0
+    width = meta.HEAD_DIM + meta.VALUE_DIM + columns
+    heads = min(kv_heads, max(1, SLAB_BYTES // (2 * batch * n_cached * width)))
+    scratch = query.new_empty(batch * heads * n_cached * width, dtype=torch.float16)
+    group = query.shape[1] // kv_heads
+    for first in range(0, kv_heads, heads):
+        count = min(heads, kv_heads - first)
+        own, queries = slice(first, first + count), slice(first * group, (first + count) * group)
+        sizes = [batch * count * n_cached * w for w in (meta.HEAD_DIM, meta.VALUE_DIM, columns)]
+        keys, values, deltas = scratch[: sum(sizes)].split(sizes)
+        keys = keys.view(batch, count, n_cached, meta.HEAD_DIM)
+        values = values.view(batch, count, n_cached, meta.VALUE_DIM)
+        deltas = deltas.view(batch, count, n_cached, columns)
+        store = (key_codes[:, own], key_scales[:, own], value_codes[:, own], value_scales[:, own])
+        row = 0
+        for start, stop in spans:
+            _dequantize(
+                *store[:2], keys, *store[2:], values, deltas, start, stop, row, meta.KEY_BITS, meta.VALUE_BITS, 2,
+                columns,
+            )  # fmt: skip
+            row += stop - start
+        _launch(
+            meta, query[:, queries], key[:, own], value[:, own], None if mask is None else mask[:, queries],
+            output[:, queries], lse[:, queries], scale, options, store=(keys, deltas, values, values),
+            spans=[(0, n_cached)],
+        )  # fmt: skip
+
+
+def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, store=None, spans=((0, 0),)) -> None:
+    """One attention over the given heads, split over the keys where there are too few rows to fill the device."""
+    batch, heads, length, _ = query.shape
+    kv_heads = key.shape[1]
+    rows = heads // kv_heads * length
+    n_cached = sum(b - a for a, b in spans)
+    grid_rows = triton.cdiv(rows, meta.BLOCK_M)
+    tiles = triton.cdiv(n_cached, meta.BLOCK_N) + triton.cdiv(key.shape[2], meta.BLOCK_N)
+    splits = splits_of(grid_rows * batch * kv_heads, tiles, processors_of(query.device))
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split) if tiles else 1
+
+    prepared = query
+    arch = ARCHITECTURES[architecture_of(query.device)]
+    if arch.prepared and meta.CACHED != "none" and meta.BLOCK_M >= 64:
+        meta = meta._replace(PREPARED=True)
+        prepared = query.new_empty(batch, heads, length, meta.HEAD_DIM + meta.COLUMNS, dtype=torch.float16)
+        prepare_kernel[(triton.cdiv(rows, 64), batch * kv_heads)](
+            query, prepared, query.stride()[:3], kv_heads, rows, length, scale, 64, meta.HEAD_DIM, meta.KEY_EIGHTH,
+            meta.KEY_GROUPS, meta.COLUMNS,
+        )  # fmt: skip
+
+    target, target_lse = output, lse
+    output_strides = (0, *output.stride()[:3])
+    lse_strides = (0, lse.stride(0))
+    if splits > 1:
+        meta = meta._replace(SPLIT=True)
+        target = query.new_empty(splits, batch, heads, length, meta.VALUE_DIM, dtype=torch.float32)
+        target_lse = query.new_empty(splits, batch, heads, length, dtype=torch.float32)
+        output_strides, lse_strides = target.stride()[:4], target_lse.stride()[:2]
+    key_store, key_scales, value_store, value_scales = store or (query, query, query, query)
+    shifts, column = [], 0
+    for start, stop in spans:
+        shifts += [start - column, column + stop - start]
+        column += stop - start
+    shifts = (shifts + [0] * 7)[:7]
+    words = _word_strides if meta.CACHED == "packed" else _code_strides
+    attention_kernel[(grid_rows, batch * kv_heads, splits)](
+        query, key_store, key_scales, value_store, value_scales, prepared, prepared, key, value,
+        query if mask is None else mask, target, target_lse,
+        query.stride()[:3], _code_strides(key_store), words(key_scales), _code_strides(value_store),
+        words(value_scales), (0, 0, 0), key.stride()[:3], value.stride()[:3],
+        (0, 0, 0, 0) if mask is None else mask.stride(), output_strides, lse_strides,
+        kv_heads, rows, length, key.shape[2], n_cached, *shifts, 0, per_split, scale, meta, **options,
+    )  # fmt: skip
+    if splits > 1:
+        lanes = 8 * meta.VALUE_EIGHTH
+        merge_kernel[(triton.cdiv(rows, 16), batch * kv_heads)](
+            target, target_lse, output, lse, output.stride()[:3], lse.stride(0), splits, rows, length, kv_heads,
+            meta.VALUE_DIM, lanes, 16,
+        )  # fmt: skip
+
+
+def splits_of(programs: int, tiles: int, processors: int) -> int:
+    """Splits of the keys that fill `processors` with `programs` row blocks; each keeps at least two tiles."""
+    if programs >= processors or tiles < 4:
+        return 1
+    return max(1, min(MAX_SPLITS, tiles // 2, math.ceil(2 * processors / programs)))
+
+
+def _code_strides(codes: Tensor) -> tuple[int, ...]:
+    if codes.stride(3) != 1:
+        raise ValueError(f"a packed cache's innermost stride is 1; found {codes.stride()}")
+    return codes.stride()[:3]
+
+
+def _word_strides(scales: Tensor) -> tuple[int, ...]:
+    """Strides of (batch, head, group) in pairs; the kernels address a token's pair as one 32-bit word."""
+    strides = scales.stride()
+    if strides[3:] != (2, 1) or any(s % 2 for s in strides[:3]) or scales.storage_offset() % 2:
+        raise ValueError(f"scales [B, H, G, S, 2] are stored token by token as pairs; found strides {strides}")
+    return tuple(s // 2 for s in strides[:3])
+
+
+def _token_block(codes: Tensor, scales: Tensor) -> int:
+    """Tokens that share a step: 1, or more for per-channel steps."""
+    return codes.shape[2] // scales.shape[3]

@@ -1,0 +1,270 @@
+"""The Triton kernels against the plain-torch reference: on a GPU as compiled, elsewhere in Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, so without a GPU these tests run in a process of their own,
+started by `test_triton_interpreted.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1; see test_triton_interpreted.py", allow_module_level=True)
+
+pytest.importorskip("triton")
+
+from jkv_compile.kernels import gpu, reference, triton_config  # noqa: E402
+from jkv_compile.kernels.layout import packed_width  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy, inside the interpreter
+
+FLOORS = {torch.bfloat16: 2e-3, torch.float16: 4e-4, torch.float32: 6e-4}  # relative; cached products are float16
+TOKENS = 200
+
+
+def quantized(batch: int, heads: int, head_dim: int, bits: int, group_size: int):
+    codes, scales = reference.quantize(torch.randn(batch, heads, TOKENS, head_dim), bits, group_size)
+    return codes.to(DEVICE), scales.to(DEVICE)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.float() - expected).norm() / expected.norm()).item()
+
+
+def check(
+    batch=1, heads=1, kv_heads=1, queries=40, current=40, ranges=(5, 135), head_dim=64, value_dim=None, group=32,
+    key_bits=2, value_bits=2, dtype=torch.bfloat16, mask=None, causal=False, correction="taylor", scale=None,
+):  # fmt: skip
+    """Attention of `gpu` against the float32 reference on the same packed data."""
+    torch.manual_seed(0)
+    value_dim = value_dim or head_dim
+    scale = head_dim**-0.5 if scale is None else scale
+    query = 2 * torch.randn(batch, queries, heads, head_dim).to(DEVICE, dtype).transpose(1, 2)
+    key = torch.randn(batch, kv_heads, current, head_dim).to(DEVICE, dtype)
+    value = torch.randn(batch, current, kv_heads, value_dim).to(DEVICE, dtype).transpose(1, 2)
+    store = (
+        *quantized(batch, kv_heads, head_dim, key_bits, group),
+        *quantized(batch, kv_heads, value_dim, value_bits, min(group, value_dim)),
+    )
+    columns = sum(b - a for a, b in zip(ranges[::2], ranges[1::2])) + current
+    if mask == "boolean":
+        mask = torch.rand(batch, 1, queries, columns, device=DEVICE) < 0.7
+        mask[..., -1] = True
+    elif mask == "additive":
+        mask = torch.randn(1, heads, queries, columns, device=DEVICE).to(dtype)
+    arguments = (query, *store, list(ranges), key, value, mask, causal, scale, key_bits, value_bits, correction)
+    output, lse = gpu.attention(*arguments)
+    expected, expected_lse = reference.attention(*arguments)
+    assert output.dtype == dtype and output.transpose(1, 2).is_contiguous()
+    assert relative_error(output, expected) < FLOORS[dtype]
+    torch.testing.assert_close(lse, expected_lse, atol=3e-3, rtol=1e-3)
+
+
+@pytest.fixture
+def architecture(monkeypatch):
+    """Change the table that the device under test is looked up in."""
+
+    def change(**fields):
+        name = triton_config.architecture_of(torch.device(DEVICE))
+        changed = dataclasses.replace(triton_config.ARCHITECTURES[name], **fields)
+        monkeypatch.setitem(triton_config.ARCHITECTURES, name, changed)
+
+    return change
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+@pytest.mark.parametrize(
+    "head_dim, group, bits, dtype",
+    [
+        (64, 32, 2, torch.float32), (64, 64, 3, torch.bfloat16), (96, 32, 2, torch.bfloat16),
+        (96, 96, 3, torch.float32),
+        (96, 32, 4, torch.float16), (128, 32, 2, torch.bfloat16), (128, 128, 4, torch.float16),
+        (128, 64, 8, torch.bfloat16), (256, 32, 3, torch.bfloat16), (256, 256, 2, torch.float32),
+    ],
+)  # fmt: skip
+def test_append_writes_the_references_bits_and_dequantize_reads_them(head_dim, group, bits, dtype, layout):
+    torch.manual_seed(0)
+    batch, heads, tokens, start, length = 2, 2, 40, 7, 21
+    source = torch.randn(batch, length, heads, head_dim) if layout == "BSHD" else None
+    source = torch.randn(batch, heads, length, head_dim) if source is None else source.transpose(1, 2)
+    source = source.to(DEVICE, dtype)
+    source[0, 0, 2] = 3.0  # constant groups
+    source[0, 1, 3] = 0.0
+    codes = torch.zeros(batch, heads, tokens, packed_width(head_dim, bits), dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(batch, heads, head_dim // group, tokens, 2, dtype=torch.float16, device=DEVICE)
+    gpu.append(codes, scales, source, start, bits)
+    expected_codes, expected_scales = reference.quantize(source, bits, group)
+    written = slice(start, start + length)
+    assert torch.equal(codes[:, :, written], expected_codes)
+    assert torch.equal(scales[:, :, :, written], expected_scales)
+    assert not codes[:, :, :start].any() and not codes[:, :, start + length :].any()
+    assert not scales[:, :, :, :start].any() and not scales[:, :, :, start + length :].any()
+    for out in (torch.float32, torch.bfloat16, torch.float16):
+        actual = gpu.dequantize(codes, scales, start, start + length, bits, out)
+        assert torch.equal(actual, reference.dequantize(expected_codes, expected_scales, bits).to(out))
+
+
+def test_append_takes_a_source_whose_channels_are_not_contiguous():
+    torch.manual_seed(0)
+    source = torch.randn(1, 1, 64, 30, device=DEVICE).transpose(2, 3)
+    codes = torch.zeros(1, 1, 30, 16, dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(1, 1, 2, 30, 2, dtype=torch.float16, device=DEVICE)
+    gpu.append(codes, scales, source, 0, 2)
+    assert torch.equal(codes, reference.quantize(source, 2, 32)[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_append_confines_non_finite_numbers_to_their_group(head_dim):
+    torch.manual_seed(0)
+    source = torch.randn(1, 1, 8, head_dim, device=DEVICE)
+    source[0, 0, 1, 3], source[0, 0, 2, 40], source[0, 0, 3, 40] = float("nan"), float("inf"), -float("inf")
+    source[0, 0, 4, :2] = torch.tensor([3e38, -3e38])  # finite, but the range is not
+    source[0, 0, 5, :2] = torch.tensor([6e4, -6e4])  # the step saturates
+    codes = torch.zeros(1, 1, 8, head_dim // 4, dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(1, 1, head_dim // 32, 8, 2, dtype=torch.float16, device=DEVICE)
+    gpu.append(codes, scales, source, 0, 2)
+    expected_codes, expected_scales = reference.quantize(source, 2, 32)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
+    assert scales.isnan().sum() == 2 * 4
+
+
+def test_append_kv_is_two_appends_in_one_launch():
+    torch.manual_seed(0)
+    key, value = torch.randn(1, 2, 9, 64, device=DEVICE), torch.randn(1, 2, 9, 128, device=DEVICE)
+
+    def stores():
+        return [
+            torch.zeros(1, 2, 12, 24, dtype=torch.uint8, device=DEVICE),
+            torch.zeros(1, 2, 2, 12, 2, dtype=torch.float16, device=DEVICE),
+            torch.zeros(1, 2, 12, 32, dtype=torch.uint8, device=DEVICE),
+            torch.zeros(1, 2, 1, 12, 2, dtype=torch.float16, device=DEVICE),
+        ]
+
+    joint, apart = stores(), stores()
+    gpu.append_kv(*joint, key, value, 2, 3, 2)
+    gpu.append(*apart[:2], key, 2, 3)
+    gpu.append(*apart[2:], value, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(joint, apart))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_in_every_dtype(dtype):
+    check(dtype=dtype, head_dim=128)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, "head"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_attention_at_every_head_dim_and_group_size(head_dim, group):
+    group = head_dim if group == "head" else group
+    if head_dim % group:
+        pytest.skip("the group size does not divide head_dim")
+    check(head_dim=head_dim, group=group, queries=20, current=20)
+
+
+@pytest.mark.parametrize("key_bits, value_bits", [(2, 3), (3, 2), (4, 8), (8, 4), (3, 3)])
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_attention_with_bits_of_keys_and_values_apart(head_dim, key_bits, value_bits):
+    check(head_dim=head_dim, key_bits=key_bits, value_bits=value_bits, queries=20, current=20)
+
+
+def test_attention_with_other_head_dims_for_values():
+    check(head_dim=64, value_dim=128)
+    check(head_dim=128, value_dim=32)
+
+
+@pytest.mark.parametrize("mask", ["boolean", "additive"])
+def test_attention_with_masks(mask):
+    check(mask=mask, batch=2, heads=4, kv_heads=2)
+
+
+def test_a_fully_masked_row_is_zero():
+    torch.manual_seed(0)
+    query = torch.randn(1, 1, 3, 64, device=DEVICE)
+    mask = torch.ones(1, 1, 3, 70, dtype=torch.bool, device=DEVICE)
+    mask[..., 1, :] = False
+    store = (*quantized(1, 1, 64, 2, 32), *quantized(1, 1, 64, 2, 32))
+    output, lse = gpu.attention(
+        query, *store, [0, 67], query, query, mask, False, 0.125, 2, 2, "taylor"
+    )  # fmt: skip
+    assert not output[0, 0, 1].any() and lse[0, 0, 1] == -float("inf")
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("queries, current", [(50, 90), (90, 90), (90, 50), (1, 64)])
+def test_attention_causal_within_the_current_keys(queries, current):
+    check(queries=queries, current=current, causal=True)
+
+
+def test_attention_causal_and_masked_with_grouped_heads():
+    check(heads=4, kv_heads=2, queries=30, current=50, causal=True, mask="additive")
+
+
+@pytest.mark.parametrize("ranges", [(0, 200), (64, 128), (5, 60, 100, 170), (0, 1, 3, 9, 9, 9, 70, 200)])
+def test_attention_over_token_ranges(ranges):
+    check(ranges=ranges)
+
+
+def test_attention_over_more_ranges_than_the_fused_kernel_takes():
+    check(ranges=(3, 10, 20, 30, 40, 50, 60, 70, 80, 190))
+
+
+def test_attention_without_cached_or_without_current_keys():
+    check(ranges=())
+    check(current=0)
+
+
+@pytest.mark.parametrize("correction", ["none", "exact"])
+def test_attention_with_other_corrections(correction):
+    check(correction=correction, queries=16, head_dim=64)
+
+
+def test_attention_with_a_negative_and_a_zero_scale():
+    check(scale=-0.1)
+    check(scale=0.0)
+
+
+@pytest.mark.parametrize("queries, heads, kv_heads", [(1, 8, 2), (1, 1, 1), (3, 2, 2)])
+def test_decode_splits_the_keys_and_merges_by_log_sum_exp(queries, heads, kv_heads, monkeypatch):
+    monkeypatch.setattr(gpu, "processors_of", lambda device: 64)
+    check(queries=queries, current=queries, heads=heads, kv_heads=kv_heads, ranges=(0, 200), causal=True)
+    check(queries=queries, current=70, heads=heads, kv_heads=kv_heads, ranges=(0, 100), mask="boolean", batch=2)
+
+
+@pytest.mark.parametrize("head_dim, key_bits", [(64, 2), (96, 3), (128, 4)])
+def test_unpack_once_computes_the_same(head_dim, key_bits, architecture):
+    architecture(unpack_once_rows=1)
+    check(head_dim=head_dim, key_bits=key_bits, ranges=(5, 60, 100, 170))
+
+
+def test_unpack_once_works_through_the_heads_in_slabs(architecture, monkeypatch):
+    architecture(unpack_once_rows=1)
+    monkeypatch.setattr(gpu, "SLAB_BYTES", 1)
+    check(batch=2, heads=6, kv_heads=3, queries=20, mask="additive")
+
+
+def test_queries_prepared_ahead_compute_the_same(architecture):
+    architecture(prepared=True)
+    check(batch=2, heads=4, kv_heads=2, queries=40)
+    check(head_dim=96, queries=70)
+
+
+def test_current_keys_are_never_corrected():
+    torch.manual_seed(0)
+    query, key = 3 * torch.randn(1, 1, 20, 64, device=DEVICE), torch.randn(1, 1, 20, 64, device=DEVICE)
+    store = (*quantized(1, 1, 64, 2, 32), *quantized(1, 1, 64, 2, 32))
+    one = (query, *store, [], key, key, None, False, 0.125, 2, 2)
+    assert torch.equal(gpu.attention(*one, "taylor")[0], gpu.attention(*one, "none")[0])
+
+
+def test_a_non_finite_token_outside_the_ranges_is_not_seen():
+    store = [*quantized(1, 1, 64, 2, 32), *quantized(1, 1, 64, 2, 32)]
+    store[1][:, :, :, 100:], store[3][:, :, :, 100:] = float("nan"), float("nan")
+    query = torch.randn(1, 1, 20, 64, device=DEVICE)
+    output, _ = gpu.attention(query, *store, [0, 100], query, query, None, False, 0.125, 2, 2, "taylor")
+    assert output.isfinite().all()
