@@ -54,7 +54,8 @@ class PackedKV(torch.Tensor):
     def first_token(self) -> Tensor:
         if self._first_token is None:
             offset, row = self.storage_offset(), self._store.strides[2]
-            self._first_token = self._store.codes.new_empty((offset // row, offset % row, 0))
+            with torch.inference_mode(False):  # the same kind of tensor wherever it is asked for
+                self._first_token = self._store.codes.new_empty((offset // row, offset % row, 0))
         return self._first_token
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:

@@ -7,6 +7,10 @@ around them. Defined with `torch.library.Library` rather than `custom_op`, whose
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -237,6 +241,20 @@ def _dequantize_fake(codes, scales, start, stop, bits, dtype):
     return codes.new_empty(batch, heads, stop - start, width * 8 // bits, dtype=dtype)
 
 
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels choose their own precisions: autocast must not reach into them."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *args: Any) -> Any:
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(first, *args)
+        with torch.autocast(device, enabled=False):
+            return kernel(first, *args)
+
+    return run
+
+
 for _name, _kernel, _fake in (
     ("append", append, lambda *_: None),
     ("move", move, lambda *_: None),
@@ -247,5 +265,5 @@ for _name, _kernel, _fake in (
     ("attention_active", attention_active, _attention_active_fake),
 ):
     for _key in ("CPU", "CUDA"):
-        library.impl(_name, _kernel, _key)
+        library.impl(_name, _without_autocast(_kernel), _key)
     torch.library.register_fake(f"jkv::{_name}", _fake, lib=library)

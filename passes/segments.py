@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Node
 
 from ..geometry import same
@@ -49,14 +50,14 @@ class Segment:
 
 
 def cut(segments: list[Segment], start: int, stop: int) -> list[Segment]:
-    """The part within `start … stop`, positions unchanged."""
+    """The part within `start … stop`, positions unchanged; pieces may turn out to be empty."""
     result = []
     for s in segments:
-        if _before(s.stop, start) or _before(stop, s.start):
+        if at_most(s.stop, start) or at_most(stop, s.start):
             continue
-        lo = s.start if _before(start, s.start) else start
-        hi = s.stop if _before(s.stop, stop) else stop
-        content = s.content if lo is s.start or same(lo, s.start) else s.content.skip(lo - s.start)
+        lo = s.start if at_most(start, s.start) else start
+        hi = s.stop if at_most(s.stop, stop) else stop
+        content = s.content if same(lo, s.start) else s.content.skip(lo - s.start)
         result.append(Segment(lo, hi, content))
     return result
 
@@ -65,17 +66,17 @@ def overwrite(segments: list[Segment], start: int, stop: int, content: Cached | 
     """`start … stop` replaced by `content`."""
     result, placed = [], False
     for s in segments:
-        if _before(s.stop, start):
+        if at_most(s.stop, start):
             result.append(s)
             continue
         if not placed:
-            if not _before(start, s.start):
+            if not at_most(start, s.start):
                 result.append(Segment(s.start, start, s.content))
             result.append(Segment(start, stop, content))
             placed = True
-        if _before(s.stop, stop):
+        if at_most(s.stop, stop):
             continue
-        result.append(s if _before(stop, s.start) else Segment(stop, s.stop, s.content.skip(stop - s.start)))
+        result.append(s if at_most(stop, s.start) else Segment(stop, s.stop, s.content.skip(stop - s.start)))
     return result if placed else [*result, Segment(start, stop, content)]
 
 
@@ -85,9 +86,34 @@ def shift(segments: list[Segment], by: int) -> list[Segment]:
 
 
 def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return not (_before(a[1], b[0]) or _before(b[1], a[0]))
+    return not (at_most(a[1], b[0]) or at_most(b[1], a[0]))
 
 
-def _before(a: int, b: int) -> bool:
-    """a <= b; free of guards where the answer is the same for all values of the symbols in it."""
-    return same(a, b) or bool(a <= b)
+def at_most(a: int, b: int) -> bool:
+    """True: a <= b. False: b <= a. Callers must be right either way where the two are equal.
+
+    The answer for the values at hand is guarded on, never more strictly than this: a guard `a < b` would have the graph
+    compiled anew the day they meet.
+    """
+    if same(a, b):
+        return True
+    if _hint(a) <= _hint(b):
+        return _guard(a <= b)
+    return not _guard(b <= a)
+
+
+def _guard(condition: bool) -> bool:
+    return bool(condition)
+
+
+def _hint(n: int) -> int:
+    """The value that a symbol has in the call that is being compiled."""
+    if not isinstance(n, torch.SymInt):
+        return n
+    if not n.node.has_hint():
+        raise UnknownPosition(f"the position {n} is not known before the data is")
+    return int(n.node.hint)
+
+
+class UnknownPosition(Exception):
+    """A position depends on data, so that nothing can be decided about it while a graph is compiled."""

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
 from .attention_forms import AttentionCall, as_attention
-from .segments import Cached, Fresh, Segment, cut, overlap, overwrite, shift
+from .segments import Cached, Fresh, Segment, UnknownPosition, cut, overlap, overwrite, shift
 
 COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
@@ -33,6 +33,13 @@ _IN_PLACE_FUNCTIONS = {operator.setitem, operator.iadd, operator.isub, operator.
 
 class Unsupported(Exception):
     """Something about a cache that cannot be followed; the message says what and why."""
+
+
+_CANNOT_FOLLOW = (Unsupported, UnknownPosition, GuardOnDataDependentSymNode)
+
+
+def _reason(error: Exception) -> str:
+    return "a position is not known before the data is" if isinstance(error, GuardOnDataDependentSymNode) else str(error)
 
 
 @dataclass(eq=False)
@@ -153,8 +160,8 @@ class Tracker:
                 continue
             try:
                 self._visit(node)
-            except (Unsupported, GuardOnDataDependentSymNode) as error:
-                reason = str(error) if isinstance(error, Unsupported) else "its position is not known before the data is"
+            except _CANNOT_FOLLOW as error:
+                reason = _reason(error)
                 for holder in self._held_arguments(node):
                     holder.cache.blockers.append(reason)
         return self.result
@@ -345,8 +352,8 @@ class Tracker:
         caches = [h.cache for h in holders if h is not None]
         try:
             self.result.attends.append(self._attend(call, *holders))
-        except (Unsupported, GuardOnDataDependentSymNode) as error:
-            reason = str(error) if isinstance(error, Unsupported) else "a position is not known before the data is"
+        except _CANNOT_FOLLOW as error:
+            reason = _reason(error)
             self.result.rejections.append(Rejection(call.node, reason, caches))
             for argument in (call.key, call.value):
                 self._read(call.node, argument)
