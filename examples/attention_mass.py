@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import jkv_compile
+
 
 def jensen_bias(query: Tensor, step: Tensor, scale: float) -> Tensor:
     """The Taylor form of the bias of a quantized key's score, s^2 / 24 * sum over groups of |q_g|^2 * step_g^2.
@@ -69,7 +71,7 @@ class AttentionMass(TorchFunctionMode):
             raise NotImplementedError(
                 "the probe knows attention without mask, dropout or scale, as the example model calls it"
             )
-        query, key, value = (tensor.float() for tensor in args)
+        query, key, value = (jkv_compile.materialize(tensor).float() for tensor in args)
         scale = query.shape[-1] ** -0.5
         scores = query @ key.mT * scale
         if self.steps is not None:

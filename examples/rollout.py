@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -137,6 +138,7 @@ def generate(
         on_chunk()
     rollout = Rollout(torch.stack(chunks), seconds, full_bytes, full_bytes)
     if variant.bits is not None:
+        gc.collect()  # the caches of earlier rollouts would be counted while they live
         rollout.cache_bytes = backend.memory().packed_bytes
     rollout.attention_mass = probe(transformer, variant, caches, sampler.chunks_done, noise[-1:])
     return rollout

@@ -168,7 +168,7 @@ def evaluate(model: CausalVideoTransformer, videos: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rollout-from", type=float, default=0.5, help="share of the steps before rollouts begin")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
