@@ -1,30 +1,70 @@
-"""CPU kernels in blocks of plain torch: nothing is ever held that is larger than one head's slice of one block.
+"""Which CPU kernels run: the C++ ones of `cpu_cpp` where they can be built and compute the right thing, or `cpu_torch`.
 
-Keys are taken `BLOCK` at a time through one online softmax. The correction is folded into the QK product as extra
-columns: [q, -s/24·‖q_g‖²]·[k̂, Δ_g²] gives corrected scores from one matrix product.
+`JKV_CPU_KERNEL=cpp` insists on the former (an error if they cannot be had), `JKV_CPU_KERNEL=torch` on the latter. The
+choice is made at the first call and logged once.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import logging
+import os
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu_torch
+from .cpu_cpp import BuildError, Kernels, load
 
-BLOCK = 2048
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The C++ kernels, or None where the pure-torch ones are used.
+
+    Raises:
+        ValueError: JKV_CPU_KERNEL is neither "cpp" nor "torch".
+        BuildError: JKV_CPU_KERNEL=cpp, and they cannot be built, loaded or trusted here.
+    """
+    choice = os.environ.get("JKV_CPU_KERNEL", "")
+    if choice not in ("", "cpp", "torch"):
+        raise ValueError(f"JKV_CPU_KERNEL is {choice!r}; expected 'cpp' or 'torch', or unset to choose automatically")
+    if choice == "torch":
+        logger.info("CPU kernels: pure torch, as JKV_CPU_KERNEL asks")
+        return None
+    try:
+        loaded = load()
+    except BuildError as error:
+        if choice == "cpp":
+            raise
+        logger.warning("CPU kernels: pure torch, several times slower than the C++ ones (%s)", error)
+        return None
+    logger.info("CPU kernels: C++, %s products", "bfloat16" if loaded.half_precision else "float32")
+    return loaded
 
 
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
-    stop = start + source.shape[2]
-    new_codes, new_scales = reference.quantize(source, bits, source.shape[3] // scales.shape[2])
-    codes[:, :, start:stop] = new_codes
-    scales[:, :, :, start:stop] = new_scales
+    """As `ops.append`."""
+    cpp = kernels()
+    if cpp is not None and cpp.supports_append(codes, scales, bits):
+        cpp.append(codes, scales, source, start, bits)
+    else:
+        cpu_torch.append(codes, scales, source, start, bits)
+
+
+def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
+    """As `ops.move`."""
+    cpp = kernels()
+    (cpu_torch if cpp is None else cpp).move(codes, scales, source, destination, length)
 
 
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(codes[:, :, start:stop], scales[:, :, :, start:stop], bits).to(dtype)
+    """As `ops.dequantize`."""
+    cpp = kernels()
+    if cpp is not None and cpp.supports_cache(codes, scales, bits):
+        return cpp.dequantize(codes, scales, start, stop, bits, dtype)
+    return cpu_torch.dequantize(codes, scales, start, stop, bits, dtype)
 
 
 def attention(
@@ -43,58 +83,17 @@ def attention(
     value_bits: int,
     correction: str,
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.attention`; also returns the log-sum-exp `[B, H, L]` in float32."""
-    batch, heads, length, _ = query.shape
-    kv_heads, head_dim = key.shape[1], value.shape[3]
-    rows = heads // kv_heads * length  # query heads that share keys are rows of one product
-    dtype = query.dtype
-    grouped = query.reshape(batch, kv_heads, rows, query.shape[3])
-    n_cached = sum(b - a for a, b in zip(ranges[::2], ranges[1::2]))
-    if mask is not None:
-        mask = mask.expand(batch, heads, length, n_cached + key.shape[2]).reshape(batch, kv_heads, rows, -1)
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, device=query.device).masked_fill_(~mask, -math.inf)
+    """As `ops.attention`; also returns the log-sum-exp `[B, H, L]` in float32.
 
-    output = torch.zeros(batch, kv_heads, rows, head_dim)
-    peak = torch.full((batch, kv_heads, rows, 1), -math.inf)
-    total = torch.zeros(batch, kv_heads, rows, 1)
-
-    def attend(scores: Tensor, values: Tensor, column: int, hidden: Tensor | None) -> None:
-        nonlocal peak, total
-        if mask is not None:
-            scores += mask[..., column : column + scores.shape[-1]]
-        if hidden is not None:
-            scores.masked_fill_(hidden, -math.inf)
-        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        safe = new_peak.masked_fill(new_peak == -math.inf, 0)  # a row that has seen nothing yet
-        weights = scores.sub_(safe).exp_()
-        shrink = (peak - safe).exp()
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        output.mul_(shrink).add_((weights.to(dtype) @ values.to(dtype)).float())
-        peak = new_peak
-
-    column = 0
-    for start, stop in zip(ranges[::2], ranges[1::2]):
-        for first in range(start, stop, BLOCK):
-            last = min(first + BLOCK, stop)
-            keys = dequantize(key_codes, key_scales, first, last, key_bits, dtype)
-            scores = (grouped @ keys.transpose(-1, -2)).float().mul_(scale)
-            if correction != "none":
-                delta = reference.quantization_step(key_scales[:, :, :, first:last], key_bits)
-                scores -= reference.correction_bias(grouped, delta, scale, correction)
-            attend(scores, dequantize(value_codes, value_scales, first, last, value_bits, dtype), column, None)
-            column += last - first
-    n_current = key.shape[2]
-    for first in range(0, n_current, BLOCK):
-        last = min(first + BLOCK, n_current)
-        hidden = None
-        if causal:
-            visible = torch.arange(length).unsqueeze(1) + n_current - length
-            hidden = (torch.arange(first, last) > visible).repeat(heads // kv_heads, 1)
-        scores = (grouped @ key[:, :, first:last].transpose(-1, -2)).float().mul_(scale)
-        attend(scores, value[:, :, first:last], column, hidden)
-        column += last - first
-
-    output = (output / total).view(batch, heads, length, head_dim).to(dtype)
-    lse = (peak + total.log()).view(batch, heads, length)
-    return output.transpose(1, 2).contiguous().transpose(1, 2), lse
+    The C++ kernel knows "none" and "taylor"; "exact", which costs head_dim operations for every score, takes the torch
+    path. bfloat16 and float16 queries are multiplied in bfloat16 with float32 sums (relative error about 3e-3 to 5e-3),
+    float32 queries in float32 (1e-6).
+    """
+    arguments = (
+        query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
+        value_bits, correction,
+    )  # fmt: skip
+    cpp = kernels()
+    if cpp is not None and cpp.supports_attention(*arguments):
+        return cpp.attention(*arguments)
+    return cpu_torch.attention(*arguments)

@@ -87,6 +87,9 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
             raise RuntimeError(
                 f"jkv::move: tokens {first}:{first + length} do not lie within the cache's {codes.shape[2]} tokens"
             )
+    if codes.device.type == "cpu":
+        cpu.move(codes, scales, source, destination, length)
+        return
     codes[:, :, destination : destination + length] = codes[:, :, source : source + length].clone()
     scales[:, :, :, destination : destination + length] = scales[:, :, :, source : source + length].clone()
 

@@ -1,0 +1,778 @@
+// CPU kernels of the packed cache: attention, append, dequantize, move. Layout: layout.py; semantics: ops.py, reference.py.
+//
+// Attention is flash attention over blocks of keys. A task is (batch, key/value head, tile of query rows, span of keys).
+// Per block it expands codes into the operand layout of `brgemm` (bf16 pairs, or float), multiplies, and keeps one online
+// softmax over packed and full-precision keys. Scores are in units of log2: softmax scale and log2(e) are folded into the
+// dequantized keys, so that the correction is one multiply-add per score and channel group.
+//
+// Plain loops and one library function, `at::native::cpublas::brgemm`, which is exported but not public API: cpu_cpp.py
+// checks the numbers when it loads this file. NaN and infinity propagate: never compile with -ffinite-math-only or -ffast-math.
+#include <ATen/native/CPUBlas.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+namespace blas = at::native::cpublas;
+using std::max;
+using std::min;
+typedef int64_t i64;
+typedef int32_t i32;
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef uint8_t u8;
+
+constexpr int KEYS = 512;         // keys per block
+constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
+constexpr int ROWS = 32;          // query rows per matrix product
+constexpr int TILE = 768;         // query rows per task at most: queries and outputs stay in the second-level cache
+constexpr float LOG2E = 1.44269504f;
+constexpr float INF = __builtin_inff();
+
+enum Dtype : i64 { FLOAT32, FLOAT16, BFLOAT16, BOOL };
+
+struct Packed {  // a packed cache; strides in elements; one scale pair per dim / groups channels and `block` tokens
+  const u8* codes;
+  i64 codes_b, codes_h, codes_s;
+  const u16* scales;
+  i64 scales_b, scales_h, scales_g, scales_s, bits, groups, dim, block;
+};
+struct Plain {  // [B, H, L, D] in full precision, D contiguous
+  const char* data;
+  i64 b, h, s;
+};
+struct Args {
+  Plain query;
+  i64 dtype, batch, heads, length;
+  Packed keys, values;
+  Plain key, value;
+  i64 kv_heads, current;
+  const char* mask;
+  i64 mask_dtype, mask_b, mask_h, mask_l, mask_k;
+  i64 causal, correction;
+  char* output;  // [B, L, H, Dv]
+  float* lse;    // [B, H, L]
+  i64 exact, threads, n_ranges;
+  i64 ranges[];
+};
+
+inline float as_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
+inline u32 as_bits(float f) { u32 u; memcpy(&u, &f, 4); return u; }
+
+inline float load(u16 h, std::integral_constant<i64, FLOAT16>) {
+  u32 u = as_bits(as_float((h & 0x7fffu) << 13) * 0x1p112f);
+  u = (h & 0x7c00) == 0x7c00 ? u | 0x7f800000u : u;
+  return as_float(u | (u32)(h & 0x8000) << 16);
+}
+inline float load(u16 h, std::integral_constant<i64, BFLOAT16>) { return as_float((u32)h << 16); }
+inline float load(float f, std::integral_constant<i64, FLOAT32>) { return f; }
+inline float half(u16 h) { return load(h, std::integral_constant<i64, FLOAT16>()); }
+
+// Round to nearest even, NaN kept.
+inline u16 to_bfloat16(float f) {
+  u32 u = as_bits(f);
+  return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+inline u16 to_half(float f) { return c10::Half(f).x; }
+// Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
+inline u32 pair(float low, float high) { return (as_bits(low) + 0x8000) >> 16 | ((as_bits(high) + 0x8000) & 0xffff0000u); }
+
+template <i64 DTYPE> struct Element { typedef u16 type; };
+template <> struct Element<FLOAT32> { typedef float type; };
+template <i64 DTYPE> float get(const char* data, i64 i) {
+  return load(((const typename Element<DTYPE>::type*)data)[i], std::integral_constant<i64, DTYPE>());
+}
+inline void put(char* data, i64 i, float f, i64 dtype) {
+  if (dtype == FLOAT32) ((float*)data)[i] = f;
+  else ((u16*)data)[i] = dtype == FLOAT16 ? to_half(f) : to_bfloat16(f);
+}
+template <class F> void by_dtype(i64 dtype, F f) {
+  if (dtype == FLOAT32) f(std::integral_constant<i64, FLOAT32>());
+  else if (dtype == FLOAT16) f(std::integral_constant<i64, FLOAT16>());
+  else f(std::integral_constant<i64, BFLOAT16>());
+}
+template <class F> void by_bits(i64 bits, F f) {
+  if (bits == 2) f(std::integral_constant<int, 2>());
+  else if (bits == 3) f(std::integral_constant<int, 3>());
+  else if (bits == 4) f(std::integral_constant<int, 4>());
+  else f(std::integral_constant<int, 8>());
+}
+inline i64 width_of(i64 dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2; }
+
+template <class T> struct Buffer {  // grows, is never cleared, lives as long as its thread
+  T* data = nullptr;
+  size_t size = 0;
+  T* get(size_t n) {
+    if (n > size) {
+      free(data);
+      size = (n + 63) / 64 * 64;
+      data = (T*)aligned_alloc(64, size * sizeof(T));
+      memset((void*)data, 0, size * sizeof(T));
+    }
+    return data;
+  }
+  ~Buffer() { free(data); }
+};
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+// 2^-bits-spaced float in [1, 2) with the code in byte i of x as its leading mantissa bits: 1 + c / 2^bits.
+template <int BITS> inline float one_plus(u32 x, int i) {
+  return as_float(((x >> 8 * i << (23 - BITS)) & (((1u << BITS) - 1) << (23 - BITS))) | 0x3f800000u);
+}
+
+// Codes of one token, unpacked to a byte per channel.
+template <int BITS> inline void unpack_row(const u8* __restrict x, i64 dim, u8* __restrict out) {
+  constexpr int P = BITS == 3 ? 2 : BITS, M = (1 << P) - 1;
+  const i64 n = dim * P / 8;
+  for (int i = 0; i < 8 / P; i++) {
+    #pragma omp simd
+    for (i64 b = 0; b < n; b++) out[i * n + b] = x[b] >> (i * P) & M;
+  }
+  if (BITS == 3)
+    for (int i = 0; i < 8; i++) {
+      #pragma omp simd
+      for (i64 b = 0; b < dim / 8; b++) out[i * (dim / 8) + b] |= (x[n + b] >> i & 1) << 2;
+    }
+}
+
+// Codes of n tokens as words of four neighbouring channels, [D / 4][PITCH]: lanes are tokens.
+template <int BITS> void unpack_quads(const u8* x, i64 stride, i64 dim, int n, u32* __restrict words, u32* __restrict quads) {
+  constexpr int P = BITS == 3 ? 2 : BITS;
+  constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
+  const int width = dim * BITS / 32, low = dim * P / 32;
+  for (int j = 0; j < n; j++)
+    for (int w = 0; w < width; w++) memcpy(words + w * PITCH + j, x + j * stride + 4 * w, 4);
+  for (int w = 0; w < low; w++)
+    for (int i = 0; i < 8 / P; i++) {
+      const u32* in = words + w * PITCH;
+      u32* out = quads + (i * low + w) * PITCH;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) out[j] = in[j] >> (i * P) & M;
+    }
+  if (BITS == 3)
+    for (int w = low; w < width; w++)
+      for (int i = 0; i < 8; i++) {
+        const u32* in = words + w * PITCH;
+        u32* out = quads + (i * (width - low) + w - low) * PITCH;
+        #pragma omp simd
+        for (int j = 0; j < n; j++) out[j] |= (in[j] >> i & 0x01010101u) << 2;
+      }
+}
+
+// step' and zero' of n tokens from `start`, times `factor`, as [G][PITCH]; with `square`, also step'².
+void load_scales(const Packed& c, const u16* scales, i64 start, int n, float factor, float* step, float* zero, float* square) {
+  for (i64 g = 0; g < c.groups; g++, step += PITCH, zero += PITCH) {
+    const u16* s = scales + g * c.scales_g;
+    if (c.block == 1 && c.scales_s == 2) {
+      s += 2 * start;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) step[j] = half(s[2 * j]), zero[j] = half(s[2 * j + 1]);
+    } else {
+      for (int j = 0; j < n; j++) {
+        const u16* p = s + (start + j) / c.block * c.scales_s;
+        step[j] = half(p[0]), zero[j] = half(p[1]);
+      }
+    }
+    if (square) {
+      float* q = square + g * PITCH;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) q[j] = step[j] * step[j];
+    }
+    if (factor != 1.f) {
+      #pragma omp simd
+      for (int j = 0; j < n; j++) step[j] *= factor, zero[j] *= factor;
+    }
+  }
+}
+
+// ---- operands of the matrix products --------------------------------------------------------------------------------
+// Keys are [D][PITCH] and values [keys][DV], but bf16 operands hold two rows of that in one row of 32-bit pairs (VNNI).
+// Values and weights pair key j with key j + half, not with its neighbour: both are then packed without shuffles.
+
+struct Bfloat16 {
+  typedef u16 type;
+  typedef u32 word;
+  static constexpr int STACK = 2;
+  static u16 from(float f) { return to_bfloat16(f); }
+  static void key4(u32* k, int j, float a, float b, float c, float d) { k[j] = pair(a, b), k[PITCH + j] = pair(c, d); }
+  static void value2(u32* v, i64, i64 c, float a, float b) { v[c] = pair(a, b); }
+  static void weight2(u16* p, int, int j, float a, float b) { u32 u = pair(a, b); memcpy(p + 2 * j, &u, 4); }
+  static float exp2_fraction(float f) { return ((0.05517166f * f + 0.24261114f) * f + 0.69326099f) * f + 0.99992807f; }  // 7e-5
+  static void product(i64 m, i64 n, i64 k, i64 lda, i64 ldb, i64 ldc, bool add, const u16* a, const u32* b, float* c) {
+    blas::brgemm(m, n, k, lda, ldb, ldc, add, (const at::BFloat16*)a, (const at::BFloat16*)b, c, true);
+  }
+};
+
+struct Float32 {
+  typedef float type;
+  typedef float word;
+  static constexpr int STACK = 1;
+  static float from(float f) { return f; }
+  static void key4(float* k, int j, float a, float b, float c, float d) { k[j] = a, k[PITCH + j] = b, k[2 * PITCH + j] = c, k[3 * PITCH + j] = d; }
+  static void value2(float* v, i64 half_rows, i64 c, float a, float b) { v[c] = a, v[half_rows + c] = b; }
+  static void weight2(float* p, int half, int j, float a, float b) { p[j] = a, p[half + j] = b; }
+  static float exp2_fraction(float f) {  // 8e-8
+    return ((((0.00132765f * f + 0.00967554f) * f + 0.05550713f) * f + 0.2402212f) * f + 0.69314697f) * f + 1.00000007f;
+  }
+  static void product(i64 m, i64 n, i64 k, i64 lda, i64 ldb, i64 ldc, bool add, const float* a, const float* b, float* c) {
+    blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+  }
+};
+
+template <class Op, int BITS>
+void expand_keys(const u32* __restrict quads, i64 dim, i64 group, int n, const float* step, const float* zero, typename Op::word* out) {
+  for (i64 w = 0; w < dim / 4; w++) {
+    const u32* x = quads + w * PITCH;
+    const float *s0 = step + 4 * w / group * PITCH, *z0 = zero + 4 * w / group * PITCH;
+    typename Op::word* o = out + 4 / Op::STACK * w * PITCH;
+    if (group % 4 == 0) {
+      #pragma omp simd
+      for (int j = 0; j < n; j++)
+        Op::key4(o, j, z0[j] + one_plus<BITS>(x[j], 0) * s0[j], z0[j] + one_plus<BITS>(x[j], 1) * s0[j],
+                 z0[j] + one_plus<BITS>(x[j], 2) * s0[j], z0[j] + one_plus<BITS>(x[j], 3) * s0[j]);
+    } else {
+      const i64 g1 = (4 * w + 1) / group * PITCH, g2 = (4 * w + 2) / group * PITCH, g3 = (4 * w + 3) / group * PITCH;
+      #pragma omp simd
+      for (int j = 0; j < n; j++)
+        Op::key4(o, j, z0[j] + one_plus<BITS>(x[j], 0) * s0[j], zero[g1 + j] + one_plus<BITS>(x[j], 1) * step[g1 + j],
+                 zero[g2 + j] + one_plus<BITS>(x[j], 2) * step[g2 + j], zero[g3 + j] + one_plus<BITS>(x[j], 3) * step[g3 + j]);
+    }
+  }
+}
+
+// Channels are taken in runs of SEGMENT that lie in one plane of each kind and in one group.
+template <class Op, int BITS, int SEGMENT>
+void expand_values(const u8* x, i64 stride, i64 dim, i64 group, i64 pitch, int n, int half_n, const float* step, const float* zero,
+                   const u8* nothing, u16* __restrict both, typename Op::word* __restrict out) {
+  constexpr int P = BITS == 3 ? 2 : BITS;
+  const i64 low = dim * P / 8, high = dim / 8, bytes = dim * BITS / 8;
+  struct Run {
+    int group, at, at3, shift, shift3;
+  };
+  std::vector<Run> runs;  // divisions cost more than what is done with them
+  for (i64 c = 0; c < dim; c += SEGMENT) runs.push_back({int(c / group * PITCH), int(c % low), int(low + c % high), int(c / low * P), int(c / high)});
+  for (int j = 0; j < half_n; j++) {
+    const int k = j + half_n;
+    const bool in0 = j < n, in1 = k < n;  // tokens beyond the end are zero
+    const u8 *x0 = in0 ? x + j * stride : nothing, *x1 = in1 ? x + k * stride : nothing;
+    typename Op::word* o = out + j * pitch;
+    #pragma omp simd
+    for (i64 b = 0; b < bytes; b++) both[b] = x0[b] | x1[b] << 8;
+    i64 c = 0;
+    for (const Run& run : runs) {
+      const float *sp = step + run.group, *zp = zero + run.group;
+      const float s0 = in0 ? sp[j] : 0, z0 = in0 ? zp[j] : 0, s1 = in1 ? sp[k] : 0, z1 = in1 ? zp[k] : 0;
+      const u16 *y = both + run.at, *y3 = both + run.at3;
+      #pragma omp simd
+      for (int i = 0; i < SEGMENT; i++) {
+        u32 u = y[i] >> run.shift;
+        if (BITS == 3) u = (u & 0x303) | (y3[i] >> run.shift3 & 0x101) << 2;
+        Op::value2(o + c, half_n * pitch, i, z0 + one_plus<BITS>(u, 0) * s0, z1 + one_plus<BITS>(u, 1) * s1);
+      }
+      c += SEGMENT;
+    }
+  }
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+// s_j -= Σ_g c_g x_gj; returns the maximum. NaN never wins a maximum here: it reaches the result through its weight.
+template <int G> float corrected_max(float* __restrict s, const float* c, const float* __restrict x, int n) {
+  float t0 = -INF, t1 = -INF, t2 = -INF, t3 = -INF;  // four: one would wait for itself
+  const int q = n / 4;
+  #pragma omp simd reduction(max : t0, t1, t2, t3)
+  for (int j = 0; j < q; j++) {
+    float v0 = s[j], v1 = s[q + j], v2 = s[2 * q + j], v3 = s[3 * q + j];
+    for (int g = 0; g < G; g++) {
+      const float* y = x + g * PITCH + j;
+      v0 -= c[g] * y[0], v1 -= c[g] * y[q], v2 -= c[g] * y[2 * q], v3 -= c[g] * y[3 * q];
+    }
+    if (G) s[j] = v0, s[q + j] = v1, s[2 * q + j] = v2, s[3 * q + j] = v3;
+    t0 = v0 > t0 ? v0 : t0, t1 = v1 > t1 ? v1 : t1, t2 = v2 > t2 ? v2 : t2, t3 = v3 > t3 ? v3 : t3;
+  }
+  return max(max(t0, t1), max(t2, t3));
+}
+float corrected_max(int groups, float* s, const float* c, const float* x, int n) {
+  for (; groups > 4; groups -= 4, c += 4, x += 4 * PITCH) corrected_max<4>(s, c, x, n);
+  switch (groups) {
+    case 0: return corrected_max<0>(s, c, x, n);
+    case 1: return corrected_max<1>(s, c, x, n);
+    case 2: return corrected_max<2>(s, c, x, n);
+    case 3: return corrected_max<3>(s, c, x, n);
+    default: return corrected_max<4>(s, c, x, n);
+  }
+}
+
+// 2^x for x <= 0, and 2^lowest below; NaN stays NaN.
+template <class Op> inline float exp2_negative(float x, float lowest) {
+  x = x < lowest ? lowest : x;
+  float t = x + 12582912.f, f = x - (t - 12582912.f);  // t holds round(x) in its low bits
+  return as_float(as_bits(Op::exp2_fraction(f)) + (as_bits(t) << 23));
+}
+
+template <class Op> float exponentiate(const float* __restrict s, float factor, float top, typename Op::type* __restrict p, int half_n) {
+  volatile float opaque = -120;  // a constant would be propagated into a branch, which costs more than the maximum
+  const float lowest = opaque;
+  float sum = 0;
+  #pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < half_n; j++) {
+    float a = exp2_negative<Op>(s[j] * factor - top, lowest), b = exp2_negative<Op>(s[half_n + j] * factor - top, lowest);
+    sum += a + b;
+    Op::weight2(p, half_n, j, a, b);
+  }
+  return sum;
+}
+
+void apply_mask(const Args& a, const char* mask, float* s, float factor, int n) {
+  if (a.mask_dtype == BOOL) {
+    if (a.mask_k == 1) {
+      #pragma omp simd
+      for (int j = 0; j < n; j++) s[j] = mask[j] ? s[j] * factor : -INF;
+    } else {
+      for (int j = 0; j < n; j++) s[j] = mask[j * a.mask_k] ? s[j] * factor : -INF;
+    }
+    return;
+  }
+  by_dtype(a.mask_dtype, [&](auto dtype) {
+    for (int j = 0; j < n; j++) {
+      const float m = get<dtype>(mask, j * a.mask_k);
+      // the lowest finite float, a customary stand-in for -inf, must not become -inf by the change of base
+      s[j] = s[j] * factor + (m < -2e38f && m > -INF ? -3e38f : m * LOG2E);
+    }
+  });
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+struct Block {
+  bool current;
+  int n;
+  i64 start, column;
+};
+
+struct Plan {
+  std::vector<Block> blocks;
+  i64 repeat, rows, tile, tiles, splits, units;
+  float scale;
+  float *partial_output, *partial_top, *partial_sum;  // [units][tile][Dv], [units][tile] twice, where keys are split
+};
+
+struct Scratch {
+  Buffer<u32> keys, values, words, quads;
+  Buffer<float> scores, output, top, sum, norm, key_step, key_zero, key_square, value_step, value_zero;
+  Buffer<u16> query, weights;
+  Buffer<u8> nothing;
+  Buffer<u16> both;
+};
+
+template <class Op> void load_current(const Args& a, const Plan&, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
+  const i64 dim = a.keys.dim, dv = a.values.dim, width = width_of(a.dtype), pitch = dv + 16;
+  const int half_n = padded / 2;
+  typename Op::word *keys = (typename Op::word*)s.keys.data, *values = (typename Op::word*)s.values.data;
+  const char* k = a.key.data + (b * a.key.b + h * a.key.h + block.start * a.key.s) * width;
+  const char* v = a.value.data + (b * a.value.b + h * a.value.h + block.start * a.value.s) * width;
+  by_dtype(a.dtype, [&](auto dtype) {
+    for (int j0 = 0; j0 < block.n; j0 += 16)  // 16 keys at a time: whole cache lines of the destination
+      for (i64 w = 0; w < dim / 4; w++)
+        for (int j = j0; j < min(j0 + 16, block.n); j++) {
+          const i64 i = j * a.key.s + 4 * w;
+          Op::key4(keys + 4 / Op::STACK * w * PITCH, j, get<dtype>(k, i), get<dtype>(k, i + 1), get<dtype>(k, i + 2), get<dtype>(k, i + 3));
+        }
+    for (int j = 0; j < half_n; j++) {
+      const bool in0 = j < block.n, in1 = j + half_n < block.n;
+      const i64 i0 = in0 ? j * a.value.s : 0, i1 = in1 ? (j + half_n) * a.value.s : 0;
+      #pragma omp simd
+      for (i64 c = 0; c < dv; c++) {
+        const float x = get<dtype>(v, i0 + c), y = get<dtype>(v, i1 + c);
+        Op::value2(values + j * pitch, half_n * pitch, c, in0 ? x : 0.f, in1 ? y : 0.f);
+      }
+    }
+  });
+}
+
+template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
+  const Packed &k = a.keys, &v = a.values;
+  typename Op::word *keys = (typename Op::word*)s.keys.data, *values = (typename Op::word*)s.values.data;
+  const u8* kc = k.codes + b * k.codes_b + h * k.codes_h + block.start * k.codes_s;
+  const u8* vc = v.codes + b * v.codes_b + h * v.codes_h + block.start * v.codes_s;
+  load_scales(k, k.scales + b * k.scales_b + h * k.scales_h, block.start, block.n, plan.scale * LOG2E, s.key_step.data, s.key_zero.data,
+              a.correction ? s.key_square.data : nullptr);
+  load_scales(v, v.scales + b * v.scales_b + h * v.scales_h, block.start, block.n, 1.f, s.value_step.data, s.value_zero.data, nullptr);
+  by_bits(k.bits, [&](auto bits) {
+    unpack_quads<bits>(kc, k.codes_s, k.dim, block.n, s.words.data, s.quads.data);
+    expand_keys<Op, bits>(s.quads.data, k.dim, k.dim / k.groups, block.n, s.key_step.data, s.key_zero.data, keys);
+  });
+  by_bits(v.bits, [&](auto bits) {
+    const i64 group = v.dim / v.groups, segment = std::gcd(group, v.dim * (bits == 3 ? 1 : bits) / 8);
+    auto expand = segment % 32 == 0   ? expand_values<Op, bits, 32>
+                  : segment % 16 == 0 ? expand_values<Op, bits, 16>
+                  : segment % 8 == 0  ? expand_values<Op, bits, 8>
+                                      : expand_values<Op, bits, 1>;
+    expand(vc, v.codes_s, v.dim, group, v.dim + 16, block.n, padded / 2, s.value_step.data, s.value_zero.data, s.nothing.data, s.both.data, values);
+  });
+}
+
+template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
+  static thread_local Scratch s;
+  const i64 task = unit / plan.splits, split = unit % plan.splits;
+  const i64 row0 = task % plan.tiles * plan.tile, head = task / plan.tiles % a.kv_heads, batch = task / plan.tiles / a.kv_heads;
+  const int rows = min(plan.tile, plan.rows - row0), padded_rows = (rows + 15) / 16 * 16;
+  const i64 dim = a.keys.dim, dv = a.values.dim, groups = a.correction ? a.keys.groups : 0, value_pitch = dv + 16;
+  const i64 query_pitch = dim;
+
+  auto* query = (typename Op::type*)s.query.get(padded_rows * query_pitch * 2);
+  auto* weights = (typename Op::type*)s.weights.get(ROWS * PITCH * 2);
+  auto* keys = (typename Op::word*)s.keys.get(dim * PITCH);
+  auto* values = (typename Op::word*)s.values.get(KEYS * value_pitch);
+  s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(dim / 4 * PITCH);
+  s.key_step.get(a.keys.groups * PITCH), s.key_zero.get(a.keys.groups * PITCH), s.key_square.get(a.keys.groups * PITCH);
+  s.value_step.get(a.values.groups * PITCH), s.value_zero.get(a.values.groups * PITCH);
+  s.nothing.get(dv), s.both.get(dv);
+  float* scores = s.scores.get(ROWS * PITCH);
+  float *output = s.output.get(padded_rows * dv), *top = s.top.get(padded_rows), *sum = s.sum.get(padded_rows);
+  float* norm = s.norm.get(padded_rows * max<i64>(groups, 1));
+
+  const i64 levels = 1 << a.keys.bits;
+  const float jensen = plan.scale * plan.scale * LOG2E / 24 / (levels * levels);
+  i64 last_query = 0;  // of this tile
+  by_dtype(a.dtype, [&](auto dtype) {
+    for (int r = 0; r < rows; r++) {
+      const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
+      const char* q = a.query.data + (batch * a.query.b + h * a.query.h + i * a.query.s) * width_of(dtype);
+      for (i64 g = 0; g < groups; g++) {
+        float square = 0;
+        #pragma omp simd reduction(+ : square)
+        for (i64 c = g * dim / groups; c < (g + 1) * dim / groups; c++) square += get<dtype>(q, c) * get<dtype>(q, c);
+        norm[r * groups + g] = square * jensen;
+      }
+      for (i64 c = 0; c < dim; c++) query[r * query_pitch + c] = Op::from(get<dtype>(q, c));
+      top[r] = -INF, sum[r] = 0;
+      last_query = max(last_query, i);
+    }
+  });
+  memset(query + rows * query_pitch, 0, (padded_rows - rows) * query_pitch * sizeof(*query));
+  memset(output, 0, padded_rows * dv * sizeof(float));
+
+  const i64 first = plan.blocks.size() * split / plan.splits, last = plan.blocks.size() * (split + 1) / plan.splits;
+  for (i64 index = first; index < last; index++) {
+    const Block& block = plan.blocks[index];
+    const i64 diagonal = a.current - a.length - block.start;  // key j of the block is visible to query i if j <= i + diagonal
+    if (block.current && a.causal && last_query + diagonal < 0) continue;
+    const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
+    if (n < padded) memset(keys, 0, dim / Op::STACK * PITCH * sizeof(*keys));
+    if (block.current) load_current<Op>(a, plan, s, batch, head, block, padded);
+    else load_cached<Op>(a, plan, s, batch, head, block, padded);
+    if (n < padded)
+      for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
+
+    for (int m0 = 0; m0 < rows; m0 += ROWS) {
+      const int m = min(ROWS, padded_rows - m0), used = min(m, rows - m0);
+      Op::product(m, padded, dim, query_pitch, PITCH, PITCH, false, query + m0 * query_pitch, keys, scores);
+      for (int r = 0; r < used; r++) {
+        const int row = m0 + r;
+        float* x = scores + r * PITCH;
+        float factor = block.current ? plan.scale * LOG2E : 1.f;
+        std::fill(x + n, x + padded, -INF);
+        if (block.current && a.causal) {
+          const i64 visible = min<i64>(max<i64>((row0 + row) % a.length + diagonal + 1, 0), n);
+          std::fill(x + visible, x + n, -INF);
+        }
+        float peak = corrected_max(block.current ? 0 : groups, x, norm + row * groups, s.key_square.data, padded);
+        if (a.mask) {
+          const i64 h = head * plan.repeat + (row0 + row) / a.length, i = (row0 + row) % a.length;
+          apply_mask(a, a.mask + (batch * a.mask_b + h * a.mask_h + i * a.mask_l + block.column * a.mask_k) * width_of(a.mask_dtype), x, factor, n);
+          factor = 1.f;
+          peak = corrected_max<0>(x, nullptr, nullptr, padded);
+        }
+        const float new_top = max(top[row], peak * factor);
+        auto* p = weights + r * PITCH;
+        if (new_top == -INF) {  // nothing seen yet
+          bool nan = false;
+          for (int j = 0; j < n; j++) nan |= x[j] != x[j];
+          if (nan) sum[row] = NAN;
+          memset(p, 0, padded * sizeof(*p));
+          continue;
+        }
+        const float total = exponentiate<Op>(x, factor, new_top, p, half_n), shrink = exp2f(top[row] - new_top);
+        top[row] = new_top;
+        sum[row] = sum[row] * shrink + total;
+        if (shrink != 1.f) {
+          float* o = output + row * dv;
+          #pragma omp simd
+          for (i64 c = 0; c < dv; c++) o[c] *= shrink;
+        }
+      }
+      Op::product(m, dv, padded, PITCH, value_pitch, dv, true, weights, values, output + m0 * dv);
+    }
+  }
+
+  if (plan.splits > 1) {
+    memcpy(plan.partial_output + unit * plan.tile * dv, output, rows * dv * sizeof(float));
+    memcpy(plan.partial_top + unit * plan.tile, top, rows * sizeof(float));
+    memcpy(plan.partial_sum + unit * plan.tile, sum, rows * sizeof(float));
+    return;
+  }
+  for (int r = 0; r < rows; r++) {
+    const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
+    const i64 at = ((batch * a.length + i) * a.heads + h) * dv;
+    const float inverse = 1.f / sum[r];
+    by_dtype(a.dtype, [&](auto dtype) {
+      for (i64 c = 0; c < dv; c++) put(a.output, at + c, output[r * dv + c] * inverse, dtype);
+    });
+    a.lse[(batch * a.heads + h) * a.length + i] = (top[r] + log2f(sum[r])) / LOG2E;
+  }
+}
+
+// Joins the results of a task whose keys were split.
+void merge(const Args& a, const Plan& plan, i64 task) {
+  const i64 dv = a.values.dim, row0 = task % plan.tiles * plan.tile;
+  const i64 head = task / plan.tiles % a.kv_heads, batch = task / plan.tiles / a.kv_heads;
+  std::vector<float> row(dv);
+  for (i64 r = 0; r < min(plan.tile, plan.rows - row0); r++) {
+    float top = -INF, sum = 0;
+    for (i64 p = 0; p < plan.splits; p++) top = max(top, plan.partial_top[(task * plan.splits + p) * plan.tile + r]);
+    std::fill(row.begin(), row.end(), 0.f);
+    for (i64 p = 0; p < plan.splits; p++) {
+      const i64 at = (task * plan.splits + p) * plan.tile + r;
+      const float part = plan.partial_top[at] == -INF ? plan.partial_sum[at] : exp2f(plan.partial_top[at] - top);  // 0 or NaN where nothing was seen
+      sum += plan.partial_sum[at] * part;
+      for (i64 c = 0; c < dv; c++) row[c] += plan.partial_output[at * dv + c] * part;
+    }
+    const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
+    const i64 at = ((batch * a.length + i) * a.heads + h) * dv;
+    for (i64 c = 0; c < dv; c++) put(a.output, at + c, row[c] / sum, a.dtype);
+    a.lse[(batch * a.heads + h) * a.length + i] = (top + log2f(sum)) / LOG2E;
+  }
+}
+
+// ---- append, dequantize, move ---------------------------------------------------------------------------------------
+
+struct Quantizer {
+  float values[1024];
+  u8 codes[1024];
+};
+
+// Quantizes one token as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
+template <i64 DTYPE, int BITS> void quantize_token(const char* source, i64 dim, i64 groups, u8* out, u16* scales, i64 scales_g, Quantizer& q) {
+  constexpr int P = BITS == 3 ? 2 : BITS, LEVELS = 1 << BITS;
+  const i64 size = dim / groups;
+  #pragma omp simd
+  for (i64 c = 0; c < dim; c++) q.values[c] = get<DTYPE>(source, c);
+  for (i64 g = 0; g < groups; g++) {
+    const float* x = q.values + g * size;
+    u8* codes = q.codes + g * size;
+    float low = INF, high = -INF;
+    u32 largest = 0;  // magnitude, as bits: NaN and infinity are the largest
+    #pragma omp simd reduction(min : low) reduction(max : high) reduction(max : largest)
+    for (i64 c = 0; c < size; c++) {
+      low = x[c] < low ? x[c] : low;
+      high = x[c] > high ? x[c] : high;
+      const u32 magnitude = as_bits(x[c]) & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const bool finite = largest < 0x7f800000 && std::isfinite(high - low);
+    const u16 step = finite ? to_half(min((high - low) * (float)(LEVELS / (LEVELS - 1.)), 65504.f)) : 0x7e00;
+    const u16 zero = finite ? to_half(max(min(low - half(step), 65504.f), -65504.f)) : 0x7e00;
+    scales[g * scales_g] = step, scales[g * scales_g + 1] = zero;
+    const float delta = half(step) / LEVELS, origin = half(zero) + half(step);
+    if (!(delta > 0)) {
+      memset(codes, 0, size);
+      continue;
+    }
+    #pragma omp simd
+    for (i64 c = 0; c < size; c++) {
+      float v = std::nearbyintf((x[c] - origin) / delta);
+      v = v < 0.f ? 0.f : v;
+      codes[c] = (i32)(v > LEVELS - 1.f ? LEVELS - 1.f : v);
+    }
+  }
+  const i64 n = dim * P / 8;
+  if (BITS == 8) {
+    memcpy(out, q.codes, n);
+    return;
+  }
+  #pragma omp simd
+  for (i64 b = 0; b < n; b++) {
+    u32 byte = q.codes[b] & ((1 << P) - 1);
+    for (int i = 1; i < 8 / P; i++) byte |= (q.codes[i * n + b] & ((1 << P) - 1)) << (i * P);
+    out[b] = byte;
+  }
+  if (BITS == 3)
+    for (i64 b = 0; b < dim / 8; b++) {
+      u32 byte = 0;
+      for (int i = 0; i < 8; i++) byte |= (u32)(q.codes[i * (dim / 8) + b] >> 2) << i;
+      out[n + b] = byte;
+    }
+}
+
+struct AppendArgs {
+  Packed cache;  // block == 1
+  Plain source;
+  i64 dtype, batch, heads, tokens, start, threads;
+};
+
+struct DequantizeArgs {
+  Packed cache;
+  char* output;  // [B, H, tokens, D]
+  i64 dtype, batch, heads, tokens, start, threads;
+};
+
+struct MoveArgs {
+  Packed cache;
+  i64 batch, heads, source, destination, tokens, threads;
+};
+
+template <int BITS> void dequantize_token(const Packed& c, const u8* codes, const u16* scales, i64 token, u8* row, float* values) {
+  unpack_row<BITS>(codes, c.dim, row);
+  const i64 size = c.dim / c.groups;
+  for (i64 g = 0; g < c.groups; g++) {
+    const u16* p = scales + g * c.scales_g + token / c.block * c.scales_s;
+    const float step = half(p[0]), zero = half(p[1]);
+    #pragma omp simd
+    for (i64 i = g * size; i < (g + 1) * size; i++) values[i] = zero + one_plus<BITS>(row[i], 0) * step;
+  }
+}
+
+// Runs f(0) … f(n - 1) on some threads; false if one of them threw.
+template <class F> bool parallel(i64 n, i64 threads, F f) {
+  std::atomic<bool> ok{true};
+  #pragma omp parallel num_threads(int(min(n, threads))) if (threads > 1 && n > 1)
+  {
+    try {
+      #pragma omp for schedule(dynamic, 1)
+      for (i64 i = 0; i < n; i++) {
+        try {
+          f(i);
+        } catch (...) {
+          ok = false;
+        }
+      }
+      blas::brgemm_release(true);
+    } catch (...) {
+      ok = false;
+    }
+  }
+  return ok;
+}
+
+}  // namespace
+
+extern "C" int jkv_attention(const Args* args, double scale) {
+  const Args& a = *args;
+  Plan plan;
+  plan.scale = scale;
+  i64 column = 0;
+  for (i64 r = 0; r <= a.n_ranges; r++) {
+    const bool current = r == a.n_ranges;
+    const i64 start = current ? 0 : a.ranges[2 * r], stop = current ? a.current : a.ranges[2 * r + 1];
+    for (i64 j = start; j < stop; j += KEYS) {
+      const int n = min<i64>(KEYS, stop - j);
+      plan.blocks.push_back({current, n, j, column});
+      column += n;
+    }
+  }
+  plan.repeat = a.heads / a.kv_heads;
+  plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
+  plan.tiles = (plan.rows + TILE - 1) / TILE;
+  plan.tile = ((plan.rows + plan.tiles - 1) / plan.tiles + ROWS - 1) / ROWS * ROWS;
+  plan.tiles = (plan.rows + plan.tile - 1) / plan.tile;
+  const i64 tasks = a.batch * a.kv_heads * plan.tiles, n_blocks = plan.blocks.size();
+  plan.splits = 1;  // the fewest that leave threads idle for at most a tenth of the time
+  auto time = [&](i64 splits) { return double((tasks * splits + a.threads - 1) / a.threads) / splits; };
+  while (time(plan.splits) > 1.1 * tasks / a.threads && plan.splits < min(n_blocks, 2 * a.threads)) plan.splits++;
+  plan.units = tasks * plan.splits;
+  std::unique_ptr<float[]> partial;
+  if (plan.splits > 1) {
+    partial.reset(new float[plan.units * plan.tile * (a.values.dim + 2)]);
+    plan.partial_output = partial.get();
+    plan.partial_top = plan.partial_output + plan.units * plan.tile * a.values.dim;
+    plan.partial_sum = plan.partial_top + plan.units * plan.tile;
+  }
+  bool ok = parallel(plan.units, a.threads, [&](i64 unit) { a.exact ? attend<Float32>(a, plan, unit) : attend<Bfloat16>(a, plan, unit); });
+  if (ok && plan.splits > 1) ok = parallel(tasks, a.threads, [&](i64 task) { merge(a, plan, task); });
+  return ok ? 0 : 1;
+}
+
+// Tokens of all heads are handed out in chunks of about 64 KiB.
+static i64 chunk_of(i64 dim) { return max<i64>(1, 32768 / dim); }
+
+extern "C" int jkv_append(const AppendArgs* args) {
+  const AppendArgs& a = *args;
+  const Packed& cache = a.cache;
+  const i64 chunk = chunk_of(cache.dim), chunks = (a.tokens + chunk - 1) / chunk;
+  return !parallel(a.batch * a.heads * chunks, a.threads, [&](i64 task) {
+    const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
+    Quantizer quantizer;
+    by_dtype(a.dtype, [&](auto dtype) {
+      by_bits(cache.bits, [&](auto bits) {
+        for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
+          const i64 to = a.start + t;
+          quantize_token<dtype, bits>(a.source.data + (b * a.source.b + h * a.source.h + t * a.source.s) * width_of(dtype), cache.dim, cache.groups,
+                                      (u8*)cache.codes + b * cache.codes_b + h * cache.codes_h + to * cache.codes_s,
+                                      (u16*)cache.scales + b * cache.scales_b + h * cache.scales_h + to * cache.scales_s, cache.scales_g, quantizer);
+        }
+      });
+    });
+  });
+}
+
+extern "C" int jkv_dequantize(const DequantizeArgs* args) {
+  const DequantizeArgs& a = *args;
+  const Packed& cache = a.cache;
+  const i64 chunk = chunk_of(cache.dim), chunks = (a.tokens + chunk - 1) / chunk;
+  return !parallel(a.batch * a.heads * chunks, a.threads, [&](i64 task) {
+    const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
+    const u8* codes = cache.codes + b * cache.codes_b + h * cache.codes_h;
+    const u16* scales = cache.scales + b * cache.scales_b + h * cache.scales_h;
+    Quantizer row;
+    by_dtype(a.dtype, [&](auto dtype) {
+      by_bits(cache.bits, [&](auto bits) {
+        for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
+          dequantize_token<bits>(cache, codes + (a.start + t) * cache.codes_s, scales, a.start + t, row.codes, row.values);
+          const i64 at = ((b * a.heads + h) * a.tokens + t) * cache.dim;
+          #pragma omp simd
+          for (i64 c = 0; c < cache.dim; c++) put(a.output, at + c, row.values[c], dtype);
+        }
+      });
+    });
+  });
+}
+
+// Bit for bit, also where the ranges overlap.
+extern "C" int jkv_move(const MoveArgs* args) {
+  const MoveArgs& a = *args;
+  const Packed& c = a.cache;
+  return !parallel(a.batch * a.heads, a.threads, [&](i64 task) {
+    const i64 b = task / a.heads, h = task % a.heads, width = c.dim * c.bits / 8;
+    u8* codes = (u8*)c.codes + b * c.codes_b + h * c.codes_h;
+    if (c.codes_s == width) {
+      memmove(codes + a.destination * width, codes + a.source * width, a.tokens * width);
+    } else {
+      for (i64 t = 0; t < a.tokens; t++) {
+        const i64 i = a.destination < a.source ? t : a.tokens - 1 - t;
+        memmove(codes + (a.destination + i) * c.codes_s, codes + (a.source + i) * c.codes_s, width);
+      }
+    }
+    for (i64 g = 0; g < c.groups; g++) {
+      u16* scales = (u16*)c.scales + b * c.scales_b + h * c.scales_h + g * c.scales_g;
+      if (c.scales_s == 2) {
+        memmove(scales + 2 * a.destination, scales + 2 * a.source, a.tokens * 4);
+      } else {
+        for (i64 t = 0; t < a.tokens; t++) {
+          const i64 i = a.destination < a.source ? t : a.tokens - 1 - t;
+          memmove(scales + (a.destination + i) * c.scales_s, scales + (a.source + i) * c.scales_s, 4);
+        }
+      }
+    }
+  });
+}

@@ -1,0 +1,263 @@
+"""CPU kernels against `reference`: the C++ ones and the pure-torch ones, on the same cases."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from jkv_compile.kernels import cpu_cpp, cpu_torch, layout, ops, reference
+
+BOUND = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# The pure-torch path rounds scores to the queries' dtype.
+BOUND_TORCH = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch"])
+def kernels(request) -> cpu_cpp.Kernels | ModuleType:
+    if request.param == "torch":
+        return cpu_torch
+    try:
+        return cpu_cpp.load()
+    except cpu_cpp.BuildError as error:
+        pytest.skip(str(error))
+
+
+def make(
+    *,
+    batch=1,
+    heads=2,
+    kv_heads=None,
+    length=33,
+    tokens=300,
+    current=33,
+    head_dim=64,
+    value_dim=None,
+    key_bits=2,
+    value_bits=2,
+    group_size=32,
+    dtype=torch.bfloat16,
+    ranges=None,
+    mask=None,
+    causal=False,
+    correction="taylor",
+    seed=0,
+) -> list:
+    """Arguments of `ops.attention`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
+    key_cache = reference.quantize(1.5 * randn(batch, kv_heads, tokens, head_dim) + 0.3, key_bits, group_size)
+    value_cache = reference.quantize(randn(batch, kv_heads, tokens, value_dim), value_bits, group_size)
+    query = randn(batch, heads, length, head_dim).to(dtype)
+    key, value = (randn(batch, kv_heads, current, d).to(dtype) for d in (head_dim, value_dim))
+    ranges = [0, tokens] if ranges is None else ranges
+    columns = sum(ranges[1::2]) - sum(ranges[::2]) + current
+    if mask == "boolean":
+        mask = torch.rand(batch, 1, length, columns, generator=generator) > 0.3
+    elif mask == "additive":
+        mask = randn(1, heads, length, columns)
+    elif mask == "keys only":
+        mask = (torch.rand(columns, generator=generator) > 0.3).expand(length, columns)
+    return [query, *key_cache, *value_cache, ranges, key, value, mask, causal, head_dim**-0.5, key_bits, value_bits,
+            correction]  # fmt: skip
+
+
+def check(kernels, arguments: list, bound: float | None = None) -> None:
+    dtype = arguments[0].dtype
+    expected, expected_lse = reference.attention(*arguments)
+    output, lse = kernels.attention(*arguments)
+    bound = bound or (BOUND_TORCH if kernels is cpu_torch else BOUND)[dtype]
+    assert output.dtype == dtype and output.shape == expected.shape
+    assert output.transpose(1, 2).is_contiguous()
+    assert torch.equal(output.isnan(), expected.isnan()), "NaN in other places than in the reference"
+    error = (output.float() - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp_min(1e-9)
+    assert error < bound, f"relative error {error:.1e}"
+    assert torch.equal(lse.isfinite(), expected_lse.isfinite())
+    # below -1e30 it only matters that a row sees nothing but hidden keys
+    difference = (lse.clamp_min(-1e30) - expected_lse.clamp_min(-1e30)).nan_to_num(posinf=0, neginf=0)
+    assert difference.abs().amax() < 4 * bound
+
+
+CASES = {
+    "a chunk of queries": {},
+    "one query": {"length": 1, "current": 1, "tokens": 700},
+    "few queries": {"length": 5, "current": 5, "tokens": 700},
+    "sixteen queries": {"length": 16, "current": 3, "tokens": 513},
+    "more rows than one tile": {"heads": 1, "length": 801, "tokens": 90, "current": 7},
+    "more keys than one block": {"tokens": 1205, "current": 600, "length": 20},
+    "head_dim 64, whole-head groups": {"group_size": 64},
+    "head_dim 96": {"head_dim": 96},
+    "head_dim 128, groups of 32": {"head_dim": 128},
+    "head_dim 128, groups of 64": {"head_dim": 128, "group_size": 64},
+    "head_dim 128, groups of 128": {"head_dim": 128, "group_size": 128},
+    "head_dim 256, eight groups": {"head_dim": 256},
+    "head_dim 256, whole-head groups": {"head_dim": 256, "group_size": 256},
+    "values narrower than keys": {"head_dim": 128, "value_dim": 64},
+    "keys 4 bits, values 2": {"key_bits": 4},
+    "keys 2 bits, values 4": {"value_bits": 4},
+    "3 bits": {"key_bits": 3, "value_bits": 3},
+    "3 bits, head_dim 96": {"key_bits": 3, "value_bits": 3, "head_dim": 96},
+    "8 bits": {"key_bits": 8, "value_bits": 8},
+    "grouped queries": {"heads": 6, "kv_heads": 2},
+    "grouped queries, one row": {"heads": 8, "kv_heads": 2, "length": 1, "current": 1},
+    "batch": {"batch": 3, "length": 3},
+    "boolean mask": {"mask": "boolean"},
+    "boolean mask, one query": {"mask": "boolean", "length": 1},
+    "mask broadcast over batch and heads": {"mask": "keys only", "batch": 2},
+    "additive mask": {"mask": "additive"},
+    "causal": {"causal": True},
+    "causal, fewer queries than keys": {"causal": True, "length": 10, "current": 600},
+    "causal, more queries than keys": {"causal": True, "length": 40, "current": 30},
+    "causal, grouped queries": {"causal": True, "heads": 4, "kv_heads": 1},
+    "causal with a mask": {"causal": True, "mask": "boolean"},
+    "several ranges": {"ranges": [3, 50, 200, 300, 60, 61]},
+    "an empty range": {"ranges": [3, 50, 50, 50]},
+    "nothing cached": {"ranges": []},
+    "no current keys": {"current": 0},
+    "uncorrected": {"correction": "none"},
+    "exact correction": {"correction": "exact", "length": 7},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_attention_is_the_reference(kernels, case, dtype):
+    arguments = make(**case, dtype=dtype)
+    if kernels is not cpu_torch and not kernels.supports_attention(*arguments):
+        assert case.get("correction") == "exact"
+        return
+    check(kernels, arguments)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_float16_queries(kernels, length):
+    check(kernels, make(dtype=torch.float16, length=length))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 70])
+def test_keys_are_split_over_threads_that_would_idle(kernels, threads, length):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(kernels, make(heads=1, length=length, tokens=2100, current=31))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length", [1, 33])
+def test_any_strides(kernels, length):
+    query, key_codes, key_scales, value_codes, value_scales, _, key, value, *rest = make(
+        batch=2, length=length, head_dim=128, mask="boolean"
+    )
+
+    def tokens_first(x: Tensor) -> Tensor:  # [B, S, H, …] in memory
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    batch_view = torch.cat((key_codes, key_codes))[1:3]
+    check(kernels, [tokens_first(query), batch_view.flip(0), key_scales, value_codes[:, :, 5:], value_scales[:, :, :, 5:],
+                    [0, 200, 250, 290], tokens_first(key), tokens_first(value), rest[0][..., 10 : 10 + 273], *rest[1:]])  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("where", ["step of a key", "step of a value", "query", "current key", "current value"])
+def test_nan_comes_out_where_the_reference_has_it(kernels, where, length):
+    arguments = make(head_dim=128, length=length)
+    nan = float("nan")
+    if where == "step of a key":
+        arguments[2][0, 0, 1, 17] = nan
+    elif where == "step of a value":
+        arguments[4][0, 0, 1, 17] = nan
+    elif where == "query":
+        arguments[0][0, 1, length // 2, 3] = nan
+    else:
+        arguments[6 if where == "current key" else 7][0, 0, 3, 5] = nan
+    check(kernels, arguments)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_rows_that_see_nothing_are_nan(kernels, length):
+    arguments = make(length=length, mask="boolean")
+    arguments[8] = arguments[8].expand(1, 2, length, -1).clone()
+    arguments[8][0, 1, length // 2] = False
+    check(kernels, arguments)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min], ids=["-inf", "lowest float"])
+def test_additive_masks_that_hide(kernels, low, length):
+    arguments = make(length=length, mask="boolean", tokens=1100)
+    hidden = ~arguments[8]
+    hidden[..., :1024] = True  # whole blocks
+    hidden[..., length // 2, :] = True  # and a whole row
+    arguments[8] = torch.zeros(hidden.shape).masked_fill(hidden, low)
+    if low == -math.inf or kernels is not cpu_torch:
+        check(kernels, arguments)
+
+
+def test_scores_of_any_size(kernels):
+    arguments = make(length=20, dtype=torch.float32)
+    arguments[0] *= 300.0
+    check(kernels, arguments, bound=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
+@pytest.mark.parametrize("head_dim,group_size", [(64, 64), (96, 32), (128, 64), (256, 128)])
+def test_append_and_dequantize_are_the_reference_bit_for_bit(kernels, head_dim, group_size, bits, dtype):
+    source = torch.randn(2, 3, 37, head_dim, generator=torch.Generator().manual_seed(0))
+    source *= torch.rand(2, 3, 37, 1, generator=torch.Generator().manual_seed(1)) * 5
+    source[0, 0, 0] = 1  # constant
+    source[0, 1, 2, 3] = math.nan
+    source[1, 1, 3, 40] = math.inf
+    source[0, 2, 2] = 0
+    source[0, 2, 3] *= 1e-5
+    source = source.to(dtype)
+    source[0, 2, 4, ::2] = torch.finfo(dtype).max  # saturates
+    codes, scales = reference.quantize(source, bits, group_size)
+    my_codes = torch.full((2, 3, 50, codes.shape[3]), 7, dtype=torch.uint8)
+    my_scales = torch.full((2, 3, head_dim // group_size, 50, 2), 7, dtype=torch.float16)
+    kernels.append(my_codes, my_scales, source.transpose(1, 2).contiguous().transpose(1, 2), 7, bits)
+    assert torch.equal(my_codes[:, :, 7:44], codes)
+    torch.testing.assert_close(my_scales[:, :, :, 7:44], scales, rtol=0, atol=0, equal_nan=True)
+    for untouched in (my_codes[:, :, :7], my_codes[:, :, 44:], my_scales[:, :, :, :7], my_scales[:, :, :, 44:]):
+        assert (untouched == 7).all()
+    mine = kernels.dequantize(my_codes, my_scales, 7, 44, bits, dtype)
+    expected = reference.dequantize(codes, scales, bits).to(dtype)
+    torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("source,destination,length", [(7, 3, 30), (3, 7, 30), (0, 40, 10), (5, 5, 5), (0, 1, 0)])
+def test_move_copies_bits(kernels, source, destination, length):
+    codes, scales = reference.quantize(torch.randn(2, 3, 50, 64), 2, 32)
+    for view in (lambda x, token: x, lambda x, token: x.transpose(1, token).contiguous().transpose(1, token)):
+        mine, my_scales = view(codes.clone(), 2), view(scales.clone(), 3)
+        kernels.move(mine, my_scales, source, destination, length)
+        expected, expected_scales = codes.clone(), scales.clone()
+        expected[:, :, destination : destination + length] = codes[:, :, source : source + length]
+        expected_scales[:, :, :, destination : destination + length] = scales[:, :, :, source : source + length]
+        assert torch.equal(mine, expected) and torch.equal(my_scales, expected_scales)
+
+
+@pytest.mark.parametrize("length", [1, 33])
+def test_operators_pass_opcheck(length):
+    arguments = make(length=length)
+    codes, scales = arguments[1], arguments[2]
+    torch.library.opcheck(torch.ops.jkv.attention.default, arguments)
+    torch.library.opcheck(torch.ops.jkv.append.default, (codes, scales, torch.randn(1, 2, 9, 64), 3, 2))
+    torch.library.opcheck(torch.ops.jkv.move.default, (codes, scales, 3, 7, 20))
+    torch.library.opcheck(torch.ops.jkv.dequantize.default, (codes, scales, 3, 7, 2, torch.bfloat16))
+
+
+def test_ranges_outside_the_cache_are_errors():
+    arguments = make()
+    arguments[5] = [0, 301]
+    with pytest.raises(RuntimeError, match="do not lie within"):
+        ops.attention(*arguments)
