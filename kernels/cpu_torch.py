@@ -1,7 +1,6 @@
-"""CPU kernels in blocks of plain torch: nothing is ever held that is larger than one head's slice of one block.
+"""CPU kernels in plain torch, for machines without a compiler: no more than one block of keys is ever unpacked.
 
-Keys are taken `BLOCK` at a time through one online softmax. The correction is folded into the QK product as extra
-columns: [q, -s/24·‖q_g‖²]·[k̂, Δ_g²] gives corrected scores from one matrix product.
+Keys are taken `BLOCK` at a time through one online softmax.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -75,7 +75,12 @@ def attention(
         weights = scores.sub_(safe).exp_()
         shrink = (peak - safe).exp()
         total = total * shrink + weights.sum(-1, keepdim=True)
-        output.mul_(shrink).add_((weights.to(dtype) @ values.to(dtype)).float())
+        weights, values = weights.to(dtype), values.to(dtype)
+        if (
+            tail := -values.shape[2] % 32
+        ):  # oneDNN's bf16 product reads rows past their end: a NaN would leak from the next
+            weights, values = F.pad(weights, (0, tail)), F.pad(values, (0, 0, 0, tail))
+        output.mul_(shrink).add_((weights @ values).float())
         peak = new_peak
 
     column = 0

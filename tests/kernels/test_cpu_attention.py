@@ -7,9 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
-
 from jkv_compile.kernels import cpu_cpp, cpu_torch, layout, ops, reference
+from torch import Tensor
 
 BOUND = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # The pure-torch path rounds scores to the queries' dtype.
@@ -122,7 +121,7 @@ CASES = {
     "nothing cached": {"ranges": []},
     "no current keys": {"current": 0},
     "uncorrected": {"correction": "none"},
-    "exact correction": {"correction": "exact", "length": 7},
+    "exact correction": {"correction": "exact", "length": 7, "tokens": 40},
 }
 
 
@@ -162,8 +161,9 @@ def test_any_strides(kernels, length):
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
     batch_view = torch.cat((key_codes, key_codes))[1:3]
-    check(kernels, [tokens_first(query), batch_view.flip(0), key_scales, value_codes[:, :, 5:], value_scales[:, :, :, 5:],
-                    [0, 200, 250, 290], tokens_first(key), tokens_first(value), rest[0][..., 10 : 10 + 273], *rest[1:]])  # fmt: skip
+    later = (value_codes[:, :, 5:], value_scales[:, :, :, 5:], [0, 200, 250, 290])
+    full = (tokens_first(key), tokens_first(value), rest[0][..., 10 : 10 + 273])
+    check(kernels, [tokens_first(query), batch_view, key_scales, *later, *full, *rest[1:]])
 
 
 @pytest.mark.parametrize("length", [1, 20])
