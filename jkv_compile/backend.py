@@ -17,7 +17,7 @@ from .config import Config
 from .errors import NoCachedAttentionError, NotRewrittenWarning
 from .passes.pipeline import Plan, plan_graph
 from .report import GraphReport, MemoryReport
-from .runtime import first_contact, packed_call, recorded_call
+from .runtime import Seen, first_contact, packed_call, recorded_call, watched_call
 from .store import Store
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class State:
         self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
         self.reports: list[GraphReport] = []
         self.written = Written()
+        self.seen = Seen()
 
 
 _states: weakref.WeakValueDictionary[Config, State] = weakref.WeakValueDictionary()
@@ -93,7 +94,11 @@ class JKVBackend:
         if plan.outcome == "eager":
             return gm.forward
         if plan.outcome == "adopted":
-            return first_contact(gm, plan, self.config, self._state.stores, self._state.written)
+            return first_contact(gm.forward, plan, self.config, self._state.stores, self._state.written)
+        if plan.outcome == "watched":
+            inner = compile_plain(gm, list(example_inputs))
+            state = self._state
+            return watched_call(inner, plan, self.config, state.stores, state.written, state.seen)
         return packed_call(plan, compile_plain(plan.rewritten.graph, plan.inner_inputs(example_inputs)))
 
     def _complain(self, plan: Plan) -> None:

@@ -62,13 +62,20 @@ class Rejected:
 
 @dataclass
 class GraphReport:
-    """One graph that the backend compiled."""
+    """One graph that the backend compiled.
+
+    Attributes:
+        outcome: "untouched", "adopted", "watched", "packed" or "eager"; see `passes.pipeline.Plan`.
+        before, after: the graph as text, as Dynamo made it and as it was rewritten ("" where it was not).
+    """
 
     nodes: int
-    outcome: str  # "untouched", "adopted", "packed" or "eager"
+    outcome: str
     matches: list[Match] = field(default_factory=list)
     rejections: list[Rejected] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from .adopt import Written, adopt, obstacle
 from .config import Config
@@ -89,11 +89,12 @@ def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any,
 
 
 def first_contact(
-    gm: GraphModule, plan: Plan, config: Config, stores: Any, written: Written
+    otherwise: Callable[..., Any], plan: Plan, config: Config, stores: Any, written: Written
 ) -> Callable[..., Any]:
     """Adopt the plain caches among the arguments, then run the rewritten graph as it is.
 
     Dynamo recompiles as soon as it sees the packed caches: this graph runs once per cache and is not worth a compilation.
+    Where the caches cannot be adopted after all, `otherwise` (the graph as it was) runs, and a warning says why.
     """
     rewritten = plan.rewritten
     assert rewritten is not None
@@ -107,7 +108,7 @@ def first_contact(
                 reason = obstacle(owner, views=int(owner is not args[argument]))
             if reason is not None:
                 warnings.warn(f"jkv: a cache stays in full precision: {reason}", NotRewrittenWarning, stacklevel=2)
-                return gm.forward(*args)
+                return otherwise(*args)
         for argument, cache in rewritten.caches.items():
             owner, value = owners[argument], args[argument]
             assert owner is not None
@@ -122,6 +123,37 @@ def first_contact(
         return run_packed(*args)
 
     return call
+
+
+def watched_call(
+    inner: Callable[..., Any], plan: Plan, config: Config, stores: Any, written: Written, seen: Seen
+) -> Callable[..., Any]:
+    """Call `inner`, until the tensors that would be caches come a second time; then adopt them."""
+    rewritten = plan.rewritten
+    assert rewritten is not None
+    adopting = first_contact(inner, plan, config, stores, written)
+
+    def call(*args: Any) -> Any:
+        again = [seen.before(args[i]) for i in rewritten.caches]
+        return adopting(*args) if all(again) else inner(*args)
+
+    return call
+
+
+class Seen:
+    """Tensors that graphs have been called with, by identity."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Any] = {}
+
+    def before(self, tensor: Tensor) -> bool:
+        """Whether this very tensor has been asked about before."""
+        key = id(tensor)
+        known = self._tensors.get(key)
+        if known is not None and known() is tensor:
+            return True
+        self._tensors[key] = weakref.ref(tensor, lambda _: self._tensors.pop(key, None))
+        return False
 
 
 def _owner(value: Tensor, elsewhere: bool, written: Written) -> Tensor | None:

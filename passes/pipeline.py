@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..geometry import same
 from ..packed import PackedKV
 from ..report import GraphReport, Match, Rejected
 from .attention_forms import as_attention
+from .printing import graph_text
 from .rewrite import CachePlan, Rewritten, copy_graph, rewrite
-from .segments import Cached
+from .segments import Cached, Fresh
 from .tracking import Append, Attend, Holder, Tracker, Tracking, example
 
 
@@ -36,6 +37,7 @@ class Plan:
     """What becomes of a graph.
 
     outcome: "untouched", it has nothing to do with a cache; "adopted", its plain caches are packed when it is called;
+    "watched", it attends to tensors that are caches if they come again in a later call, and are packed then;
     "packed", its caches are packed already; "eager", it does to a packed cache what only eager code can express.
     """
 
@@ -77,7 +79,7 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
     owners = _owners(placeholders, example_inputs, written)
     tracking = Tracker(copied.graph, {placeholders[i]: owner for i, owner in owners.items()}).run()
     attentions = sum(as_attention(n) is not None for n in copied.graph.nodes)
-    report = GraphReport(len(copied.graph.nodes), "untouched")
+    report = GraphReport(len(copied.graph.nodes), "untouched", before=graph_text(copied.graph))
     report.rejections = [
         Rejected(source_line(r.node), r.reason) for r in tracking.rejections if any(_looks_cached(c) for c in r.caches)
     ]
@@ -92,18 +94,22 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         return Plan("eager", report, attentions)
 
     plans = {h: _packed_plan(h) for h in packed}
-    fresh_plans = {} if packed else _choose(tracking, position, example_inputs, owners, config, report)
-    plans |= fresh_plans
+    outcome = "packed"
+    if not packed:
+        for outcome, is_cache in (("adopted", _gathers), ("watched", _may_persist)):
+            plans = _choose(tracking, is_cache, position, example_inputs, owners, config, report)
+            if plans:
+                break
     if not plans:
         plan = Plan("untouched", report, attentions)
         plan.symbols = _symbol_arguments(placeholders)
         plan.written = _written_ranges(tracking, position, plan.symbols)
         return plan
-    outcome = "adopted" if fresh_plans else "packed"
     report.outcome = outcome
     report.caches = [h.node.name for h in plans]
     report.matches = [_match(a) for a in tracking.attends if a.key_cache in plans and a.value_cache in plans]
     rewritten = rewrite(copied, tracking, plans, config.correction)
+    report.after = graph_text(rewritten.graph.graph)
     return Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
 
 
@@ -125,22 +131,23 @@ def _packed_plan(holder: Holder) -> CachePlan:
 
 def _choose(
     tracking: Tracking,
+    is_cache: Callable[[Attend, Holder, bool], bool],
     position: dict[Node, int],
     example_inputs: Sequence[Any],
     owners: dict[int, Tensor],
     config: Config,
     report: GraphReport,
 ) -> dict[Holder, CachePlan]:
-    """The plain caches to pack: written in slices, here or elsewhere, and read by attention as keys and as values."""
+    """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for."""
     plans: dict[Holder, CachePlan] = {}
     for attend in tracking.attends:
         pair = (attend.key_cache, attend.value_cache)
-        if not all(_is_cache(h, position[h.node] in owners) for h in pair):
+        if not all(is_cache(attend, h, position[h.node] in owners) for h in pair):
             continue
         for holder in pair:
-            argument = position[holder.node]
-            tensor = owners.get(argument, example_inputs[argument])
-            reason = next(iter(holder.blockers), None) or obstacle(tensor, views=int(argument in owners and owners[argument] is not example_inputs[argument]))
+            value = example_inputs[position[holder.node]]
+            owner = owners.get(position[holder.node], value)
+            reason = next(iter(holder.blockers), None) or obstacle(owner, views=int(owner is not value))
             if reason is not None:
                 report.rejections.append(Rejected(source_line(attend.call.node), f"{holder.node.name}: {reason}"))
                 break
@@ -153,9 +160,14 @@ def _choose(
     return plans
 
 
-def _is_cache(holder: Holder, written_elsewhere: bool) -> bool:
+def _gathers(attend: Attend, holder: Holder, written_elsewhere: bool) -> bool:
     """A cache gathers tokens: it is written slice by slice, never as a whole (as what is computed once from a context)."""
     return written_elsewhere or _looks_cached(holder)
+
+
+def _may_persist(attend: Attend, holder: Holder, written_elsewhere: bool) -> bool:
+    """Attended together with tokens of this graph: the past, if it is still there in a later call."""
+    return any(isinstance(s.content, Fresh) for s in attend.key)
 
 
 def _looks_cached(holder: Holder) -> bool:

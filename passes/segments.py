@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..geometry import same
 
@@ -95,8 +96,10 @@ def at_most(a: int, b: int) -> bool:
     The answer for the values at hand is guarded on, never more strictly than this: a guard `a < b` would have the graph
     compiled anew the day they meet.
     """
-    if same(a, b):
+    if same(a, b) or statically_known_true(a <= b):
         return True
+    if statically_known_true(b <= a):
+        return False
     if _hint(a) <= _hint(b):
         return _guard(a <= b)
     return not _guard(b <= a)

@@ -179,11 +179,12 @@ class Tracker:
             shaped = value if owner is None else owner
             if shaped.dim() != 4 or value.requires_grad or (owner is None and not _is_dense(value)):
                 return
-            if owner is None and not self.roles.is_written(value):
-                return  # an ordinary input
-            token_axis = self.roles.token_axis(value, tuple(shaped.shape), shaped.stride())
+            token_axis = self.roles.axes.get(node)
+            if token_axis is not None and owner is not None:
+                window = locate(value.size(), value.stride(), value.storage_offset(), owner.shape, owner.stride())
+                token_axis = None if window is None else window.axes[token_axis]
             if token_axis is None:
-                return
+                return  # an ordinary input
             holder = Holder(node, tuple(shaped.shape), shaped.stride(), value.dtype, token_axis, None)
         holder.segments = [Segment(0, holder.shape[holder.token_axis], Cached(node, 0, -1))]
         self.holders[identity(value)] = holder
@@ -260,10 +261,8 @@ class Tracker:
         value = example(node)
         if not isinstance(value, Tensor):
             return False
-        concatenated = node.op == "call_function" and node.target in CONCATENATIONS
-        if not concatenated and not (_name(node) in COPIES and node.args and isinstance(node.args[0], Node)):
-            return False
-        parts: list[Node] = list(node.args[0]) if concatenated else [node.args[0]]  # type: ignore[arg-type]
+        concatenated = node.target in CONCATENATIONS
+        parts = _copied(node)
         source = next((h for p in parts if (h := self._holder(p)) is not None), None)
         if source is None or value.dim() != example(parts[0]).dim() or value.device != example(parts[0]).device:
             return False
@@ -388,39 +387,80 @@ class Tracker:
 
 
 class Roles:
-    """Which dimension of a plain cache tensor runs along tokens, from how the graph uses it."""
+    """Which dimension of each plain input runs along tokens, from how the graph uses it.
+
+    Followed backwards from the third dimension of attention's keys and values, through views, copies and
+    concatenations. An input that no attention of this graph reads is told by being written in slices along one dimension.
+    """
 
     def __init__(self, graph: torch.fx.Graph) -> None:
-        self.views: dict[int, list[tuple[Tensor, bool]]] = {}  # storage -> views of it, and whether attention uses them
-        self.written: set[int] = set()
-        attended = {a for n in graph.nodes if (call := as_attention(n)) is not None for a in (call.key, call.value)}
+        self.first: dict[int, Node] = {}  # storage -> the node that first holds it
+        self.axes: dict[Node, int] = {}  # by input
+        written: dict[Node, set[int]] = {}
         for node in graph.nodes:
+            if isinstance(value := example(node), Tensor):
+                self.first.setdefault(identity(value), node)
             write = _as_write(node)
-            for value, is_attended in ((example(node), node in attended), (write[0] if write else None, False)):
-                if isinstance(value, Tensor):
-                    self.views.setdefault(identity(value), []).append((value, is_attended))
-            if write is not None:
-                self.written.add(identity(write[0]))
+            if write is not None and (base := self.first.get(identity(write[0]))) is not None:
+                window = self._locate(write[0], base)
+                shape = example(base).shape
+                partial = {a for a in range(len(shape)) if window is not None and not window.covers(shape, a)}
+                written.setdefault(base, set()).update(partial)
+        for node in graph.nodes:
+            if (call := as_attention(node)) is not None:
+                self._follow(call.key, 2)
+                self._follow(call.value, 2)
+        for base, partial in written.items():
+            if len(partial) == 1:
+                self.axes.setdefault(base, partial.pop())
 
-    def is_written(self, value: Tensor) -> bool:
-        return identity(value) in self.written
+    def _follow(self, node: Any, dim: int) -> None:
+        value = example(node)
+        if not isinstance(value, Tensor) or isinstance(value, PackedKV) or dim >= value.dim():
+            return
+        base = self.first[identity(value)]
+        window = self._locate(value, base)
+        axis = None if window is None else window.axes[dim]
+        if axis is None:
+            return
+        if base.op == "placeholder":
+            shape = example(base).shape
+            left = [a for a in range(len(shape)) if not window.covers(shape, a)]
+            self.axes.setdefault(base, left[0] if same(value.shape[dim], 1) and len(left) == 1 else axis)
+        else:
+            for part in _copied(base):
+                self._follow(part, axis)
 
-    def token_axis(self, cache: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-        """The third dimension of what attention reads; else the only dimension that is ever taken in part."""
-        partial = set()
-        for view, is_attended in self.views[identity(cache)]:
-            window = locate(view.size(), view.stride(), view.storage_offset(), shape, strides)
-            if window is None:
-                continue
-            if is_attended and len(window.axes) == 4:
-                left = [a for a in range(4) if window.lengths[a] is not shape[a] and not window.covers(shape, a)]
-                return left[0] if same(view.shape[2], 1) and left else window.axes[2]
-            partial |= {a for a in range(len(shape)) if not window.covers(shape, a)}
-        return partial.pop() if len(partial) == 1 else None
+    def _locate(self, value: Tensor, base: Node) -> Window | None:
+        whole = example(base)
+        if isinstance(whole, PackedKV):
+            return None
+        return locate(
+            value.size(), value.stride(), value.storage_offset() - whole.storage_offset(), whole.shape, whole.stride()
+        )
+
+
+def _copied(node: Node) -> list[Node]:
+    """What a node copies (several tensors, where it concatenates); empty where it is no copy."""
+    if node.op == "call_function" and node.target in CONCATENATIONS and isinstance(node.args[0], (list, tuple)):
+        return list(node.args[0])  # type: ignore[arg-type]
+    if _name(node) in COPIES and node.args and isinstance(node.args[0], Node):
+        return [node.args[0]]
+    return []
 
 
 def _is_dense(value: Tensor) -> bool:
-    return value.is_contiguous() and same(value.storage_offset(), 0)
+    """Whether a tensor fills its memory without gaps, in whatever order of dimensions."""
+    expected = 1
+    for n, stride in sorted(zip(value.shape, value.stride()), key=lambda d: (_hint(d[1]), _hint(d[0]))):
+        if not same(n, 1) and not same(stride, expected):
+            return False
+        expected = expected * n
+    return same(value.storage_offset(), 0)
+
+
+def _hint(n: int) -> int:
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
 
 
 def _renamed(content: Cached | Fresh, axes: tuple[int | None, ...]) -> Cached | Fresh:

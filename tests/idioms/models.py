@@ -1,0 +1,230 @@
+"""One small model per way of holding a cache, each written as the models that use it write it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEADS, HEAD_DIM, CHUNK = 2, 32, 8
+DIM = HEADS * HEAD_DIM
+
+
+class Projections(nn.Module):
+    def __init__(self, heads: int = HEADS, head_dim: int = HEAD_DIM) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.qkv, self.out = nn.Linear(heads * head_dim, 3 * heads * head_dim), nn.Linear(heads * head_dim, heads * head_dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each `[B, n, H, D]`."""
+        b, n, _ = x.shape
+        return self.qkv(x).view(b, n, 3, self.heads, self.head_dim).unbind(2)  # type: ignore[return-value]
+
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All `[B, n, H, D]`."""
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+def rope(x: Tensor, start: int = 0, interleaved: bool = True) -> Tensor:
+    """Rotary embedding of `[B, n, H, D]` at positions `start …`."""
+    n, d = x.shape[1], x.shape[-1]
+    freqs = 1.0 / 100 ** (torch.arange(0, d, 2, device=x.device) / d)
+    angle = torch.outer(torch.arange(n, device=x.device) + start, freqs)[None, :, None]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+class RollingCache(Projections):
+    """A′ (Self-Forcing): end indices in tensors, a full buffer evicts by rolling and keeps a sink."""
+
+    def __init__(self, sink: int = 4, tokens: int = 32) -> None:
+        super().__init__()
+        self.sink, self.tokens = sink, tokens
+
+    def new_cache(self) -> dict[str, Tensor]:
+        cache = {name: torch.zeros(1, self.tokens, self.heads, self.head_dim) for name in ("k", "v")}
+        return cache | {name: torch.tensor([0], dtype=torch.long) for name in ("global_end", "local_end")}
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        q, k, v = self.project(x)
+        q, k = rope(q, start), rope(k, start)
+        n, end = q.shape[1], start + q.shape[1]
+        global_end, local_end = cache["global_end"].item(), cache["local_end"].item()
+        if end > global_end and n + local_end > self.tokens:
+            evicted = n + local_end - self.tokens
+            kept = local_end - evicted - self.sink
+            for name in ("k", "v"):
+                old = cache[name][:, self.sink + evicted : self.sink + evicted + kept].clone()
+                cache[name][:, self.sink : self.sink + kept] = old
+            local_end = local_end - evicted
+        last = local_end + end - global_end
+        cache["k"][:, last - n : last] = k
+        cache["v"][:, last - n : last] = v
+        out = self.sdpa(q, cache["k"][:, :last], cache["v"][:, :last])
+        cache["global_end"].fill_(end)
+        cache["local_end"].fill_(last)
+        return out
+
+
+class FixedPast(Projections):
+    """B (LongCat-Video, HY-WorldPlay): a past that an earlier call produced is concatenated at each read."""
+
+    def __init__(self, rope_on_read: str = "") -> None:
+        super().__init__()
+        self.rope_on_read = rope_on_read
+
+    def produce(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, k, v = self.project(x)
+        return k.transpose(1, 2).clone(), v.transpose(1, 2).clone()
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.project(x)
+        k = torch.cat([past[0].to(k.dtype), k.transpose(1, 2)], dim=2)
+        v = torch.cat([past[1].to(v.dtype), v.transpose(1, 2)], dim=2)
+        q = q.transpose(1, 2)
+        if self.rope_on_read:
+            flag = self.rope_on_read == "interleaved"
+            k = rope(k.transpose(1, 2), 0, flag).transpose(1, 2)
+            q = rope(q.transpose(1, 2), past[0].shape[2], flag).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+class CloneEditAttend(Projections):
+    """C (LongLive): a temporary copy is edited and attended; the cache itself is written below, or after the call."""
+
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        temp_k, temp_v = cache["k"].clone(), cache["v"].clone()
+        temp_k[:, start:end] = k
+        temp_v[:, start:end] = v
+        out = self.sdpa(q, temp_k[:, :end], temp_v[:, :end])
+        if self.write:
+            cache["k"][:, start:end] = k
+            cache["v"][:, start:end] = v
+        return out, k, v
+
+
+class KeysBesideValues(Projections):
+    """D (MAGI-1): one tensor `[S, H, 2 D]`, read before it is written, attention in another graph."""
+
+    def forward(self, x: Tensor, cache: Tensor, start: int) -> Tensor:
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        kv = torch.cat([k[0], v[0]], -1)
+        past = cache[:start]
+        cache[start:end] = kv
+        kv = torch.cat([past, kv], 0)
+        keys, values = kv.chunk(2, -1)
+        torch._dynamo.graph_break()
+        return self.sdpa(q, keys[None], values[None])
+
+
+class StackedKeysValues(Projections):
+    """E (AnyFlow-FAR): keys and values stacked on dimension 0; one call writes, another reads."""
+
+    def write(self, x: Tensor, cache: Tensor, start: int) -> None:
+        _, k, v = self.project(x)
+        end = start + x.shape[1]
+        cache[0, :, :, start:end] = k.transpose(1, 2)
+        cache[1, :, :, start:end] = v.transpose(1, 2)
+
+    def forward(self, x: Tensor, cache: Tensor, length: int) -> Tensor:
+        q, k, v = self.project(x)
+        keys = torch.cat([cache[0, :, :, :length], k.transpose(1, 2)], 2)
+        values = torch.cat([cache[1, :, :, :length], v.transpose(1, 2)], 2)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+class Composite(Projections):
+    """F (Rolling-Forcing): the attended keys are a concatenation of a sink, a window and the current chunk."""
+
+    def __init__(self, sink: int = 4, window: int = 16) -> None:
+        super().__init__()
+        self.sink, self.window = sink, window
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        first = max(self.sink, start - self.window)
+        keys = torch.cat([cache["k"][:, : self.sink], cache["k"][:, first:start], k], 1)
+        values = torch.cat([cache["v"][:, : self.sink], cache["v"][:, first:start], v], 1)
+        out = self.sdpa(q, keys, values)
+        cache["k"][:, start:end] = k
+        cache["v"][:, start:end] = v
+        return out
+
+
+class MaskedBuffer(Projections):
+    """G (transformers StaticCache): `index_copy_` at positions held in a tensor, a mask hides the rest of the buffer."""
+
+    def __init__(self, additive: bool = False) -> None:
+        super().__init__()
+        self.additive = additive
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], positions: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        cache["k"].index_copy_(2, positions, k.transpose(1, 2))
+        cache["v"].index_copy_(2, positions, v.transpose(1, 2))
+        mask = torch.arange(cache["k"].shape[2])[None, :] <= positions[:, None]
+        if self.additive:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), cache["k"], cache["v"], attn_mask=mask[None, None])
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+class GrowingPast(Projections):
+    """H (`past_key_values`): the concatenation is attended and returned."""
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self.project(x)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        return self.out(o.transpose(1, 2).flatten(2)), (k, v)
+
+
+class RolledBuffer(Projections):
+    """I (transformers' sliding cache): the buffer is rolled and copied back as a whole."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        q, k, v = self.project(x)
+        n = x.shape[1]
+        full_k = torch.cat([cache["k"][:, n:], k], 1)
+        full_v = torch.cat([cache["v"][:, n:], v], 1)
+        cache["k"].copy_(full_k)
+        cache["v"].copy_(full_v)
+        return self.sdpa(q, full_k, full_v)
+
+
+class LazyBuffers(Projections):
+    """J (SkyReels-V2 with a cache): module attributes, None until the first forward allocates them."""
+
+    def __init__(self, tokens: int = 64) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.k_cache: Tensor | None = None
+        self.v_cache: Tensor | None = None
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        if self.k_cache is None or self.v_cache is None:
+            self.k_cache = torch.zeros(1, self.tokens, self.heads, self.head_dim, dtype=k.dtype)
+            self.v_cache = torch.zeros(1, self.tokens, self.heads, self.head_dim, dtype=v.dtype)
+        self.k_cache[:, start:end] = k
+        self.v_cache[:, start:end] = v
+        return self.sdpa(q, self.k_cache[:, :end], self.v_cache[:, :end])
