@@ -204,21 +204,23 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
     """One attention over the given heads, split over the keys where there are too few rows to fill the device."""
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
-    rows = heads // kv_heads * length
+    grouped = heads > kv_heads and length < meta.BLOCK_M
+    grid_heads, rows = (kv_heads, heads // kv_heads * length) if grouped else (heads, length)
     n_cached = sum(b - a for a, b in spans)
     grid_rows = triton.cdiv(rows, meta.BLOCK_M)
     tiles = triton.cdiv(n_cached, meta.BLOCK_N) + triton.cdiv(key.shape[2], meta.BLOCK_N)
-    splits = splits_of(grid_rows * batch * kv_heads, tiles, processors_of(query.device))
+    splits = splits_of(grid_rows * batch * grid_heads, tiles, processors_of(query.device))
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split) if tiles else 1
 
+    meta = meta._replace(GROUPED=grouped)
     prepared = query
     arch = ARCHITECTURES[architecture_of(query.device)]
     if arch.prepared and meta.CACHED != "none" and meta.BLOCK_M >= 64:
         meta = meta._replace(PREPARED=True)
         prepared = query.new_empty(batch, heads, length, meta.HEAD_DIM + meta.COLUMNS, dtype=torch.float16)
-        prepare_kernel[(triton.cdiv(rows, 64), batch * kv_heads)](
-            query, prepared, query.stride()[:3], kv_heads, rows, length, scale, 64, meta.HEAD_DIM, meta.KEY_EIGHTH,
+        prepare_kernel[(triton.cdiv(length, 64), batch * heads)](
+            query, prepared, query.stride()[:3], heads, length, scale, 64, meta.HEAD_DIM, meta.KEY_EIGHTH,
             meta.KEY_GROUPS, meta.COLUMNS,
         )  # fmt: skip
 
@@ -237,19 +239,19 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
         column += stop - start
     shifts = (shifts + [0] * 7)[:7]
     words = _word_strides if meta.CACHED == "packed" else _code_strides
-    attention_kernel[(grid_rows, batch * kv_heads, splits)](
+    attention_kernel[(grid_rows, batch * grid_heads, splits)](
         query, key_store, key_scales, value_store, value_scales, prepared, prepared, key, value,
         query if mask is None else mask, target, target_lse,
-        query.stride()[:3], _code_strides(key_store), words(key_scales), _code_strides(value_store),
+        query.stride()[:3], prepared.stride()[:2], _code_strides(key_store), words(key_scales), _code_strides(value_store),
         words(value_scales), (0, 0, 0), key.stride()[:3], value.stride()[:3],
         (0, 0, 0, 0) if mask is None else mask.stride(), output_strides, lse_strides,
-        kv_heads, rows, length, key.shape[2], n_cached, *shifts, 0, per_split, scale, meta, **options,
+        grid_heads, heads // kv_heads, rows, length, key.shape[2], n_cached, *shifts, 0, per_split, scale, meta, **options,
     )  # fmt: skip
     if splits > 1:
         lanes = 8 * meta.VALUE_EIGHTH
-        merge_kernel[(triton.cdiv(rows, 16), batch * kv_heads)](
-            target, target_lse, output, lse, output.stride()[:3], lse.stride(0), splits, rows, length, kv_heads,
-            meta.VALUE_DIM, lanes, 16,
+        merge_kernel[(triton.cdiv(heads * length, 16), batch)](
+            target, target_lse, output, lse, output.stride()[:3], lse.stride(0), splits,
+            heads * length, length, meta.VALUE_DIM, lanes, 16,
         )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Meta(NamedTuple):
     MASK: str = "none"  # "boolean", "additive" or "none"
     CAUSAL: bool = False
     SPLIT: bool = False
+    GROUPED: bool = False  # rows of a tile are queries of several heads that share keys
     PREPARED: bool = False  # cached phase reads its query from `prepare_kernel`
     PTX: bool = False  # unpack with PTX rather than portable integer operations
     FENCE: bool = False
@@ -97,22 +98,25 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
     m_column = i_column < n_cached
     if META.CACHED == "packed":
         i_token = _token_of_column(i_column, spans, META.RANGES)
-        b_key, b_words = dequantize_tile(
+        b_key, b_steps = dequantize_tile(
             p_keys, p_key_scales, i_token, m_column, key_stride, key_group_stride, META.KEY_BITS, META.KEY_GROUPS,
             META.HEAD_DIM, META.KEY_EIGHTH, MASKED, META.PTX, META.FENCE,
+            META.COLUMNS if META.PREPARED and META.CORRECTION == "taylor" else 0,
         )  # fmt: skip
     else:
         i_token = i_column
         b_key = load_dense(p_keys + i_column * key_stride, m_column, META.HEAD_DIM, META.KEY_EIGHTH, MASKED)
-    b_scores = dot(b_query, tl.trans(b_key), None, META.PRECISION)  # [BLOCK_M, BLOCK_N]
-    if META.CORRECTION == "taylor":
+    if META.CORRECTION == "taylor":  # first, so that both products share one fence
         if META.CACHED == "packed":
-            b_delta = delta_columns(b_words, META.KEY_BITS, META.COLUMNS)
+            b_delta = delta_columns(b_steps, META.KEY_BITS, META.COLUMNS)
         else:
             p_delta = p_key_scales + i_column[:, None] * META.COLUMNS + tl.arange(0, META.COLUMNS)[None, :]
             b_delta = tl.load(p_delta, mask=m_column[:, None], other=0.0) if MASKED else tl.load(p_delta)
-        b_scores = dot(b_query_columns, tl.trans(b_delta), b_scores, META.PRECISION)
-    elif META.CORRECTION == "exact":
+        b_scores = dot(b_query_columns, tl.trans(b_delta), None, META.PRECISION)
+        b_scores = dot(b_query, tl.trans(b_key), b_scores, META.PRECISION)  # [BLOCK_M, BLOCK_N]
+    else:
+        b_scores = dot(b_query, tl.trans(b_key), None, META.PRECISION)
+    if META.CORRECTION == "exact":
         b_bias = exact_bias(
             p_query_rows, m_row, p_key_scales, i_token, m_column, key_group_stride, softmax_scale, META.KEY_BITS,
             META.HEAD_DIM, META.KEY_GROUPS, META.BLOCK_M,
@@ -132,7 +136,7 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
     if META.CACHED == "packed":
         b_value, _ = dequantize_tile(
             p_values, p_value_scales, i_token, m_column, value_stride, value_group_stride, META.VALUE_BITS,
-            META.VALUE_GROUPS, META.VALUE_DIM, META.VALUE_EIGHTH, MASKED, META.PTX, META.FENCE,
+            META.VALUE_GROUPS, META.VALUE_DIM, META.VALUE_EIGHTH, MASKED, META.PTX, META.FENCE, 0,
         )  # fmt: skip
     else:
         b_value = load_dense(p_values + i_column * value_stride, m_column, META.VALUE_DIM, META.VALUE_EIGHTH, MASKED)
@@ -166,41 +170,57 @@ def _current_tile(b_acc, b_max, b_sum, b_query, first, n_current, n_cached, i_la
     return b_acc, b_max, b_sum
 
 
+@triton.jit
+def _rows_of_program(grid_heads, group, n_rows, n_query, META: tl.constexpr):
+    """Which queries of which heads this program holds: (valid `[BLOCK_M]`, head, query `[BLOCK_M]`).
+
+    Called anew for each phase, through a program id that the compiler does not recognise: rows and all addresses made
+    of them would else occupy registers from the first phase through the last.
+    """
+    i_block = tl.program_id(0)
+    if META.PTX:
+        i_block = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_block], tl.int32, is_pure=False, pack=1)
+    i_row = i_block * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
+    i_head = (tl.program_id(1) % grid_heads).to(tl.int64)
+    i_query = i_row
+    if META.GROUPED:
+        i_head = i_head * group + i_row // n_query  # [BLOCK_M]
+        i_query = i_row % n_query
+    return i_row < n_rows, i_head, i_query
+
+
 @triton.jit(
     do_not_specialize=[
-        "kv_heads", "n_rows", "n_query", "n_current", "n_cached", "shift_0", "stop_0", "shift_1", "stop_1", "shift_2",
-        "stop_2", "shift_3", "bias_phase", "tiles_per_split",
+        "grid_heads", "group", "n_rows", "n_query", "n_current", "n_cached", "shift_0", "stop_0", "shift_1", "stop_1",
+        "shift_2", "stop_2", "shift_3", "bias_phase", "tiles_per_split",
     ]
 )  # fmt: skip
 def attention_kernel(
     p_query, p_key_store, p_key_scales, p_value_store, p_value_scales, p_prepared, p_bias, p_key, p_value, p_mask,
-    p_output, p_lse, query_strides, key_store_strides, key_scale_strides, value_store_strides, value_scale_strides,
-    bias_strides, key_strides, value_strides, mask_strides, output_strides, lse_strides, kv_heads, n_rows, n_query,
-    n_current, n_cached, shift_0, stop_0, shift_1, stop_1, shift_2, stop_2, shift_3, bias_phase, tiles_per_split,
-    softmax_scale,
+    p_output, p_lse, query_strides, prepared_strides, key_store_strides, key_scale_strides, value_store_strides,
+    value_scale_strides, bias_strides, key_strides, value_strides, mask_strides, output_strides, lse_strides,
+    grid_heads, group, n_rows, n_query, n_current, n_cached, shift_0, stop_0, shift_1, stop_1, shift_2, stop_2,
+    shift_3, bias_phase, tiles_per_split, softmax_scale,
     META: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row blocks, batch · kv_heads, splits of the keys). Strides count elements.
+    """Grid: (row blocks, batch · heads, splits of the keys); with `GROUPED` they are the keys' heads.
 
-    Scale words are addressed as int32 pairs. With `SPLIT`, outputs are float32 partial results that `merge_kernel`
-    joins by their log-sum-exp.
+    Strides count elements, of scales their 32-bit words. With `SPLIT`, outputs are float32 partial results, which
+    `merge_kernel` joins by their log-sum-exp.
     """
-    i_batch_head = tl.program_id(1)
-    i_batch = (i_batch_head // kv_heads).to(tl.int64)
-    i_kv_head = (i_batch_head % kv_heads).to(tl.int64)
+    i_batch = (tl.program_id(1) // grid_heads).to(tl.int64)
+    i_kv_head = (tl.program_id(1) % grid_heads // (1 if META.GROUPED else group)).to(tl.int64)
     i_split = tl.program_id(2).to(tl.int64)
     scale = softmax_scale * LOG2E
 
-    i_row = tl.program_id(0) * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
-    m_row = i_row < n_rows
-    i_head = i_kv_head * (n_rows // n_query) + i_row // n_query  # [BLOCK_M]
-    i_query = i_row % n_query
+    m_row, i_head, i_query = _rows_of_program(grid_heads, group, n_rows, n_query, META)
     p_query_rows = p_query + i_batch * query_strides[0] + i_head * query_strides[1] + i_query * query_strides[2]
 
     p_mask_rows = p_mask
     p_bias_rows = p_bias
     if META.MASK != "none":
-        p_mask_rows = p_mask + i_batch * mask_strides[0] + i_head * mask_strides[1] + i_query * mask_strides[2]
+        p_mask_rows = p_mask + i_batch * mask_strides[0] + i_head * mask_strides[1]
+        p_mask_rows += i_query.to(tl.int64) * mask_strides[2]
     if META.CORRECTION == "block":
         p_bias_rows = p_bias + i_batch * bias_strides[0] + i_head * bias_strides[1] + i_query * bias_strides[2]
     rows = (p_query_rows, p_mask_rows, p_bias_rows, m_row, mask_strides[3], bias_phase, softmax_scale)
@@ -224,7 +244,8 @@ def attention_kernel(
             p_scales += i_batch * value_scale_strides[0] + i_kv_head * value_scale_strides[1]
             value_store = (p_values, p_scales, value_store_strides[2], value_scale_strides[2])
         if META.PREPARED:
-            p_rows = p_prepared + (i_batch_head.to(tl.int64) * n_rows + i_row) * (META.HEAD_DIM + META.COLUMNS)
+            p_rows = p_prepared + i_batch * prepared_strides[0] + i_head * prepared_strides[1]
+            p_rows += i_query * (META.HEAD_DIM + META.COLUMNS)
             b_query = load_dense(p_rows, m_row, META.HEAD_DIM, META.KEY_EIGHTH, True)
             b_query_columns = b_query
             if META.CORRECTION == "taylor":
@@ -264,6 +285,8 @@ def attention_kernel(
                 )  # fmt: skip
 
     if META.CURRENT:
+        m_row, i_head, i_query = _rows_of_program(grid_heads, group, n_rows, n_query, META)
+        p_query_rows = p_query + i_batch * query_strides[0] + i_head * query_strides[1] + i_query * query_strides[2]
         b_query = load_dense(p_query_rows, m_row, META.HEAD_DIM, META.KEY_EIGHTH, True)  # not held through phase one
         p_keys = p_key + i_batch * key_strides[0] + i_kv_head * key_strides[1]
         p_values = p_value + i_batch * value_strides[0] + i_kv_head * value_strides[1]
@@ -292,6 +315,7 @@ def attention_kernel(
                 key_strides[2], value_strides[2], rows, scale, META, True,
             )  # fmt: skip
 
+    m_row, i_head, i_query = _rows_of_program(grid_heads, group, n_rows, n_query, META)
     m_seen = b_sum > 0  # a fully masked row is zero, as in F.scaled_dot_product_attention
     b_acc = b_acc / tl.where(m_seen, b_sum, 1.0)[:, None]
     b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) / LOG2E, -float("inf"))
@@ -301,5 +325,5 @@ def attention_kernel(
     p_out = p_rows[:, None] + channel_of_lane(i_lane, META.VALUE_DIM // 8, META.VALUE_EIGHTH)[None, :]
     m_out = m_row[:, None] & lane_is_used(i_lane, META.VALUE_DIM // 8, META.VALUE_EIGHTH)[None, :]
     tl.store(p_out, narrow(b_acc, p_output.dtype.element_ty), mask=m_out)
-    i_lse = i_split * lse_strides[0] + i_batch * lse_strides[1] + i_kv_head * n_rows + i_row
+    i_lse = i_split * lse_strides[0] + i_batch * lse_strides[1] + i_head * n_query + i_query
     tl.store(p_lse + i_lse, b_lse, mask=m_row)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import channel_of_lane, lane_is_used, load_dense, narrow, split_scales
+from .triton_tiles import channel_of_lane, concatenate, lane_is_used, load_dense, narrow, split_scales
 
 
 @triton.jit
@@ -36,15 +36,14 @@ def query_columns(b_query, softmax_scale, HEAD_DIM: tl.constexpr, EIGHTH_PADDED:
 
 
 @triton.jit
-def delta_columns(b_words, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+def delta_columns(b_steps, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """The key side, float16 `[N, COLUMNS]`: Δ_g² in every column of group g, saturating at float16's end."""
-    N: tl.constexpr = b_words.shape[0]
-    GROUPS_PADDED: tl.constexpr = b_words.shape[1]
-    b_step, _ = split_scales(b_words)
-    b_delta = b_step * (1.0 / 2**BITS)
+    b_delta = b_steps * (1.0 / 2**BITS)
     b_square = tl.minimum(b_delta * b_delta, tl.full(b_delta.shape, 65504.0, tl.float16))
-    b_columns = tl.broadcast_to(b_square[:, None, :], (N, COLUMNS // GROUPS_PADDED, GROUPS_PADDED))
-    return tl.reshape(b_columns, (N, COLUMNS))
+    for _ in tl.static_range(6):
+        if b_square.shape[1] < COLUMNS:
+            b_square = concatenate(b_square, b_square)
+    return b_square
 
 
 @triton.jit
@@ -72,8 +71,8 @@ def exact_bias(p_query_rows, m_row, p_scales, i_token, m_token, stride_group, so
     return b_bias
 
 
-@triton.jit(do_not_specialize=["kv_heads", "n_rows", "n_query"])
-def prepare_kernel(p_query, p_prepared, query_strides, kv_heads, n_rows, n_query, softmax_scale, BLOCK_M: tl.constexpr,
+@triton.jit(do_not_specialize=["heads", "n_query"])
+def prepare_kernel(p_query, p_prepared, query_strides, heads, n_query, softmax_scale, BLOCK_M: tl.constexpr,
                    HEAD_DIM: tl.constexpr, EIGHTH_PADDED: tl.constexpr, GROUPS: tl.constexpr,
                    COLUMNS: tl.constexpr):  # fmt: skip
     """Rows `[float16 query | correction columns]`, so that the attention kernel's operands come from a plain load.
@@ -81,15 +80,14 @@ def prepare_kernel(p_query, p_prepared, query_strides, kv_heads, n_rows, n_query
     Tensor cores that read operands from shared memory (wgmma, tcgen05) get them there without passing registers only
     if they are loaded: a query converted in the kernel would occupy registers through the hot loop.
     """
-    i_batch_head = tl.program_id(1)
+    i_batch_head = tl.program_id(1).to(tl.int64)
     i_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = i_row < n_rows
-    i_head = i_batch_head % kv_heads * (n_rows // n_query) + i_row // n_query
-    p_rows = p_query + (i_batch_head // kv_heads).to(tl.int64) * query_strides[0]
-    p_rows += i_head.to(tl.int64) * query_strides[1] + (i_row % n_query).to(tl.int64) * query_strides[2]
+    m_row = i_row < n_query
+    p_rows = p_query + i_batch_head // heads * query_strides[0] + i_batch_head % heads * query_strides[1]
+    p_rows += i_row * query_strides[2]
     b_query = load_dense(p_rows, m_row, HEAD_DIM, EIGHTH_PADDED, True)
     b_columns = query_columns(b_query, softmax_scale, HEAD_DIM, EIGHTH_PADDED, GROUPS, COLUMNS)
-    p_out = p_prepared + (i_batch_head.to(tl.int64) * n_rows + i_row) * (HEAD_DIM + COLUMNS)
+    p_out = p_prepared + (i_batch_head * n_query + i_row) * (HEAD_DIM + COLUMNS)
     i_lane = tl.arange(0, 8 * EIGHTH_PADDED)
     m_out = m_row[:, None] & lane_is_used(i_lane, HEAD_DIM // 8, EIGHTH_PADDED)[None, :]
     i_channel = channel_of_lane(i_lane, HEAD_DIM // 8, EIGHTH_PADDED)

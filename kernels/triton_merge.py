@@ -8,11 +8,11 @@ import triton.language as tl
 from .triton_tiles import narrow
 
 
-@triton.jit(do_not_specialize=["splits", "n_rows", "n_query", "kv_heads"])
+@triton.jit(do_not_specialize=["splits", "n_rows", "n_query"])
 def merge_kernel(p_partial, p_partial_lse, p_output, p_lse, output_strides, lse_stride, splits, n_rows, n_query,
-                 kv_heads, VALUE_DIM: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """out = Σ_i exp(lse_i - lse)·out_i over `[splits, B·H_kv, rows, Dv]`. Grid: (row blocks, B·H_kv)."""
-    i_batch_head = tl.program_id(1).to(tl.int64)
+                 VALUE_DIM: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """out = Σ_i exp(lse_i - lse)·out_i over `[splits, B, H · L, Dv]`. Grid: (blocks of H · L rows, B)."""
+    i_batch = tl.program_id(1).to(tl.int64)
     i_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = i_row < n_rows
     i_lane = tl.arange(0, LANES)
@@ -21,7 +21,7 @@ def merge_kernel(p_partial, p_partial_lse, p_output, p_lse, output_strides, lse_
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, LANES), tl.float32)
     for i_split in range(splits):
-        i_partial = (i_split * tl.num_programs(1) + i_batch_head) * n_rows + i_row
+        i_partial = (i_split * tl.num_programs(1) + i_batch) * n_rows + i_row
         b_lse = tl.load(p_partial_lse + i_partial, mask=m_row, other=-float("inf"))
         b_partial = tl.load(p_partial + i_partial[:, None] * VALUE_DIM + i_lane[None, :], mask=m_block, other=0.0)
         b_new_max = tl.maximum(b_max, b_lse)
@@ -34,9 +34,7 @@ def merge_kernel(p_partial, p_partial_lse, p_output, p_lse, output_strides, lse_
     m_seen = b_sum > 0
     b_acc = b_acc / tl.where(m_seen, b_sum, 1.0)[:, None]
     b_lse = tl.where(m_seen, b_max + tl.log(b_sum), -float("inf"))
-    i_kv_head = i_batch_head % kv_heads
-    i_head = i_kv_head * (n_rows // n_query) + i_row // n_query
-    p_rows = p_output + i_batch_head // kv_heads * output_strides[0] + i_head * output_strides[1]
+    p_rows = p_output + i_batch * output_strides[0] + i_row // n_query * output_strides[1]
     p_rows += i_row % n_query * output_strides[2]
     tl.store(p_rows[:, None] + i_lane[None, :], narrow(b_acc, p_output.dtype.element_ty), mask=m_block)
-    tl.store(p_lse + i_batch_head // kv_heads * lse_stride + i_kv_head * n_rows + i_row, b_lse, mask=m_row)
+    tl.store(p_lse + i_batch * lse_stride + i_row, b_lse, mask=m_row)

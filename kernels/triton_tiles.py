@@ -222,10 +222,30 @@ def keep_here(b_x):
 
 
 @triton.jit
+def _steps_beside(b_u, b_step, COLUMNS: tl.constexpr):
+    """The steps `[N, G, 1]` repeated to `[N, COLUMNS]`, column c of group c % G, held by the threads that hold `b_u`.
+
+    A no-op for the machine. Left to itself, Triton gives a small tile computed from single words a layout in which no
+    thread holds two neighbours, and writes it to shared memory two bytes at a time.
+    """
+    GROUPS: tl.constexpr = b_u.shape[1]
+    b_steps = tl.broadcast_to(b_step, b_u.shape)
+    b_steps = tl.inline_asm_elementwise(
+        "mov.b32 $0, $2;", "=r,r,r", [b_u, b_steps], dtype=tl.float16, is_pure=True, pack=2
+    )
+    for _ in tl.static_range(8):
+        if b_steps.shape[2] > COLUMNS // GROUPS:
+            b_steps, _ = tl.split(tl.reshape(b_steps, (b_u.shape[0], GROUPS, b_steps.shape[2] // 2, 2)))
+    return tl.reshape(tl.permute(b_steps, (0, 2, 1)), (b_u.shape[0], COLUMNS))
+
+
+@triton.jit
 def dequantize_tile(p_codes, p_scales, i_token, m_token, stride_token, stride_group, BITS: tl.constexpr,
                     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, EIGHTH_PADDED: tl.constexpr, MASKED: tl.constexpr,
-                    PTX: tl.constexpr, FENCE: tl.constexpr):  # fmt: skip
-    """A block of packed tokens as float16 `[N, 8 · EIGHTH_PADDED]`, and its scale words `[N, GROUPS_PADDED]`.
+                    PTX: tl.constexpr, FENCE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """A block of packed tokens as float16 `[N, 8 · EIGHTH_PADDED]`, and its steps `[N, GROUPS_PADDED]`.
+
+    With `COLUMNS`, where groups tile the lanes, the steps come repeated to `[N, COLUMNS]`.
 
     `FENCE` ends the dequantization with an impure no-op. On mma.sync targets Triton would otherwise hoist the change
     to the operand's layout before the arithmetic, and every warp would unpack the whole tile.
@@ -246,9 +266,13 @@ def dequantize_tile(p_codes, p_scales, i_token, m_token, stride_token, stride_gr
     p_words = p_scales + i_token[:, None] + (i_group % GROUPS)[None, :] * stride_group
     b_words = tl.load(p_words, mask=m_token[:, None], other=0) if MASKED else tl.load(p_words)  # [N, GROUPS_PADDED]
     b_step, b_zero = split_scales(b_words)
+    b_steps = b_step
     if GROUPS == GROUPS_PADDED and EIGHTH == EIGHTH_PADDED:
         SHAPE: tl.constexpr = (N, GROUPS, HEAD_DIM // GROUPS)
-        b_x = multiply_add(tl.reshape(b_u, SHAPE), b_step[:, :, None], b_zero[:, :, None])
+        b_u = tl.reshape(b_u, SHAPE)
+        if COLUMNS > GROUPS:
+            b_steps = _steps_beside(b_u, b_step[:, :, None], COLUMNS)
+        b_x = multiply_add(b_u, b_step[:, :, None], b_zero[:, :, None])
         b_x = tl.reshape(b_x, (N, HEAD_DIM))
     elif GROUPS == 1:
         b_x = multiply_add(b_u, b_step, b_zero)
@@ -264,7 +288,7 @@ def dequantize_tile(p_codes, p_scales, i_token, m_token, stride_token, stride_gr
         b_x = multiply_add(b_u, b_step, b_zero)
     if FENCE:
         b_x = keep_here(b_x)
-    return b_x, b_words
+    return b_x, b_steps
 
 
 @triton.jit
