@@ -32,6 +32,7 @@ typedef uint16_t u16;
 typedef uint8_t u8;
 
 constexpr int KEYS = 512;         // keys per block
+constexpr int FEW_KEYS = 512;     // the same, with few query rows
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
 constexpr int ROWS = 32;          // query rows per matrix product
 constexpr int TILE = 768;         // query rows per task at most: queries and outputs stay in the second-level cache
@@ -61,7 +62,7 @@ struct Args {
   i64 causal, correction;
   char* output;  // [B, L, H, Dv]
   float* lse;    // [B, H, L]
-  i64 exact, threads, n_ranges;
+  i64 exact, few, threads, n_ranges;  // few: up to how many rows share the integer path
   i64 ranges[];
 };
 
@@ -145,13 +146,23 @@ template <int BITS> inline void unpack_row(const u8* __restrict x, i64 dim, u8* 
     }
 }
 
+// [n][WIDTH] to [WIDTH][PITCH]. All columns at once and a constant width let the compiler do it with shuffles.
+template <int WIDTH> void transpose(const u8* x, int n, u32* __restrict out) {
+  #pragma omp simd
+  for (int j = 0; j < n; j++)
+    for (int w = 0; w < WIDTH; w++) memcpy(out + w * PITCH + j, x + 4 * (WIDTH * j + w), 4);
+}
+
 // Codes of n tokens as words of four neighbouring channels, [D / 4][PITCH]: lanes are tokens.
 template <int BITS> void unpack_quads(const u8* x, i64 stride, i64 dim, int n, u32* __restrict words, u32* __restrict quads) {
   constexpr int P = BITS == 3 ? 2 : BITS;
   constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
   const int width = dim * BITS / 32, low = dim * P / 32;
-  for (int j = 0; j < n; j++)
-    for (int w = 0; w < width; w++) memcpy(words + w * PITCH + j, x + j * stride + 4 * w, 4);
+  if (stride == 32 && width == 8) transpose<8>(x, n, words);
+  else if (stride == 16 && width == 4) transpose<4>(x, n, words);
+  else
+    for (int j = 0; j < n; j++)
+      for (int w = 0; w < width; w++) memcpy(words + w * PITCH + j, x + j * stride + 4 * w, 4);
   for (int w = 0; w < low; w++)
     for (int i = 0; i < 8 / P; i++) {
       const u32* in = words + w * PITCH;
@@ -364,6 +375,7 @@ struct Plan {
   std::vector<Block> blocks;
   i64 repeat, rows, tile, tiles, splits, units;
   float scale;
+  bool few;
   float *partial_output, *partial_top, *partial_sum;  // [units][tile][Dv], [units][tile] twice, where keys are split
 };
 
@@ -400,14 +412,19 @@ template <class Op> void load_current(const Args& a, const Plan&, Scratch& s, i6
   });
 }
 
+void load_block_scales(const Args& a, const Plan& plan, Scratch& s, i64 b, i64 h, const Block& block) {
+  const Packed &k = a.keys, &v = a.values;
+  load_scales(k, k.scales + b * k.scales_b + h * k.scales_h, block.start, block.n, plan.scale * LOG2E, s.key_step.data, s.key_zero.data,
+              s.key_square.data);
+  load_scales(v, v.scales + b * v.scales_b + h * v.scales_h, block.start, block.n, 1.f, s.value_step.data, s.value_zero.data, nullptr);
+}
+
 template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
   const Packed &k = a.keys, &v = a.values;
   typename Op::word *keys = (typename Op::word*)s.keys.data, *values = (typename Op::word*)s.values.data;
   const u8* kc = k.codes + b * k.codes_b + h * k.codes_h + block.start * k.codes_s;
   const u8* vc = v.codes + b * v.codes_b + h * v.codes_h + block.start * v.codes_s;
-  load_scales(k, k.scales + b * k.scales_b + h * k.scales_h, block.start, block.n, plan.scale * LOG2E, s.key_step.data, s.key_zero.data,
-              a.correction ? s.key_square.data : nullptr);
-  load_scales(v, v.scales + b * v.scales_b + h * v.scales_h, block.start, block.n, 1.f, s.value_step.data, s.value_zero.data, nullptr);
+  load_block_scales(a, plan, s, b, h, block);
   by_bits(k.bits, [&](auto bits) {
     unpack_quads<bits>(kc, k.codes_s, k.dim, block.n, s.words.data, s.quads.data);
     expand_keys<Op, bits>(s.quads.data, k.dim, k.dim / k.groups, block.n, s.key_step.data, s.key_zero.data, keys);
@@ -421,6 +438,167 @@ template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s
     expand(vc, v.codes_s, v.dim, group, v.dim + 16, block.n, padded / 2, s.value_step.data, s.value_zero.data, s.nothing.data, s.both.data, values);
   });
 }
+
+// ---- few query rows -------------------------------------------------------------------------------------------------
+// With few rows a block is read once and unpacking is all the work. Codes stay integers, as bytes, and are multiplied as
+// such: queries (and softmax weights times value steps) become 16-bit fixed point, split into a high and a low byte that
+// are two rows of one u8 x s8 -> s32 product. It is exact but for that rounding, better than bf16 products.
+//   score = Σ_g step_g · (Σ_c q c / 2^bits + Σ_c q) + zero_g · Σ_c q - correction
+//   output_c = Σ_j (w_j step_j) c_j / 2^bits + Σ_j w_j (step_j + zero_j)
+
+// Codes of four tokens (j, j + quarter, …) and one channel in a word, [quarter][dim].
+template <int BITS> void quads_of_tokens(const u8* x, i64 stride, i64 dim, int n, int quarter, const u8* nothing, u32* __restrict words, u32* __restrict out) {
+  constexpr int P = BITS == 3 ? 2 : BITS;
+  constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
+  const i64 bytes = dim * BITS / 8, low = dim * P / 8, high = dim / 8;
+  for (int j = 0; j < quarter; j++, out += dim) {
+    const u8* y[4];
+    for (int i = 0; i < 4; i++) y[i] = j + i * quarter < n ? x + (j + i * quarter) * stride : nothing;
+    const u8 *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
+    #pragma omp simd
+    for (i64 b = 0; b < bytes; b++) words[b] = y0[b] | y1[b] << 8 | y2[b] << 16 | (u32)y3[b] << 24;
+    for (int i = 0; i < 8 / P; i++) {
+      #pragma omp simd
+      for (i64 b = 0; b < low; b++) out[i * low + b] = words[b] >> (i * P) & M;
+    }
+    if (BITS == 3)
+      for (int i = 0; i < 8; i++) {
+        #pragma omp simd
+        for (i64 b = 0; b < high; b++) out[i * high + b] |= (words[low + b] >> i & 0x01010101u) << 2;
+      }
+  }
+}
+
+struct FewScratch {
+  Buffer<u8> query, weights, nothing;
+  Buffer<u32> words, quads;
+  Buffer<i32> scores, output;
+  Buffer<float> unit, total;
+};
+
+struct FewRows {
+  const Args& a;
+  const Plan& plan;
+  FewScratch& s;
+  const int rows;
+  const i64 dim = a.keys.dim, groups = a.keys.groups, dv = a.values.dim, value_groups = a.values.groups;
+  const i64 products = (2 * rows + 1) * groups;
+
+  // Rows of the integer product per group: high and low byte of each query, and ones, each zero outside of its group.
+  void set_queries(i64 batch, i64 head) {
+    u8* out = s.query.get(products * dim);
+    float *unit = s.unit.get(rows), *total = s.total.get(rows * groups);
+    s.scores.get(products * PITCH), s.output.get(2 * rows * value_groups * dv), s.weights.get(2 * rows * value_groups * PITCH);
+    s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(max(dim / 4 * PITCH, KEYS / 4 * dv)), s.nothing.get(dv);
+    memset(out, 0, products * dim);
+    const i64 size = dim / groups;
+    std::vector<float> x(dim);
+    by_dtype(a.dtype, [&](auto dtype) {
+      for (int r = 0; r < rows; r++) {
+        const char* q = a.query.data + (batch * a.query.b + (head * plan.repeat + r / a.length) * a.query.h + r % a.length * a.query.s) * width_of(dtype);
+        float largest = 0;
+        bool finite = true;
+        for (i64 c = 0; c < dim; c++) {
+          x[c] = get<dtype>(q, c);
+          largest = max(largest, std::fabs(x[c]));
+          finite &= std::isfinite(x[c]);
+        }
+        if (!finite) std::fill(x.begin(), x.end(), 0.f);
+        unit[r] = finite ? largest / 32767 : NAN;
+        const float inverse = finite && largest > 0 ? 32767 / largest : 0;
+        for (i64 g = 0; g < groups; g++) {
+          u8* row = out + (g * (2 * rows + 1) + 2 * r) * dim;
+          float sum = 0;
+          for (i64 c = g * size; c < (g + 1) * size; c++) {
+            const i32 fixed = (i32)std::lrintf(x[c] * inverse) + 32768;
+            row[c] = fixed >> 8, row[dim + c] = fixed & 255;
+            sum += x[c];
+          }
+          total[r * groups + g] = sum;
+        }
+        unit[r] /= 1 << a.keys.bits;
+      }
+    });
+    for (i64 g = 0; g < groups; g++) memset(out + (g * (2 * rows + 1) + 2 * rows) * dim + g * size, 1, size);
+  }
+
+  // Scores of a cached block, corrected, in units of log2: [rows][PITCH].
+  void score(const u8* codes, int n, int padded, const float* step, const float* zero, const float* square, const float* norm, float* scores) {
+    by_bits(a.keys.bits, [&](auto bits) { unpack_quads<bits>(codes, a.keys.codes_s, dim, n, s.words.data, s.quads.data); });
+    blas::brgemm(products, padded, dim, dim, PITCH, PITCH, false, s.query.data, (const signed char*)s.quads.data, s.scores.data, true);
+    for (int r = 0; r < rows; r++) {
+      float* x = scores + r * PITCH;
+      for (i64 g = 0; g < groups; g++) {
+        const i32 *high = s.scores.data + (g * (2 * rows + 1) + 2 * r) * PITCH, *low = high + PITCH;
+        const i32* ones = s.scores.data + (g * (2 * rows + 1) + 2 * rows) * PITCH;
+        const float *st = step + g * PITCH, *ze = zero + g * PITCH, *sq = square + g * PITCH;
+        const float unit = s.unit.data[r], total = s.total.data[r * groups + g], c = a.correction ? norm[r * groups + g] : 0;
+        auto term = [&](int j) { return st[j] * (unit * ((high[j] << 8) + low[j] - (ones[j] << 15)) + total) + ze[j] * total - c * sq[j]; };
+        if (g == 0) {
+          #pragma omp simd
+          for (int j = 0; j < padded; j++) x[j] = term(j);
+        } else {
+          #pragma omp simd
+          for (int j = 0; j < padded; j++) x[j] += term(j);
+        }
+      }
+    }
+  }
+
+  // Replaces scores by weights 2^(x - top) in place and returns their sum.
+  static float exponentiate(float* x, float top, int n) {
+    volatile float opaque = -120;
+    const float lowest = opaque;
+    float sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n; j++) {
+      x[j] = exp2_negative<Float32>(x[j] - top, lowest);
+      sum += x[j];
+    }
+    return sum;
+  }
+
+  // output += weights · values of a cached block.
+  void add_values(const u8* codes, int n, int padded, float* step, float* zero, const float* weights, float* output) {
+    const int quarter = padded / 4;
+    const i64 size = dv / value_groups;
+    by_bits(a.values.bits, [&](auto bits) { quads_of_tokens<bits>(codes, a.values.codes_s, dv, n, quarter, s.nothing.data, s.words.data, s.quads.data); });
+    std::vector<float> unit(value_groups);
+    for (i64 g = 0; g < value_groups; g++) {
+      float *st = step + g * PITCH, *ze = zero + g * PITCH, largest = 0;
+      std::fill(st + n, st + padded, 0.f), std::fill(ze + n, ze + padded, 0.f);
+      #pragma omp simd reduction(max : largest)
+      for (int j = 0; j < padded; j++) largest = st[j] > largest ? st[j] : largest;
+      unit[g] = largest / 65000;
+      const float inverse = largest > 0 ? 65000 / largest : 0;
+      for (int r = 0; r < rows; r++) {
+        const float* w = weights + r * PITCH;
+        float sum = 0;
+        u8 *high = s.weights.data + (g * rows + r) * 2 * PITCH, *low = high + PITCH;
+        #pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < quarter; j++) {
+          const int k = j + quarter, l = k + quarter, m = l + quarter;
+          sum += w[j] * (st[j] + ze[j]) + w[k] * (st[k] + ze[k]) + (w[l] * (st[l] + ze[l]) + w[m] * (st[m] + ze[m]));
+          const u32 x0 = (i32)(w[j] * (st[j] * inverse) + .5f), x1 = (i32)(w[k] * (st[k] * inverse) + .5f);
+          const u32 x2 = (i32)(w[l] * (st[l] * inverse) + .5f), x3 = (i32)(w[m] * (st[m] * inverse) + .5f);
+          const u32 h = (x0 >> 8 & 0xff) | (x1 & 0xff00) | (x2 & 0xff00) << 8 | (x3 & 0xff00) << 16;
+          const u32 lo = (x0 & 0xff) | (x1 & 0xff) << 8 | (x2 & 0xff) << 16 | x3 << 24;
+          memcpy(high + 4 * j, &h, 4), memcpy(low + 4 * j, &lo, 4);
+        }
+        float* o = output + r * dv + g * size;
+        for (i64 c = 0; c < size; c++) o[c] += sum;
+      }
+    }
+    blas::brgemm(2 * rows * value_groups, dv, padded, PITCH, dv, dv, false, s.weights.data, (const signed char*)s.quads.data, s.output.data, true);
+    for (i64 g = 0; g < value_groups; g++)
+      for (int r = 0; r < rows; r++) {
+        const i32 *high = s.output.data + (g * rows + r) * 2 * dv + g * size, *low = high + dv;
+        float* o = output + r * dv + g * size;
+        const float factor = unit[g] / (1 << a.values.bits);
+        for (i64 c = 0; c < size; c++) o[c] += ((high[c] << 8) + low[c]) * factor;
+      }
+  }
+};
 
 template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
   static thread_local Scratch s;
@@ -463,21 +641,31 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
   memset(query + rows * query_pitch, 0, (padded_rows - rows) * query_pitch * sizeof(*query));
   memset(output, 0, padded_rows * dv * sizeof(float));
 
+  static thread_local FewScratch few_scratch;
+  FewRows few{a, plan, few_scratch, rows};
+  if (plan.few) few.set_queries(batch, head);
+
   const i64 first = plan.blocks.size() * split / plan.splits, last = plan.blocks.size() * (split + 1) / plan.splits;
   for (i64 index = first; index < last; index++) {
     const Block& block = plan.blocks[index];
     const i64 diagonal = a.current - a.length - block.start;  // key j of the block is visible to query i if j <= i + diagonal
     if (block.current && a.causal && last_query + diagonal < 0) continue;
     const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
-    if (n < padded) memset(keys, 0, dim / Op::STACK * PITCH * sizeof(*keys));
+    const bool integers = plan.few && !block.current;
+    if (n < padded && !integers) memset(keys, 0, dim / Op::STACK * PITCH * sizeof(*keys));
     if (block.current) load_current<Op>(a, plan, s, batch, head, block, padded);
+    else if (integers) load_block_scales(a, plan, s, batch, head, block);
     else load_cached<Op>(a, plan, s, batch, head, block, padded);
     if (n < padded)
       for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
 
     for (int m0 = 0; m0 < rows; m0 += ROWS) {
       const int m = min(ROWS, padded_rows - m0), used = min(m, rows - m0);
-      Op::product(m, padded, dim, query_pitch, PITCH, PITCH, false, query + m0 * query_pitch, keys, scores);
+      if (integers)
+        few.score(a.keys.codes + batch * a.keys.codes_b + head * a.keys.codes_h + block.start * a.keys.codes_s, n, padded, s.key_step.data,
+                  s.key_zero.data, s.key_square.data, norm, scores);
+      else
+        Op::product(m, padded, dim, query_pitch, PITCH, PITCH, false, query + m0 * query_pitch, keys, scores);
       for (int r = 0; r < used; r++) {
         const int row = m0 + r;
         float* x = scores + r * PITCH;
@@ -487,7 +675,7 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
           const i64 visible = min<i64>(max<i64>((row0 + row) % a.length + diagonal + 1, 0), n);
           std::fill(x + visible, x + n, -INF);
         }
-        float peak = corrected_max(block.current ? 0 : groups, x, norm + row * groups, s.key_square.data, padded);
+        float peak = corrected_max(block.current || integers ? 0 : groups, x, norm + row * groups, s.key_square.data, padded);
         if (a.mask) {
           const i64 h = head * plan.repeat + (row0 + row) / a.length, i = (row0 + row) % a.length;
           apply_mask(a, a.mask + (batch * a.mask_b + h * a.mask_h + i * a.mask_l + block.column * a.mask_k) * width_of(a.mask_dtype), x, factor, n);
@@ -501,9 +689,11 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
           for (int j = 0; j < n; j++) nan |= x[j] != x[j];
           if (nan) sum[row] = NAN;
           memset(p, 0, padded * sizeof(*p));
+          std::fill(x, x + padded, 0.f);
           continue;
         }
-        const float total = exponentiate<Op>(x, factor, new_top, p, half_n), shrink = exp2f(top[row] - new_top);
+        const float total = integers ? FewRows::exponentiate(x, new_top, padded) : exponentiate<Op>(x, factor, new_top, p, half_n);
+        const float shrink = exp2f(top[row] - new_top);
         top[row] = new_top;
         sum[row] = sum[row] * shrink + total;
         if (shrink != 1.f) {
@@ -512,7 +702,11 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
           for (i64 c = 0; c < dv; c++) o[c] *= shrink;
         }
       }
-      Op::product(m, dv, padded, PITCH, value_pitch, dv, true, weights, values, output + m0 * dv);
+      if (integers)
+        few.add_values(a.values.codes + batch * a.values.codes_b + head * a.values.codes_h + block.start * a.values.codes_s, n, padded,
+                       s.value_step.data, s.value_zero.data, scores, output);
+      else
+        Op::product(m, dv, padded, PITCH, value_pitch, dv, true, weights, values, output + m0 * dv);
     }
   }
 
@@ -671,18 +865,20 @@ extern "C" int jkv_attention(const Args* args, double scale) {
   const Args& a = *args;
   Plan plan;
   plan.scale = scale;
+  plan.repeat = a.heads / a.kv_heads;
+  plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
+  plan.few = plan.rows <= a.few && a.keys.bits < 8 && a.values.bits < 8 && !a.exact && a.keys.groups <= 8 && a.values.groups <= 8;
+  const int keys = plan.few ? FEW_KEYS : KEYS;
   i64 column = 0;
   for (i64 r = 0; r <= a.n_ranges; r++) {
     const bool current = r == a.n_ranges;
     const i64 start = current ? 0 : a.ranges[2 * r], stop = current ? a.current : a.ranges[2 * r + 1];
-    for (i64 j = start; j < stop; j += KEYS) {
-      const int n = min<i64>(KEYS, stop - j);
+    for (i64 j = start; j < stop; j += keys) {
+      const int n = min<i64>(keys, stop - j);
       plan.blocks.push_back({current, n, j, column});
       column += n;
     }
   }
-  plan.repeat = a.heads / a.kv_heads;
-  plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
   plan.tiles = (plan.rows + TILE - 1) / TILE;
   plan.tile = ((plan.rows + plan.tiles - 1) / plan.tiles + ROWS - 1) / ROWS * ROWS;
   plan.tiles = (plan.rows + plan.tile - 1) / plan.tile;

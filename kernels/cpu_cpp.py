@@ -133,12 +133,19 @@ def load() -> Kernels:
     kernels = Kernels(library)
     if not kernels.agrees_with_reference(torch.float32):
         raise BuildError(f"{path.name} does not compute what the reference does on this machine")
-    kernels.half_precision = kernels.agrees_with_reference(torch.bfloat16)
+    if not kernels.agrees_with_reference(torch.bfloat16):
+        kernels.few_rows = 0
+        kernels.half_precision = kernels.agrees_with_reference(torch.bfloat16)
     return kernels
 
 
 class Kernels:
-    """The loaded library. `half_precision` says whether bf16 products work here; if not, everything runs in float32."""
+    """The loaded library.
+
+    Attributes:
+        half_precision: whether bf16 products work here; if not, everything runs in float32.
+        few_rows: up to how many query rows per key/value head take the path with integer products; 0 where those fail.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attention, self._append, self._dequantize, self._move = (
@@ -148,6 +155,7 @@ class Kernels:
         for function in (self._append, self._dequantize, self._move):
             function.argtypes = (ctypes.c_void_p,)
         self.half_precision = True
+        self.few_rows = 16
 
     def agrees_with_reference(self, dtype: torch.dtype) -> bool:
         """A numeric probe with every kind of product and both phases. Leaves torch's random state alone."""
@@ -248,7 +256,7 @@ class Kernels:
             *_packed(value_codes, value_scales, value_bits, value.shape[3]),
             key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3], key.shape[1], key.shape[2],
             *mask_arguments, causal, correction == "taylor", output.data_ptr(), lse.data_ptr(),
-            dtype == 0 or not self.half_precision, torch.get_num_threads(), len(ranges) // 2, *ranges,
+            dtype == 0 or not self.half_precision, self.few_rows, torch.get_num_threads(), len(ranges) // 2, *ranges,
         )  # fmt: skip
         if self._attention((ctypes.c_int64 * len(arguments))(*arguments), scale):
             raise RuntimeError("jkv: torch's brgemm failed in the CPU attention kernel; set JKV_CPU_KERNEL=torch")
