@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -90,3 +91,8 @@ def dynamic_input(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: 
 
 
 _dynamic_inputs = 0
+
+
+def is_composite(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator is written in terms of others; subclasses meet such operators whole in inference mode only."""
+    return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .compat import is_fake
-from .errors import PackedCacheError, PackedReadWarning
+from .compat import is_fake, maybe_mark_dynamic
+from .errors import PackedCacheError
 from .geometry import Window, locate
-from .store import Store
-
-aten = torch.ops.aten
+from .store import CHANNEL, Store
 
 
 class PackedKV(torch.Tensor):
     """A window on a packed cache, of any view shape; `dtype`, `size` and `stride` are those of the tensor it replaced.
 
     Views are windows on the same `Store`. Writing quantizes; writing from another packed window moves the codes bit for
-    bit; anything that only reads dequantizes, and warns once per line of code, as it is better done in compiled code.
-    A write that has no packed meaning raises `PackedCacheError` before anything is changed.
+    bit; copies (`clone`, `cat`, `roll`, `to(device)`, …) are packed; anything else that only reads dequantizes, and
+    warns once per line of code, as it is better done in compiled code. A write that has no packed meaning raises
+    `PackedCacheError` before anything is changed.
     """
 
     _store: Store
     _first_token: Tensor | None
+    _shadow: Tensor | None
 
     @staticmethod
-    def __new__(cls, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> PackedKV:
+    def __new__(
+        cls, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
+    ) -> PackedKV:
         return torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=store.codes.device
         )
 
-    def __init__(self, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
+    ) -> None:
         self._store = store
-        self._first_token = None
+        self._first_token = self._shadow = None
 
     # What torch.compile sees. A token offset reaches Dynamo as a *size*, of a tensor without bytes, since sizes are all
     # that it makes dynamic; everything else that a graph depends on is in the (constant) context.
@@ -55,7 +57,10 @@ class PackedKV(torch.Tensor):
         if self._first_token is None:
             offset, row = self.storage_offset(), self._store.strides[2]
             with torch.inference_mode(False):  # the same kind of tensor wherever it is asked for
-                self._first_token = self._store.codes.new_empty((offset // row, offset % row, 0))
+                # Sizes 0 and 1 would be constants to Dynamo, hence the 2; where a slice begins is likely to move.
+                self._first_token = self._store.codes.new_empty((2 + offset // row, offset % row, 0))
+            if not is_fake(self._first_token) and self.numel() != self._store.numel:
+                maybe_mark_dynamic(self._first_token, 0)
         return self._first_token
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
@@ -69,11 +74,11 @@ class PackedKV(torch.Tensor):
         shape, strides, store_dtype, bits, dtype = context
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"])
         tokens, rest, _ = inner["first_token"].shape
-        packed = PackedKV(store, size, stride, tokens * strides[2] + rest, dtype)
+        packed = PackedKV(store, size, stride, (tokens - 2) * strides[2] + rest, dtype)
         packed._first_token = inner["first_token"]
         return packed
 
-    # A packed window is not a view to autograd: nothing here is differentiable, and Dynamo takes no views of subclasses.
+    # A packed window is no view to autograd: nothing here is differentiable, and Dynamo takes no views of subclasses.
     def _is_view(self) -> bool:
         return False
 
@@ -81,28 +86,43 @@ class PackedKV(torch.Tensor):
     def _base(self) -> None:
         return None
 
-    def window(self) -> Window:
-        """The box of the store that this shows; raises `PackedCacheError` where it is none."""
-        window = self.find_window()
-        if window is None:
-            raise PackedCacheError(
-                f"a view of size {tuple(self.shape)}, stride {self.stride()} and offset {self.storage_offset()} is no "
-                f"box of the packed cache of [batch, head, token, channel] = {list(self._store.shape)}; "
-                "use jkv_compile.materialize(cache) first"
-            )
-        return window
+    # ---- geometry and values ----
 
     def find_window(self) -> Window | None:
+        """The box of the store that this shows, or None where it is no box."""
         store = self._store
         return locate(self.size(), self.stride(), self.storage_offset(), store.shape, store.strides)
 
+    def window(self) -> Window:
+        """The box of the store that this shows; raises `PackedCacheError` where it is none, or splits channels."""
+        window, shape = self.find_window(), self._store.shape
+        if window is None or not window.covers(shape, CHANNEL):
+            shows = "is no box" if window is None else f"shows {window.lengths[CHANNEL]} of {shape[CHANNEL]} channels"
+            raise PackedCacheError(
+                f"a view of size {tuple(self.shape)}, stride {self.stride()}, offset {self.storage_offset()} {shows} of "
+                f"the packed cache of [batch, head, token, channel] = {list(shape)}; packed data can be written, and its "
+                "steps told, for whole heads over a range of tokens; use jkv_compile.materialize(cache) first"
+            )
+        return window
+
     def dequantize_window(self) -> Tensor:
         """A plain tensor with this one's values, shape and dtype."""
+        if self.numel() == 0:
+            return self._store.scales.new_empty(self.shape, dtype=self.dtype)
         window = self.find_window()
         if window is not None:
             return window.from_canonical(self._store.read(window.starts, window.lengths, self.dtype))
-        whole = whole_cache(self._store)
-        return whole.dequantize_window().as_strided(self.size(), self.stride(), self.storage_offset()).to(self.dtype)
+        store, offset = self._store, self.storage_offset()
+        last = offset + sum((n - 1) * s for n, s in zip(self.size(), self.stride()))
+        first, n = 0, store.shape[2]
+        if store.strides[2] == max(s for s, m in zip(store.strides, store.shape) if m > 1):  # tokens are outermost
+            first = offset // store.strides[2]
+            n = last // store.strides[2] - first + 1
+            offset -= first * store.strides[2]
+        box = store.read((0, 0, first, 0), (*store.shape[:2], n, store.shape[3]), self.dtype)
+        with torch.inference_mode(box.is_inference()):
+            memory = torch.empty_strided(box.shape, store.strides, dtype=self.dtype, device=box.device).copy_(box)
+        return memory.as_strided(self.size(), self.stride(), offset).clone()
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return (
@@ -110,167 +130,61 @@ class PackedKV(torch.Tensor):
             f"group_size={self._store.group_size})"
         )
 
+    # ---- what torch would do with memory that is not there ----
+
+    def numpy(self, *, force: bool = False) -> Any:
+        packed_dispatch.warn_of_read("numpy()")
+        return self.dequantize_window().numpy(force=force)
+
+    def tolist(self) -> Any:
+        packed_dispatch.warn_of_read("tolist()")
+        return self.dequantize_window().tolist()
+
+    def data_ptr(self) -> NoReturn:
+        raise PackedCacheError(
+            "data_ptr() of a packed cache: it has no memory in the layout of its shape; "
+            "use jkv_compile.materialize(cache)"
+        )
+
+    def __dlpack__(self, **_: Any) -> NoReturn:
+        self.data_ptr()
+
+    @property
+    def data(self) -> PackedKV:
+        """A window on the same packed cache."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise PackedCacheError(
+            "assignment to .data of a packed cache; nothing was written. Write values with cache.copy_(…), or bind the "
+            "name to the new tensor"
+        )
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedKV:
+        if requires_grad:
+            raise PackedCacheError(
+                "requires_grad_() of a packed cache: quantization has no gradient; use materialize first"
+            )
+        return self
+
+    def is_shared(self) -> bool:
+        return self._store.codes.is_shared() and self._store.scales.is_shared()
+
+    def share_memory_(self) -> PackedKV:
+        self._store.codes.share_memory_()
+        self._store.scales.share_memory_()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:
+        return packed_save.deepcopy_window(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return packed_save.reduce_window(self)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if func.is_view and isinstance(args[0], PackedKV):
-            return _view(func, args, kwargs)
-        written = [a for a, spec in zip(args, func._schema.arguments) if spec.is_write and isinstance(a, PackedKV)]
-        written += [v for v in kwargs.values() if func._schema.is_mutable and isinstance(v, PackedKV)]
-        if written:
-            raise PackedCacheError(
-                f"{func} writes to a packed cache in a way that cannot be expressed in it; nothing was written. "
-                "Write with slice assignment, copy_, zero_ or fill_, or use jkv_compile.materialize(cache) first"
-            )
-        return _read(func, args, kwargs)
-
-
-def whole_cache(store: Store) -> PackedKV:
-    """The window on all of a store, dimensions in the order of the tensor that it replaced."""
-    order = sorted(range(4), key=lambda axis: (-int(store.strides[axis]), axis))
-    size, stride = [store.shape[a] for a in order], [store.strides[a] for a in order]
-    return PackedKV(store, size, stride, 0, store.dtype)
-
-
-def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """Any view operation: do it to a tensor without data that has the same geometry, and take over the outcome."""
-    source: PackedKV = args[0]
-    rows = source._store.strides[2]  # a positive offset of whole rows keeps a meta tensor's bounds checks meaningful
-    del rows
-    extent = 1 + sum((n - 1) * abs(s) for n, s in zip(source.size(), source.stride()) if n)
-    shadow = torch.empty_strided((source.storage_offset() + extent,), (1,), dtype=source.dtype, device="meta")
-    shadow = shadow.as_strided(source.size(), source.stride(), source.storage_offset())
-    result = func(shadow, *args[1:], **kwargs)
-
-    def window(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        with torch.inference_mode(source.is_inference()):
-            return PackedKV(source._store, x.size(), x.stride(), x.storage_offset(), source.dtype)
-
-    return type(result)(map(window, result)) if isinstance(result, (list, tuple)) else window(result)
-
-
-def _read(func: Any, args: Any, kwargs: Any) -> Any:
-    def plain(x: Any) -> Any:
-        if isinstance(x, PackedKV):
-            return _fake_read(x) if is_fake(x._store.codes) else x.dequantize_window()
-        return type(x)(map(plain, x)) if type(x) in (list, tuple) else x
-
-    packed = next((a for a in _tensors(args) if isinstance(a, PackedKV)), None)
-    if packed is not None and not is_fake(packed._store.codes):
-        _warn_once(func, packed)
-    return func(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
-
-
-def _tensors(args: Any) -> Any:
-    for a in args:
-        if isinstance(a, (list, tuple)):
-            yield from _tensors(a)
-        else:
-            yield a
-
-
-def _fake_read(x: PackedKV) -> Tensor:
-    """What Dynamo needs to know of a read while it traces: shape, dtype, device."""
-    return x._store.codes.new_empty(x.shape, dtype=x.dtype)
-
-
-def _warn_once(func: Any, packed: PackedKV) -> None:
-    """One warning per line of the user's code."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("jkv_compile", "torch"):
-        frame = frame.f_back
-    warnings.warn_explicit(
-        f"{func} reads a packed cache of size {tuple(packed.shape)} in eager code, which dequantizes it here. "
-        "Inside a region compiled with jkv_backend it would stay packed; jkv_compile.materialize(cache) is silent.",
-        PackedReadWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        registry=frame.f_globals.setdefault("__warningregistry__", {}),
-    )
-
-
-# ---- operations with a packed meaning -------------------------------------------------------------------------------
-
-
-def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
-    if not isinstance(target, PackedKV):
-        return NotImplemented  # a plain tensor takes a copy of a packed one: a read
-    if is_fake(target._store.codes):
-        return target
-    window, store = target.window(), target._store
-    if not window.covers(store.shape, 3):
-        raise PackedCacheError(
-            f"a write to {window.lengths[3]} of {store.shape[3]} channels of a packed cache; whole heads must be written, "
-            "since channels share steps; use jkv_compile.materialize(cache) first"
-        )
-    if isinstance(source, PackedKV):
-        origin = source.find_window()
-        same = (source._store.bits, source._store.group_size) == (store.bits, store.group_size)
-        if origin is not None and same and source.shape == target.shape and origin.axes == window.axes:
-            store.move(source._store, origin.starts, window.starts, window.lengths)
-            return target
-        source = source.dequantize_window()
-    source = source.detach().to(store.codes.device).expand(target.shape)
-    store.write(window.to_canonical(source), window.starts, keep_active=True)
-    return target
-
-
-def _fill_(target: PackedKV, value: Any) -> PackedKV:
-    if not is_fake(target._store.codes):
-        window = target.window()
-        if not window.covers(target._store.shape, 3):
-            raise PackedCacheError("fill_ of some channels of a packed cache; whole heads must be filled")
-        target._store.fill(float(value), window.starts, window.lengths)
-    return target
-
-
-def _clone(source: PackedKV, memory_format: Any = None) -> Any:
-    if is_fake(source._store.codes):
-        return _detach(source)
-    window = source.find_window()
-    if window is None or not window.covers(source._store.shape, 3):
-        return source.dequantize_window().clone()
-    store = source._store.extract(window.starts, window.lengths)
-    order = [axis for axis in window.axes if axis is not None]
-    size, stride = list(source.shape), [0] * source.dim()
-    for i, axis in enumerate(window.axes):
-        stride[i] = 1 if axis is None else store.strides[axis]
-    del order
-    with torch.inference_mode(source.is_inference()):
-        return PackedKV(store, size, stride, 0, source.dtype)
-
-
-def _detach(source: PackedKV) -> PackedKV:
-    with torch.inference_mode(source.is_inference()):
-        return PackedKV(source._store, source.size(), source.stride(), source.storage_offset(), source.dtype)
-
-
-def _to_copy(source: PackedKV, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Any:
-    if dtype not in (None, source.dtype) or is_fake(source._store.codes):
-        return NotImplemented
-    clone = _clone(source)
-    if not isinstance(clone, PackedKV) or device is None:
-        return clone
-    return PackedKV(clone._store.to(torch.device(device)), clone.size(), clone.stride(), 0, clone.dtype)
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.copy_.default: _copy_,
-    aten.fill_.Scalar: _fill_,
-    aten.fill_.Tensor: _fill_,
-    aten.zero_.default: lambda target: _fill_(target, 0.0),
-    aten.clone.default: _clone,
-    aten.detach.default: _detach,
-    aten.alias.default: _detach,
-    aten._to_copy.default: _to_copy,
-}
+        return packed_dispatch.dispatch(func, args, kwargs or {})
 
 
 # ---- public accessors -----------------------------------------------------------------------------------------------
@@ -282,7 +196,7 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def materialize(tensor: Tensor) -> Tensor:
-    """A plain, contiguous, full-precision tensor with the values of a packed one; plain tensors come back as they are."""
+    """A plain, contiguous, full-precision tensor with the values of a packed one; a plain tensor as it is."""
     return tensor.dequantize_window().contiguous() if isinstance(tensor, PackedKV) else tensor
 
 
@@ -300,6 +214,7 @@ def quantization_step(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, PackedKV):
         raise TypeError(f"expected a packed cache, got {type(tensor).__name__} of shape {tuple(tensor.shape)}")
     window = tensor.window()
-    if not window.covers(tensor._store.shape, 3):
-        raise PackedCacheError("quantization_step of a view that splits channels; take whole heads")
     return window.from_canonical(tensor._store.quantization_step(window.starts, window.lengths))
+
+
+from . import packed_dispatch, packed_save  # noqa: E402  (they need the class)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from .errors import PackedCacheError
 from .kernels import layout, reference
 
 _ops = torch.ops.jkv
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what `jkv::append` takes
+TOKEN, CHANNEL = 2, 3  # canonical axes are (batch, head, token, channel)
 
 
 @dataclass
@@ -23,15 +28,22 @@ class Active:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
 
 class Store:
     """A packed cache of canonical shape `[B, H, S, D]`.
 
     Args:
         shape: canonical shape.
-        strides: strides, in canonical order, of the full-precision tensor that this replaces: views are located by them.
+        strides: strides, in canonical order, of the tensor that this replaces: views are located by them.
         dtype: what the cache reads as.
         codes, scales: as `kernels.layout` describes.
+
+    Boxes are told by their first index and their length per axis, (batch, head, token, channel). Packed data knows no
+    part of a head: boxes that are written, moved or copied must span all channels, which callers see to.
     """
 
     def __init__(
@@ -40,6 +52,7 @@ class Store:
         self.shape, self.strides, self.dtype, self.bits = tuple(shape), tuple(strides), dtype, bits
         self.codes, self.scales = codes, scales
         self.active: Active | None = None
+        self._family: weakref.WeakSet[Store] | None = None
 
     @classmethod
     def empty(
@@ -53,14 +66,22 @@ class Store:
     ) -> Store:
         """A store that reads as zeros."""
         batch, heads, tokens, head_dim = shape
-        with torch.inference_mode(False):  # ordinary tensors may be written inside and outside inference mode
-            codes = torch.zeros(batch, heads, tokens, layout.packed_width(head_dim, bits), dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # one kind of tensor, whatever the mode: packed data outlives it
+            codes = torch.zeros(
+                batch, heads, tokens, layout.packed_width(head_dim, bits), dtype=torch.uint8, device=device
+            )
             scales = torch.zeros(batch, heads, head_dim // group_size, tokens, 2, dtype=torch.float16, device=device)
         return cls(shape, strides, dtype, bits, codes, scales)
 
+    # ---- accounting ----
+
     @property
     def group_size(self) -> int:
-        return self.shape[3] // self.scales.shape[2]
+        return self.shape[CHANNEL] // self.scales.shape[2]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def packed_bytes(self) -> int:
@@ -69,12 +90,20 @@ class Store:
 
     @property
     def active_bytes(self) -> int:
-        return self.active.data.numel() * self.active.data.element_size() if self.active else 0
+        return self.active.nbytes if self.active else 0
 
     @property
     def full_precision_bytes(self) -> int:
         batch, heads, tokens, head_dim = self.shape
         return batch * heads * tokens * head_dim * self.dtype.itemsize
+
+    def join(self, family: weakref.WeakSet[Store] | None) -> None:
+        """Be counted in `family`, with every store that is made from this one (copies, moves to devices, cats)."""
+        self._family = family
+        if family is not None:
+            family.add(self)
+
+    # ---- writing ----
 
     def write(self, source: Tensor, starts: Sequence[int], keep_active: bool) -> None:
         """Quantize `source` `[b, h, n, D]` into the box that begins at `starts` (batch, head, token, channel).
@@ -84,92 +113,234 @@ class Store:
         batch, heads, tokens, _ = source.shape
         codes, scales = self._box(starts, (batch, heads))
         self.active = None
-        _ops.append(codes, scales, source, starts[2], self.bits)
+        _ops.append(codes, scales, _as_float(source), starts[TOKEN], self.bits)
         if keep_active and (batch, heads) == self.shape[:2] and tokens:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-            self.active = Active(held, starts[2], starts[2] + tokens)
+            self.active = Active(held, starts[TOKEN], starts[TOKEN] + tokens)
+
+    def scatter(
+        self, source: Tensor | Store, axis: int, index: Tensor, starts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Write `source`, to be quantized or packed as this is, to some indices of one axis of a box."""
+        if isinstance(source, Tensor):
+            shape = tuple(source.shape)
+            quantized = Store.empty(shape, self.strides, self.dtype, self.bits, self.group_size, self.codes.device)
+            quantized.write(source, (0, 0, 0, 0), keep_active=False)
+            source = quantized
+        for target, new, dim in zip(self._whole_box(starts, lengths), (source.codes, source.scales), _dims(axis)):
+            target.index_copy_(dim, index.to(target.device), new)
+        self.active = None
 
     def fill(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Set a box to a number exactly; raises where float16 scales cannot hold it."""
-        if torch.tensor(value, dtype=torch.float16).double().item() != float(value):
-            raise PackedCacheError(
-                f"fill_({value}) of a packed cache: only numbers that float16 holds exactly can be stored; "
-                "use jkv_compile.materialize(cache) to go back to a plain tensor"
-            )
-        codes, scales = self._box(starts, lengths)
-        window = slice(starts[2], starts[2] + lengths[2])
-        codes[:, :, window] = 0
-        scales[:, :, :, window, 0] = 0
-        scales[:, :, :, window, 1] = value
-        self._drop_active(window.start, window.stop)
+        """Set a box to a number: exactly where float16 holds it, as zero and all small integers."""
+        codes, scales = self._whole_box(starts, lengths)
+        value = self._storable(value)
+        codes.zero_()
+        scales[..., 0] = 0
+        scales[..., 1] = value
+        self._drop_active(starts[TOKEN], starts[TOKEN] + lengths[TOKEN])
+
+    def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
+        """Set the tokens of a box where `mask`, bool `[b, h, n]`, is True to a number, as `fill` does."""
+        codes, scales = self._whole_box(starts, mask.shape)
+        value, mask = self._storable(value), mask.to(self.codes.device)
+        codes.masked_fill_(mask.unsqueeze(-1), 0)
+        scales[..., 0].masked_fill_(mask.unsqueeze(2), 0)
+        scales[..., 1].masked_fill_(mask.unsqueeze(2), value)
+        self._drop_active(starts[TOKEN], starts[TOKEN] + mask.shape[2])
 
     def move(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy a box of another store (or of this one) bit for bit; the boxes may overlap."""
-        codes, scales = other._box(source, lengths)
-        to_codes, to_scales = self._box(starts, lengths)
-        n, a, b = lengths[2], source[2], starts[2]
-        if other is self and source[:2] == starts[:2]:
-            _ops.move(to_codes, to_scales, a, b, n)
+        n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
+        if other is self and tuple(source[:2]) == tuple(starts[:2]):
+            codes, scales = self._box(starts, lengths)
+            _ops.move(codes, scales, a, b, n)
         else:
-            to_codes[:, :, b : b + n] = codes[:, :, a : a + n].clone()
-            to_scales[:, :, :, b : b + n] = scales[:, :, :, a : a + n].clone()
+            new = other._whole_box(source, lengths)
+            for to, data in zip(self._whole_box(starts, lengths), new):
+                to.copy_(data.clone() if other is self else data)
         self._drop_active(b, b + n)
+
+    # ---- reading ----
 
     def read(self, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
         codes, scales = self._box(starts, lengths)
-        start, stop = starts[2], starts[2] + lengths[2]
+        start, stop = starts[TOKEN], starts[TOKEN] + lengths[TOKEN]
         out = _ops.dequantize(codes, scales, start, stop, self.bits, dtype)
-        if self.active is not None:
-            a, b = max(start, self.active.start), min(stop, self.active.stop)
-            if a < b:
-                held = self.active.data[:, :, a - self.active.start : b - self.active.start]
-                out[:, :, a - start : b - start] = held[
-                    starts[0] : starts[0] + lengths[0], starts[1] : starts[1] + lengths[1]
-                ]
-        return out[..., starts[3] : starts[3] + lengths[3]]
+        held = self._active_in(starts, lengths)
+        if held is not None:
+            out[:, :, held.start : held.stop] = held.data
+        return out[..., starts[CHANNEL] : starts[CHANNEL] + lengths[CHANNEL]]
 
     def quantization_step(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Δ of a box, float32 `[b, h, n, G]`; zero where the range written last is held in full precision."""
-        _, scales = self._box(starts, lengths)
-        delta = reference.quantization_step(scales[:, :, :, starts[2] : starts[2] + lengths[2]], self.bits)
-        if self.active is not None:
-            a, b = (min(max(x - starts[2], 0), lengths[2]) for x in (self.active.start, self.active.stop))
-            delta[:, :, a:b] = 0
+        _, scales = self._whole_box(starts, lengths)
+        delta = reference.quantization_step(scales, self.bits)
+        held = self._active_in(starts, lengths)
+        if held is not None:
+            delta[:, :, held.start : held.stop] = 0
         return delta
 
-    def extract(self, starts: Sequence[int], lengths: Sequence[int]) -> Store:
-        """A new store with a copy of whole-channel box; bits, steps and zero points are the same."""
-        shape = tuple(lengths)
-        order = sorted(range(4), key=lambda axis: -int(self.strides[axis]))
-        strides, step = [0] * 4, 1
-        for axis in reversed(order):
-            strides[axis] = step
-            step *= shape[axis]
-        new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.codes.device)
-        new.move(self, starts, (0, 0, 0, 0), shape)
-        if self.active is not None:
-            a, b = max(starts[2], self.active.start), min(starts[2] + lengths[2], self.active.stop)
-            if a < b:
-                box = tuple(slice(s, s + n) for s, n in zip(starts[:2], lengths[:2]))
-                held = self.active.data[(*box, slice(a - self.active.start, b - self.active.start))]
-                new.active = Active(held.clone(), a - starts[2], b - starts[2])
+    # ---- new stores with the same packed data ----
+
+    def extract(self, starts: Sequence[int], lengths: Sequence[int], strides: Sequence[int]) -> Store:
+        """A copy of a box: bits, steps and zero points are the same."""
+        new = self._like(lengths, strides)
+        new.insert(self, starts, (0, 0, 0, 0), lengths)
         return new
 
-    def to(self, device: torch.device) -> Store:
-        new = Store(self.shape, self.strides, self.dtype, self.bits, self.codes.to(device), self.scales.to(device))
-        if self.active is not None:
-            new.active = Active(self.active.data.to(device), self.active.start, self.active.stop)
+    def insert(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """As `move`, from another store, and what that holds in full precision of the box comes along."""
+        self.move(other, source, starts, lengths)
+        held = other._active_in(source, lengths)
+        if held is not None and tuple(lengths[:2]) == self.shape[:2]:
+            with torch.inference_mode(False):
+                data = held.data.clone(memory_format=torch.contiguous_format)
+            self.active = Active(data, held.start + starts[TOKEN], held.stop + starts[TOKEN])
+
+    def gather(
+        self, axis: int, index: Tensor, starts: Sequence[int], lengths: Sequence[int], strides: Sequence[int]
+    ) -> Store:
+        """A new store of the given indices of one axis (batch, head or token) of a box."""
+        shape = [*lengths[:axis], len(index), *lengths[axis + 1 :]]
+        index = index.to(self.codes.device)
+        with torch.inference_mode(False):
+            codes, scales = (
+                t.index_select(dim, index) for t, dim in zip(self._whole_box(starts, lengths), _dims(axis))
+            )
+            new = Store(shape, strides, self.dtype, self.bits, codes, scales)
+            held = self._active_in(starts, lengths)
+            if held is not None and axis != TOKEN:
+                new.active = Active(held.data.index_select(axis, index), held.start, held.stop)
+        new.join(self._family)
+        return new
+
+    @classmethod
+    def concatenate(
+        cls, parts: Sequence[tuple[Store, Sequence[int], Sequence[int]] | Tensor], axis: int, strides: Sequence[int]
+    ) -> Store:
+        """A new store of boxes `(store, starts, lengths)`, copied bit for bit, and tensors, quantized, along one axis.
+
+        The last run of tokens that some part has in full precision is held so here.
+        """
+        boxes = [p for p in parts if not isinstance(p, Tensor)]
+        lengths = [tuple(p.shape) if isinstance(p, Tensor) else tuple(p[2]) for p in parts]
+        shape = [sum(n[a] for n in lengths) if a == axis else lengths[0][a] for a in range(4)]
+        new = boxes[0][0]._like(shape, strides)
+        place = [0, 0, 0, 0]
+        for part, n in zip(parts, lengths):
+            if isinstance(part, Tensor):
+                new.write(part, place, keep_active=True)
+            else:
+                new.insert(part[0], part[1], place, n)
+            place[axis] += n[axis]
+        return new
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Store:
+        """A new store with every tensor of this one changed: moved to a device, pinned, copied."""
+        with torch.inference_mode(False):
+            new = Store(self.shape, self.strides, self.dtype, self.bits, change(self.codes), change(self.scales))
+            if self.active is not None:
+                new.active = Active(change(self.active.data), self.active.start, self.active.stop)
+        new.join(self._family)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self.active
+        active = None if held is None else (held.data, held.start, held.stop)
+        return rebuild_store, (self.shape, self.strides, self.dtype, self.bits, self.codes, self.scales, active)
+
+    # ---- pieces ----
+
+    def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
+        new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.codes.device)
+        new.join(self._family)
         return new
 
     def _box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the given batch entries and heads; views."""
+        """Codes and scales of the given batch entries and heads, all tokens; views."""
         if tuple(starts[:2]) == (0, 0) and tuple(lengths[:2]) == self.shape[:2]:
             return self.codes, self.scales
         box = tuple(slice(s, s + n) for s, n in zip(starts[:2], lengths[:2]))
         return self.codes[box], self.scales[box]
 
+    def _whole_box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Codes `[b, h, n, W]` and scales `[b, h, G, n, 2]` of a box; views."""
+        codes, scales = self._box(starts, lengths)
+        start, n = starts[TOKEN], lengths[TOKEN]
+        return codes.narrow(2, start, n), scales.narrow(3, start, n)
+
+    def _active_in(self, starts: Sequence[int], lengths: Sequence[int]) -> Active | None:
+        """The part of a box that is held in full precision, its range told from the box's first token; all channels."""
+        if self.active is None:
+            return None
+        start, stop = starts[TOKEN], starts[TOKEN] + lengths[TOKEN]
+        a, b = max(start, self.active.start), min(stop, self.active.stop)
+        if a >= b:
+            return None
+        (i, j), (n, m) = starts[:2], lengths[:2]
+        data = self.active.data[i : i + n, j : j + m, a - self.active.start : b - self.active.start]
+        return Active(data, a - start, b - start)
+
     def _drop_active(self, start: int, stop: int) -> None:
+        """Forget what is held in full precision of a range that has changed, and the rest of it."""
         if self.active is not None and start < self.active.stop and self.active.start < stop:
             self.active = None
+
+    def _storable(self, value: float) -> float:
+        value = torch.tensor(value, dtype=self.dtype).double().item()
+        if abs(value) > reference.FLOAT16_MAX and value not in (float("inf"), float("-inf")):
+            raise PackedCacheError(
+                f"a fill of a packed cache with {value}: expected a number of at most {reference.FLOAT16_MAX:.0f}, "
+                "which float16 can hold; use jkv_compile.materialize(cache) to go back to a plain tensor"
+            )
+        return value
+
+
+def rebuild_store(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    bits: int,
+    codes: Tensor,
+    scales: Tensor,
+    active: tuple[Tensor, int, int] | None,
+) -> Store:
+    """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
+    batch, heads, tokens, head_dim = shape
+    groups = scales.shape[2] if scales.dim() == 5 else 0
+    fits = (
+        bits in layout.SUPPORTED_BITS
+        and codes.dtype == torch.uint8
+        and scales.dtype == torch.float16
+        and tuple(codes.shape) == (batch, heads, tokens, layout.packed_width(head_dim, bits))
+        and tuple(scales.shape) == (batch, heads, groups, tokens, 2)
+        and groups > 0
+        and head_dim % groups == 0
+        and len(strides) == 4
+    )
+    if not fits:
+        raise PackedCacheError(
+            f"a saved packed cache of shape {tuple(shape)} at {bits} bits does not fit its data: codes {codes.dtype} "
+            f"{list(codes.shape)}, scales {scales.dtype} {list(scales.shape)}"
+        )
+    store = Store(shape, strides, dtype, bits, codes, scales)
+    if active is not None:
+        data, start, stop = active
+        if tuple(data.shape) != (batch, heads, stop - start, head_dim) or not 0 <= start <= stop <= tokens:
+            raise PackedCacheError(
+                f"a saved packed cache holds {list(data.shape)} in full precision for tokens {start}:{stop}"
+            )
+        store.active = Active(data, start, stop)
+    return store
+
+
+def _as_float(source: Tensor) -> Tensor:
+    return source if source.dtype in _FLOATS else source.float()
+
+
+def _dims(axis: int) -> tuple[int, int]:
+    """The dimensions of codes and of scales that hold a canonical axis other than channels."""
+    return axis, axis + (axis == TOKEN)
