@@ -25,7 +25,9 @@ from torch import Tensor
 from .triton_append import append_kernel
 from .triton_attention import Meta, attention_kernel
 from .triton_config import (
+    APPEND_BLOCK,
     ARCHITECTURES,
+    DEQUANTIZE_BLOCK,
     MAX_FUSED_RANGES,
     MAX_SPLITS,
     SLAB_BYTES,
@@ -39,7 +41,6 @@ from .triton_dequantize import dequantize_kernel
 from .triton_merge import merge_kernel
 
 _log = logging.getLogger("jkv_compile.kernels.gpu")
-_BLOCK = 64  # tokens per program of the elementwise kernels
 
 
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
@@ -66,11 +67,11 @@ def _append(key_codes, key_scales, key, value_codes, value_scales, value, start,
     batch, heads, length, head_dim = key.shape
     if length == 0 or batch * heads == 0:
         return
-    append_kernel[(triton.cdiv(length, _BLOCK), batch * heads, stores)](
+    append_kernel[(triton.cdiv(length, APPEND_BLOCK), batch * heads, stores)](
         key_codes, key_scales, key, value_codes, value_scales, value,
         _code_strides(key_codes), _word_strides(key_scales), key.stride(),
         _code_strides(value_codes), _word_strides(value_scales), value.stride(),
-        heads, length, start, _BLOCK,
+        heads, length, start, APPEND_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
         value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
     )  # fmt: skip
@@ -88,11 +89,11 @@ def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, 
 def _dequantize(key_codes, key_scales, key, value_codes, value_scales, value, columns, start, stop, first, key_bits,
                 value_bits, stores, n_columns) -> None:  # fmt: skip
     batch, heads, total, head_dim = key.shape
-    dequantize_kernel[(triton.cdiv(stop - start, _BLOCK), batch * heads, stores)](
+    dequantize_kernel[(triton.cdiv(stop - start, DEQUANTIZE_BLOCK), batch * heads, stores)](
         key_codes, key_scales, key, columns, value_codes, value_scales, value,
         _code_strides(key_codes), _word_strides(key_scales), key.stride()[:3],
         _code_strides(value_codes), _word_strides(value_scales), value.stride()[:3],
-        heads, start, stop - start, first, total, _BLOCK,
+        heads, start, stop - start, first, total, DEQUANTIZE_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
         value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
         _token_block(key_codes, key_scales), n_columns,

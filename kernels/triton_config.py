@@ -23,6 +23,9 @@ MAX_FUSED_RANGES = 4
 
 MAX_SPLITS = 64
 
+APPEND_BLOCK, DEQUANTIZE_BLOCK = 16, 64
+"""Tokens per program; appending holds a program's tokens in registers, in float32."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -45,7 +48,7 @@ ARCHITECTURES = {
     "sm_80": Architecture(stages=3, fence=True, shared_bytes=163 * 2**10, unpack_once_rows=2048),
     "sm_90": Architecture(block_n=128, prepared=True, shared_bytes=227 * 2**10, unpack_once_rows=2048),
     "sm_100": Architecture(block_n=128, prepared=True, shared_bytes=227 * 2**10, unpack_once_rows=1024),
-    "sm_120": Architecture(fence=True, unpack_once_rows=4096),
+    "sm_120": Architecture(block_n=32, fence=True, unpack_once_rows=4096),
     "gfx942": Architecture(warps=4, ptx=False, precision="ieee", shared_bytes=64 * 2**10, unpack_once_rows=512),
     "gfx950": Architecture(warps=4, ptx=False, precision="ieee", shared_bytes=160 * 2**10, unpack_once_rows=512),
     "interpreter": Architecture(ptx=False, precision="ieee", unpack_once_rows=2048),
