@@ -109,6 +109,11 @@ def _guard(condition: bool) -> bool:
     return bool(condition)
 
 
+def equal(a: int, b: int) -> bool:
+    """Whether a == b for the values at hand, which is then guarded on; adds no guard where the answer is no."""
+    return same(a, b) or (_hint(a) == _hint(b) and _guard(a == b))
+
+
 def _hint(n: int) -> int:
     """The value that a symbol has in the call that is being compiled."""
     if not isinstance(n, torch.SymInt):

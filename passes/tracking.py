@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
 from .attention_forms import AttentionCall, as_attention
-from .segments import Cached, Fresh, Segment, UnknownPosition, cut, overlap, overwrite, shift
+from .segments import Cached, Fresh, Segment, UnknownPosition, cut, equal, overlap, overwrite, shift
 
 COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
@@ -177,7 +177,7 @@ class Tracker:
             holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True)
         else:
             shaped = value if owner is None else owner
-            if shaped.dim() != 4 or value.requires_grad or (owner is None and not _is_dense(value)):
+            if shaped.dim() != 4 or (owner is None and not _is_dense(value)):
                 return
             token_axis = self.roles.axes.get(node)
             if token_axis is not None and owner is not None:
@@ -474,9 +474,9 @@ def _renamed(content: Cached | Fresh, axes: tuple[int | None, ...]) -> Cached | 
 def _check_alike(key: list[Segment], value: list[Segment]) -> None:
     """Keys and values must be split into cached and current tokens at the same places."""
     alike = len(key) == len(value) and all(
-        same(k.length, v.length)
-        and type(k.content) is type(v.content)
-        and (isinstance(k.content, Fresh) or same(k.content.first, v.content.first))
+        type(k.content) is type(v.content)
+        and equal(k.length, v.length)
+        and (isinstance(k.content, Fresh) or equal(k.content.first, v.content.first))
         for k, v in zip(key, value)
     )
     if not alike:
