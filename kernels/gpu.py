@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import reference
 from .triton_append import append_kernel
 from .triton_attention import Meta, attention_kernel
 from .triton_config import (
@@ -96,7 +97,7 @@ def _dequantize(key_codes, key_scales, key, value_codes, value_scales, value, co
         heads, start, stop - start, first, total, DEQUANTIZE_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
         value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
-        _token_block(key_codes, key_scales), n_columns,
+        _token_block(key_codes, key_scales), _token_block(value_codes, value_scales), n_columns,
     )  # fmt: skip
 
 
@@ -137,14 +138,15 @@ def attention(
 
     rows = heads // kv_heads * length
     architecture = architecture_of(query.device)
-    per_channel = _token_block(key_codes, key_scales) > 1
+    per_channel = _token_block(key_codes, key_scales) > 1 or _token_block(value_codes, value_scales) > 1
+    groups = 1 if per_channel else key_scales.shape[2]
     meta, options = tile(architecture, head_dim, value_dim, triton.next_power_of_2(rows), query.dtype == torch.float32)
     meta = meta._replace(
         KEY_BITS=key_bits,
         VALUE_BITS=value_bits,
-        KEY_GROUPS=key_scales.shape[2],
+        KEY_GROUPS=groups,
         VALUE_GROUPS=value_scales.shape[2],
-        COLUMNS=max(16, 2 * triton.next_power_of_2(key_scales.shape[2])),
+        COLUMNS=max(16, 2 * triton.next_power_of_2(groups)),
         CURRENT=n_current > 0 or n_cached == 0,
         MASK="none" if mask is None else "boolean" if mask.dtype == torch.uint8 else "additive",
         CAUSAL=causal,
@@ -157,27 +159,65 @@ def attention(
     long = rows >= ARCHITECTURES[architecture].unpack_once_rows or len(spans) > MAX_FUSED_RANGES
     if per_channel or (long and correction != "exact"):
         meta = meta._replace(CACHED="dense", CORRECTION="block" if per_channel and correction != "none" else correction)
-        _unpack_once(meta, key_codes, key_scales, value_codes, value_scales, spans, arguments, correction)
-    elif len(spans) > MAX_FUSED_RANGES:
-        raise NotImplementedError(
-            f"exact correction over {len(spans)} token ranges; at most {MAX_FUSED_RANGES} are supported on a GPU"
-        )
+        _unpack_once(meta, (key_codes, key_scales, value_codes, value_scales), spans, arguments, correction)
     else:
-        meta = meta._replace(CACHED="packed", CORRECTION=correction, RANGES=len(spans))
-        _launch(meta, *arguments, store=(key_codes, key_scales, value_codes, value_scales), spans=spans)
+        meta = meta._replace(CACHED="packed", CORRECTION=correction)
+        _fused(meta, (key_codes, key_scales, value_codes, value_scales), spans, arguments)
     return output, lse
 
 
-def _unpack_once(meta: Meta, key_codes, key_scales, value_codes, value_scales, spans, arguments, correction) -> None:
+def _fused(meta: Meta, store, spans, arguments) -> None:
+    """Attend to the packed store as it is; more than `MAX_FUSED_RANGES` ranges in parts, which are merged."""
+    query, key, value, mask, output, lse, scale, options = arguments
+    parts = [spans[i : i + MAX_FUSED_RANGES] for i in range(0, len(spans), MAX_FUSED_RANGES)]
+    if len(parts) == 1:
+        _launch(meta._replace(RANGES=len(spans)), *arguments, store=store, spans=spans)
+        return
+    batch, heads, length, _ = query.shape
+    partial = query.new_empty(len(parts), batch, heads, length, meta.VALUE_DIM, dtype=torch.float32)
+    partial_lse = query.new_empty(len(parts), batch, heads, length, dtype=torch.float32)
+    column = 0
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        stop = None if last else column + sum(b - a for a, b in part)
+        current = slice(None if last else 0)
+        _launch(
+            meta._replace(RANGES=len(part), CURRENT=meta.CURRENT and last), query, key[:, :, current],
+            value[:, :, current], None if mask is None else mask[..., column:stop], partial[i], partial_lse[i], scale,
+            options, store=store, spans=part,
+        )  # fmt: skip
+        column = stop or column
+    _merge(partial, partial_lse, output, lse)
+
+
+def _merge(partial: Tensor, partial_lse: Tensor, output: Tensor, lse: Tensor) -> None:
+    """Join `[parts, B, H, L, Dv]` into output `[B, H, L, Dv]`."""
+    splits, batch, heads, length, value_dim = partial.shape
+    merge_kernel[(triton.cdiv(heads * length, 16), batch)](
+        partial, partial_lse, output, lse, output.stride()[:3], lse.stride(0), splits, heads * length, length,
+        value_dim, 8 * eighth_lanes(value_dim), 16,
+    )  # fmt: skip
+
+
+def _unpack_once(meta: Meta, store, spans, arguments, correction: str) -> None:
     """Dequantize a slab of key/value heads at a time, and attend to it."""
     query, key, value, mask, output, lse, scale, options = arguments
+    key_codes, key_scales, _, _ = store
     batch, kv_heads = key_codes.shape[:2]
     n_cached = sum(b - a for a, b in spans)
     columns = meta.COLUMNS if meta.CORRECTION == "taylor" else 0
     width = meta.HEAD_DIM + meta.VALUE_DIM + columns
-    heads = min(kv_heads, max(1, SLAB_BYTES // (2 * batch * n_cached * width)))
-    scratch = query.new_empty(batch * heads * n_cached * width, dtype=torch.float16)
+    token_block = _token_block(key_codes, key_scales)
     group = query.shape[1] // kv_heads
+    per_head = 2 * batch * n_cached * width
+    if meta.CORRECTION == "block":
+        first_block = min(a for a, _ in spans) // token_block
+        blocks = slice(first_block, triton.cdiv(max(b for _, b in spans), token_block))
+        per_head += 4 * batch * group * query.shape[2] * (blocks.stop - blocks.start)
+        rows = [torch.arange(a, b, dtype=torch.int32, device=query.device) for a, b in spans]
+        block_of_row = torch.cat(rows) // token_block - first_block
+    heads = min(kv_heads, max(1, SLAB_BYTES // per_head))
+    scratch = query.new_empty(batch * heads * n_cached * width, dtype=torch.float16)
     for first in range(0, kv_heads, heads):
         count = min(heads, kv_heads - first)
         own, queries = slice(first, first + count), slice(first * group, (first + count) * group)
@@ -186,22 +226,27 @@ def _unpack_once(meta: Meta, key_codes, key_scales, value_codes, value_scales, s
         keys = keys.view(batch, count, n_cached, meta.HEAD_DIM)
         values = values.view(batch, count, n_cached, meta.VALUE_DIM)
         deltas = deltas.view(batch, count, n_cached, columns)
-        store = (key_codes[:, own], key_scales[:, own], value_codes[:, own], value_scales[:, own])
+        slab = [t[:, own] for t in store]
         row = 0
         for start, stop in spans:
             _dequantize(
-                *store[:2], keys, *store[2:], values, deltas, start, stop, row, meta.KEY_BITS, meta.VALUE_BITS, 2,
+                *slab[:2], keys, *slab[2:], values, deltas, start, stop, row, meta.KEY_BITS, meta.VALUE_BITS, 2,
                 columns,
             )  # fmt: skip
             row += stop - start
+        bias = None
+        if meta.CORRECTION == "block":
+            bias = _block_bias(query[:, queries], key_scales[:, own, :, blocks], meta.KEY_BITS, scale, correction)
+            deltas = block_of_row.expand(batch, count, n_cached).unsqueeze(-1)
         _launch(
             meta, query[:, queries], key[:, own], value[:, own], None if mask is None else mask[:, queries],
             output[:, queries], lse[:, queries], scale, options, store=(keys, deltas, values, values),
-            spans=[(0, n_cached)],
+            spans=[(0, n_cached)], bias=bias,
         )  # fmt: skip
 
 
-def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, store=None, spans=((0, 0),)) -> None:
+def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, store=None, spans=((0, 0),),
+            bias=None) -> None:  # fmt: skip
     """One attention over the given heads, split over the keys where there are too few rows to fill the device."""
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
@@ -215,6 +260,7 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
     splits = triton.cdiv(tiles, per_split) if tiles else 1
 
     meta = meta._replace(GROUPED=grouped)
+    bias = query if bias is None else bias
     prepared = query
     arch = ARCHITECTURES[architecture_of(query.device)]
     if arch.prepared and meta.CACHED != "none" and meta.BLOCK_M >= 64:
@@ -241,19 +287,21 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
     shifts = (shifts + [0] * 7)[:7]
     words = _word_strides if meta.CACHED == "packed" else _code_strides
     attention_kernel[(grid_rows, batch * grid_heads, splits)](
-        query, key_store, key_scales, value_store, value_scales, prepared, prepared, key, value,
+        query, key_store, key_scales, value_store, value_scales, prepared, bias, key, value,
         query if mask is None else mask, target, target_lse,
-        query.stride()[:3], prepared.stride()[:2], _code_strides(key_store), words(key_scales), _code_strides(value_store),
-        words(value_scales), (0, 0, 0), key.stride()[:3], value.stride()[:3],
+        query.stride()[:3], prepared.stride()[:2], _code_strides(key_store), words(key_scales),
+        _code_strides(value_store), words(value_scales), bias.stride()[:3], key.stride()[:3], value.stride()[:3],
         (0, 0, 0, 0) if mask is None else mask.stride(), output_strides, lse_strides,
-        grid_heads, heads // kv_heads, rows, length, key.shape[2], n_cached, *shifts, 0, per_split, scale, meta, **options,
+        grid_heads, heads // kv_heads, rows, length, key.shape[2], n_cached, *shifts, per_split, scale, meta, **options,
     )  # fmt: skip
     if splits > 1:
-        lanes = 8 * meta.VALUE_EIGHTH
-        merge_kernel[(triton.cdiv(heads * length, 16), batch)](
-            target, target_lse, output, lse, output.stride()[:3], lse.stride(0), splits,
-            heads * length, length, meta.VALUE_DIM, lanes, 16,
-        )  # fmt: skip
+        _merge(target, target_lse, output, lse)
+
+
+def _block_bias(query: Tensor, scales: Tensor, bits: int, scale: float, correction: str) -> Tensor:
+    """b / s `[B, H, L, T]`: with per-channel steps the correction is one number per query and block of tokens."""
+    delta = reference.quantization_step(scales, bits).repeat_interleave(query.shape[1] // scales.shape[1], 1)
+    return reference.correction_bias(query, delta, scale, correction) / scale
 
 
 def splits_of(programs: int, tiles: int, processors: int) -> int:

@@ -241,7 +241,7 @@ def _compile_append(target: str, kernel: Any = append_kernel, head_dim: int = 12
 
 
 def _compile_dequantize(target: str):
-    return _compile_append(target, dequantize_kernel, KEY_TOKEN_BLOCK=1, COLUMNS=16)
+    return _compile_append(target, dequantize_kernel, KEY_TOKEN_BLOCK=1, VALUE_TOKEN_BLOCK=1, COLUMNS=16)
 
 
 def _compile_prepare(target: str):

@@ -8,9 +8,10 @@ For query row i, with s the softmax scale and every exponent taken to base 2:
 (arXiv 2605.26266, Taylor form.) The correction is a product of rank G = head_dim / group_size, so it rides in the score
 product as one more dot of K = 16: columns `-s/24·‖q_g‖²`, split into a float16 and its remainder, against `Δ_g²`.
 
-One kernel serves three lowerings. `CACHED == "packed"` unpacks codes in registers; `"dense"` reads keys and values that
-were dequantized before, with the columns Δ² beside them; `"none"` is plain flash attention, the yardstick of the
-budgets. Query heads that share keys are rows of one tile: row r is query `r % n_query` of head `r // n_query`.
+One kernel serves three lowerings. `CACHED == "packed"` unpacks codes in registers. `"dense"` reads keys and values that
+were dequantized before, and beside them the columns Δ² or, for per-channel steps, each row's block of steps. `"none"`
+is plain flash attention, the yardstick of the budgets. Where query heads share keys and are short, they are rows of
+one tile: row r is query `r % n_query` of head `r // n_query`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ class Meta(NamedTuple):
     RANGES: int = 1
     CORRECTION: str = "none"  # "taylor", "exact", "block" or "none"
     COLUMNS: int = 16  # of the correction's dot
-    TOKEN_BLOCK: int = 1  # tokens that share a step, for "block"
     CURRENT: bool = True
     MASK: str = "none"  # "boolean", "additive" or "none"
     CAUSAL: bool = False
@@ -93,7 +93,7 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
     """One block of cached keys into the running softmax."""
     p_keys, p_key_scales, key_stride, key_group_stride = key_store
     p_values, p_value_scales, value_stride, value_group_stride = value_store
-    p_query_rows, p_mask_rows, p_bias_rows, m_row, mask_column_stride, bias_phase, softmax_scale = rows
+    p_query_rows, p_mask_rows, p_bias_rows, m_row, mask_column_stride, softmax_scale = rows
     i_column = first + tl.arange(0, META.BLOCK_N)
     m_column = i_column < n_cached
     if META.CACHED == "packed":
@@ -101,7 +101,7 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
         b_key, b_steps = dequantize_tile(
             p_keys, p_key_scales, i_token, m_column, key_stride, key_group_stride, META.KEY_BITS, META.KEY_GROUPS,
             META.HEAD_DIM, META.KEY_EIGHTH, MASKED, META.PTX, META.FENCE,
-            META.COLUMNS if META.PREPARED and META.CORRECTION == "taylor" else 0,
+            META.COLUMNS if META.PREPARED and META.PTX and META.CORRECTION == "taylor" else 0,
         )  # fmt: skip
     else:
         i_token = i_column
@@ -123,7 +123,7 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
         )  # fmt: skip
         b_scores -= b_bias / softmax_scale
     elif META.CORRECTION == "block":
-        i_block = (i_column + bias_phase) // META.TOKEN_BLOCK
+        i_block = tl.load(p_key_scales + i_column, mask=m_column, other=0)
         m_bias = m_row[:, None] & m_column[None, :]
         b_scores -= tl.load(p_bias_rows[:, None] + i_block[None, :], mask=m_bias, other=0.0)
     if META.MASK != "none":
@@ -148,7 +148,7 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
 def _current_tile(b_acc, b_max, b_sum, b_query, first, n_current, n_cached, i_last, p_keys, p_values, key_stride,
                   value_stride, rows, scale, META: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One block of full-precision keys, never corrected. i_last `[BLOCK_M]`: the last key a row may see."""
-    _, p_mask_rows, _, m_row, mask_column_stride, _, _ = rows
+    _, p_mask_rows, _, m_row, mask_column_stride, _ = rows
     i_column = first + tl.arange(0, META.BLOCK_N)
     m_column = i_column < n_current
     b_key = load_dense(p_keys + i_column * key_stride, m_column, META.HEAD_DIM, META.KEY_EIGHTH, MASKED)
@@ -192,7 +192,7 @@ def _rows_of_program(grid_heads, group, n_rows, n_query, META: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "grid_heads", "group", "n_rows", "n_query", "n_current", "n_cached", "shift_0", "stop_0", "shift_1", "stop_1",
-        "shift_2", "stop_2", "shift_3", "bias_phase", "tiles_per_split",
+        "shift_2", "stop_2", "shift_3", "tiles_per_split",
     ]
 )  # fmt: skip
 def attention_kernel(
@@ -200,7 +200,7 @@ def attention_kernel(
     p_output, p_lse, query_strides, prepared_strides, key_store_strides, key_scale_strides, value_store_strides,
     value_scale_strides, bias_strides, key_strides, value_strides, mask_strides, output_strides, lse_strides,
     grid_heads, group, n_rows, n_query, n_current, n_cached, shift_0, stop_0, shift_1, stop_1, shift_2, stop_2,
-    shift_3, bias_phase, tiles_per_split, softmax_scale,
+    shift_3, tiles_per_split, softmax_scale,
     META: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row blocks, batch · heads, splits of the keys); with `GROUPED` they are the keys' heads.
@@ -223,7 +223,7 @@ def attention_kernel(
         p_mask_rows += i_query.to(tl.int64) * mask_strides[2]
     if META.CORRECTION == "block":
         p_bias_rows = p_bias + i_batch * bias_strides[0] + i_head * bias_strides[1] + i_query * bias_strides[2]
-    rows = (p_query_rows, p_mask_rows, p_bias_rows, m_row, mask_strides[3], bias_phase, softmax_scale)
+    rows = (p_query_rows, p_mask_rows, p_bias_rows, m_row, mask_strides[3], softmax_scale)
 
     b_max = tl.full([META.BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.full([META.BLOCK_M], 0.0, tl.float32)
@@ -234,8 +234,8 @@ def attention_kernel(
         p_values = p_value_store + i_batch * value_store_strides[0] + i_kv_head * value_store_strides[1]
         key_store = (p_keys, p_keys, key_store_strides[2], 0)
         value_store = (p_values, p_values, value_store_strides[2], 0)
-        if META.CACHED == "packed" or META.CORRECTION == "taylor":
-            WORDS: tl.constexpr = tl.int32 if META.CACHED == "packed" else tl.float16
+        if META.CACHED == "packed" or META.CORRECTION != "none":
+            WORDS: tl.constexpr = tl.float16 if META.CACHED == "dense" and META.CORRECTION == "taylor" else tl.int32
             p_scales = p_key_scales.to(tl.pointer_type(WORDS))
             p_scales += i_batch * key_scale_strides[0] + i_kv_head * key_scale_strides[1]
             key_store = (p_keys, p_scales, key_store_strides[2], key_scale_strides[2])

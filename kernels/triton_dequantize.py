@@ -65,7 +65,8 @@ def dequantize_kernel(
     key_scale_strides, key_strides, value_code_strides, value_scale_strides, value_strides, heads, start, length,
     first, total, BLOCK: tl.constexpr, KEY_BITS: tl.constexpr, KEY_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     KEY_EIGHTH: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_GROUPS: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_EIGHTH: tl.constexpr, KEY_TOKEN_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    VALUE_EIGHTH: tl.constexpr, KEY_TOKEN_BLOCK: tl.constexpr, VALUE_TOKEN_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Tokens `start … start + length - 1` to rows `first …` of outputs of `total` rows; grid as `append_kernel`."""
     i_batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -83,5 +84,5 @@ def dequantize_kernel(
         _dequantize_block(
             p_value_codes, p_value_scales, p_value + first * value_strides[2], p_columns, value_code_strides,
             value_scale_strides, value_strides, i_batch, i_head, i_row, i_token, m_token, start, total, VALUE_BITS,
-            VALUE_GROUPS, VALUE_DIM, VALUE_EIGHTH, 1, 0,
+            VALUE_GROUPS, VALUE_DIM, VALUE_EIGHTH, VALUE_TOKEN_BLOCK, 0,
         )  # fmt: skip

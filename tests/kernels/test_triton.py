@@ -19,7 +19,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from jkv_compile.kernels import gpu, reference, triton_config  # noqa: E402
-from jkv_compile.kernels.layout import packed_width  # noqa: E402
+from jkv_compile.kernels.layout import pack, packed_width, unpack  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy, inside the interpreter
 
@@ -210,8 +210,54 @@ def test_attention_over_token_ranges(ranges):
     check(ranges=ranges)
 
 
-def test_attention_over_more_ranges_than_the_fused_kernel_takes():
-    check(ranges=(3, 10, 20, 30, 40, 50, 60, 70, 80, 190))
+@pytest.mark.parametrize("correction, mask", [("taylor", None), ("exact", "additive")])
+def test_attention_over_more_ranges_than_the_fused_kernel_takes(correction, mask):
+    check(ranges=(3, 10, 20, 30, 40, 50, 60, 70, 80, 190), correction=correction, mask=mask, queries=10)
+
+
+def per_channel(x: torch.Tensor, bits: int, block: int):
+    """KIVI: one step per channel and block of tokens; codes, scales `[B, H, D, S / block, 2]`, x̂ and Δ per token."""
+    batch, heads, _, head_dim = x.shape
+    transposed = x.unflatten(2, (-1, block)).transpose(3, 4).flatten(2, 3)  # [B, H, blocks · D, block]
+    codes, scales = reference.quantize(transposed, bits, block)
+    restored = reference.dequantize(codes, scales, bits)
+    delta = reference.quantization_step(scales, bits).expand_as(restored)
+    restored, delta, integers = (
+        t.unflatten(2, (-1, head_dim)).transpose(3, 4).flatten(2, 3) for t in (restored, delta, unpack(codes, bits))
+    )
+    return (
+        pack(integers, bits),
+        scales.view(batch, heads, -1, head_dim, 2).transpose(2, 3).contiguous(),
+        restored,
+        delta,
+    )
+
+
+@pytest.mark.parametrize("correction", ["taylor", "exact", "none"])
+@pytest.mark.parametrize("ranges", [(0, 192), (5, 60, 100, 170)])
+def test_attention_with_per_channel_steps_shared_by_blocks_of_tokens(correction, ranges):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 192, 64)
+    codes, scales, cached_key, delta = (t.to(DEVICE) for t in per_channel(x, 2, 32))
+    assert torch.equal(gpu.dequantize(codes, scales, 7, 180, 2, torch.float32), cached_key[:, :, 7:180])
+    values, value_scales = (
+        t[:, :, :192] if i == 0 else t[:, :, :, :192] for i, t in enumerate(quantized(1, 2, 64, 2, 32))
+    )
+    query = 2 * torch.randn(1, 4, 20, 64, device=DEVICE)
+    key = torch.randn(1, 2, 20, 64, device=DEVICE)
+    arguments = (query, codes, scales, values, value_scales, list(ranges), key, key, None, False, 0.125, 2, 2)
+    output, lse = gpu.attention(*arguments, correction)
+
+    tokens = torch.cat([torch.arange(a, b) for a, b in zip(ranges[::2], ranges[1::2])])
+    keys, steps, seen = (
+        t[:, :, tokens].repeat_interleave(2, 1)
+        for t in (cached_key, delta, reference.dequantize(values, value_scales, 2))
+    )
+    key = key.repeat_interleave(2, 1)
+    cached = 0.125 * query @ keys.mT - reference.correction_bias(query, steps, 0.125, correction)
+    scores = torch.cat((cached, 0.125 * query @ key.mT), -1)
+    assert relative_error(output, scores.softmax(-1) @ torch.cat((seen, key), 2)) < 6e-4
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=3e-3, rtol=1e-3)
 
 
 def test_attention_without_cached_or_without_current_keys():
