@@ -32,7 +32,7 @@ typedef uint16_t u16;
 typedef uint8_t u8;
 
 constexpr int KEYS = 512;         // keys per block
-constexpr int FEW_KEYS = 512;     // the same, with few query rows
+constexpr int FEW_KEYS = 256;     // the same, with few query rows
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
 constexpr int ROWS = 32;          // query rows per matrix product
 constexpr int TILE = 768;         // query rows per task at most: queries and outputs stay in the second-level cache
@@ -447,16 +447,24 @@ template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s
 //   output_c = Σ_j (w_j step_j) c_j / 2^bits + Σ_j w_j (step_j + zero_j)
 
 // Codes of four tokens (j, j + quarter, …) and one channel in a word, [quarter][dim].
-template <int BITS> void quads_of_tokens(const u8* x, i64 stride, i64 dim, int n, int quarter, const u8* nothing, u32* __restrict words, u32* __restrict out) {
+template <int BITS>
+void quads_of_tokens(const u8* x, i64 stride, i64 dim, int n, int quarter, const u8* nothing, u32* __restrict words, u32* __restrict out) {
   constexpr int P = BITS == 3 ? 2 : BITS;
   constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
   const i64 bytes = dim * BITS / 8, low = dim * P / 8, high = dim / 8;
-  for (int j = 0; j < quarter; j++, out += dim) {
-    const u8* y[4];
-    for (int i = 0; i < 4; i++) y[i] = j + i * quarter < n ? x + (j + i * quarter) * stride : nothing;
-    const u8 *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
+  auto gather = [](const u8* y0, const u8* y1, const u8* y2, const u8* y3, i64 count, u8* __restrict to) {
     #pragma omp simd
-    for (i64 b = 0; b < bytes; b++) words[b] = y0[b] | y1[b] << 8 | y2[b] << 16 | (u32)y3[b] << 24;
+    for (i64 b = 0; b < count; b++) to[4 * b] = y0[b], to[4 * b + 1] = y1[b], to[4 * b + 2] = y2[b], to[4 * b + 3] = y3[b];
+  };
+  if (stride == bytes && n == 4 * quarter) {  // one long run
+    gather(x, x + quarter * bytes, x + 2 * quarter * bytes, x + 3 * quarter * bytes, quarter * bytes, (u8*)words);
+  } else {
+    for (int j = 0; j < quarter; j++) {
+      auto row = [&](int k) { return k < n ? x + k * stride : nothing; };
+      gather(row(j), row(j + quarter), row(j + 2 * quarter), row(j + 3 * quarter), bytes, (u8*)(words + j * bytes));
+    }
+  }
+  for (int j = 0; j < quarter; j++, out += dim, words += bytes) {
     for (int i = 0; i < 8 / P; i++) {
       #pragma omp simd
       for (i64 b = 0; b < low; b++) out[i * low + b] = words[b] >> (i * P) & M;
@@ -489,7 +497,7 @@ struct FewRows {
     u8* out = s.query.get(products * dim);
     float *unit = s.unit.get(rows), *total = s.total.get(rows * groups);
     s.scores.get(products * PITCH), s.output.get(2 * rows * value_groups * dv), s.weights.get(2 * rows * value_groups * PITCH);
-    s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(max(dim / 4 * PITCH, KEYS / 4 * dv)), s.nothing.get(dv);
+    s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(max(dim, dv) / 4 * PITCH), s.nothing.get(dv);
     memset(out, 0, products * dim);
     const i64 size = dim / groups;
     std::vector<float> x(dim);
@@ -586,6 +594,7 @@ struct FewRows {
           memcpy(high + 4 * j, &h, 4), memcpy(low + 4 * j, &lo, 4);
         }
         float* o = output + r * dv + g * size;
+        #pragma omp simd
         for (i64 c = 0; c < size; c++) o[c] += sum;
       }
     }
@@ -595,6 +604,7 @@ struct FewRows {
         const i32 *high = s.output.data + (g * rows + r) * 2 * dv + g * size, *low = high + dv;
         float* o = output + r * dv + g * size;
         const float factor = unit[g] / (1 << a.values.bits);
+        #pragma omp simd
         for (i64 c = 0; c < size; c++) o[c] += ((high[c] << 8) + low[c]) * factor;
       }
   }
@@ -751,62 +761,95 @@ void merge(const Args& a, const Plan& plan, i64 task) {
 
 // ---- append, dequantize, move ---------------------------------------------------------------------------------------
 
+constexpr int BATCH = 4096;  // values quantized at a time
+
 struct Quantizer {
-  float values[1024];
-  u8 codes[1024];
+  float values[BATCH], low[BATCH], high[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];
+  u32 magnitude[BATCH];
+  i32 wide_codes[BATCH];
+  u8 codes[BATCH];
 };
 
-// Quantizes one token as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
-template <i64 DTYPE, int BITS> void quantize_token(const char* source, i64 dim, i64 groups, u8* out, u16* scales, i64 scales_g, Quantizer& q) {
-  constexpr int P = BITS == 3 ? 2 : BITS, LEVELS = 1 << BITS;
-  const i64 size = dim / groups;
-  #pragma omp simd
-  for (i64 c = 0; c < dim; c++) q.values[c] = get<DTYPE>(source, c);
-  for (i64 g = 0; g < groups; g++) {
-    const float* x = q.values + g * size;
-    u8* codes = q.codes + g * size;
-    float low = INF, high = -INF;
-    u32 largest = 0;  // magnitude, as bits: NaN and infinity are the largest
-    #pragma omp simd reduction(min : low) reduction(max : high) reduction(max : largest)
-    for (i64 c = 0; c < size; c++) {
-      low = x[c] < low ? x[c] : low;
-      high = x[c] > high ? x[c] : high;
-      const u32 magnitude = as_bits(x[c]) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const bool finite = largest < 0x7f800000 && std::isfinite(high - low);
-    const u16 step = finite ? to_half(min((high - low) * (float)(LEVELS / (LEVELS - 1.)), 65504.f)) : 0x7e00;
-    const u16 zero = finite ? to_half(max(min(low - half(step), 65504.f), -65504.f)) : 0x7e00;
-    scales[g * scales_g] = step, scales[g * scales_g + 1] = zero;
-    const float delta = half(step) / LEVELS, origin = half(zero) + half(step);
-    if (!(delta > 0)) {
-      memset(codes, 0, size);
-      continue;
-    }
-    #pragma omp simd
-    for (i64 c = 0; c < size; c++) {
-      float v = std::nearbyintf((x[c] - origin) / delta);
-      v = v < 0.f ? 0.f : v;
-      codes[c] = (i32)(v > LEVELS - 1.f ? LEVELS - 1.f : v);
-    }
-  }
+template <int BITS> void pack_row(const u8* __restrict codes, i64 dim, u8* __restrict out) {
+  constexpr int P = BITS == 3 ? 2 : BITS;
   const i64 n = dim * P / 8;
   if (BITS == 8) {
-    memcpy(out, q.codes, n);
+    memcpy(out, codes, n);
     return;
   }
   #pragma omp simd
   for (i64 b = 0; b < n; b++) {
-    u32 byte = q.codes[b] & ((1 << P) - 1);
-    for (int i = 1; i < 8 / P; i++) byte |= (q.codes[i * n + b] & ((1 << P) - 1)) << (i * P);
+    u32 byte = codes[b] & ((1 << P) - 1);
+    for (int i = 1; i < 8 / P; i++) byte |= (codes[i * n + b] & ((1 << P) - 1)) << (i * P);
     out[b] = byte;
   }
   if (BITS == 3)
     for (i64 b = 0; b < dim / 8; b++) {
       u32 byte = 0;
-      for (int i = 0; i < 8; i++) byte |= (u32)(q.codes[i * (dim / 8) + b] >> 2) << i;
+      for (int i = 0; i < 8; i++) byte |= (u32)(codes[i * (dim / 8) + b] >> 2) << i;
       out[n + b] = byte;
     }
+}
+
+// Quantizes tokens as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
+// One step after the other for a batch of groups: each step is short, and would wait for the one before it.
+template <i64 DTYPE, int BITS>
+void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed& cache, u8* out, u16* scales, Quantizer& q) {
+  constexpr int LEVELS = 1 << BITS;
+  const i64 dim = cache.dim, groups = cache.groups, size = dim / groups;
+  for (i64 t = 0; t < tokens; t++) {
+    float* values = q.values + t * dim;
+    #pragma omp simd
+    for (i64 c = 0; c < dim; c++) values[c] = get<DTYPE>(source, t * source_s + c);
+  }
+  for (i64 g = 0; g < tokens * groups; g++) {
+    const float* x = q.values + g * size;
+    float low = INF, high = -INF;
+    u32 largest = 0;  // magnitude, as bits: NaN and infinity are the largest
+    #pragma omp simd reduction(min : low) reduction(max : high, largest)
+    for (i64 c = 0; c < size; c++) {
+      const u32 magnitude = as_bits(x[c]) & 0x7fffffff;
+      low = x[c] < low ? x[c] : low;
+      high = x[c] > high ? x[c] : high;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    q.low[g] = low, q.high[g] = high, q.magnitude[g] = largest;
+  }
+  for (i64 g = 0; g < tokens * groups; g++) {
+    const float low = q.low[g], range = q.high[g] - low;
+    const bool finite = q.magnitude[g] < 0x7f800000 && std::isfinite(range);
+    const u16 step = finite ? to_half(min(range * (float)(LEVELS / (LEVELS - 1.)), 65504.f)) : 0x7e00;
+    const u16 zero = finite ? to_half(max(min(low - half(step), 65504.f), -65504.f)) : 0x7e00;
+    u16* p = scales + g % groups * cache.scales_g + g / groups * cache.scales_s;
+    p[0] = step, p[1] = zero;
+    q.delta[g] = half(step) / LEVELS, q.origin[g] = half(zero) + half(step), q.inverse[g] = 1 / q.delta[g];
+  }
+  for (i64 g = 0; g < tokens * groups; g++) {
+    const float *x = q.values + g * size, delta = q.delta[g], origin = q.origin[g], inverse = q.inverse[g];
+    i32* codes = q.wide_codes + g * size;
+    if (!(delta > 0)) {
+      std::fill(codes, codes + size, 0);
+      continue;
+    }
+    float closest = 0;  // to a tie: there, and only there, a product with the inverse may round otherwise than the quotient
+    #pragma omp simd reduction(max : closest)
+    for (i64 c = 0; c < size; c++) {
+      const float v = (x[c] - origin) * inverse, r = std::nearbyintf(v), distance = std::fabs(v - r);
+      closest = distance > closest ? distance : closest;
+      const float at_least = r < 0.f ? 0.f : r;
+      codes[c] = (i32)(at_least > LEVELS - 1.f ? LEVELS - 1.f : at_least);
+    }
+    if (closest > .5f - 1e-6f * LEVELS) {
+      #pragma omp simd
+      for (i64 c = 0; c < size; c++) {
+        const float r = std::nearbyintf((x[c] - origin) / delta), at_least = r < 0.f ? 0.f : r;
+        codes[c] = (i32)(at_least > LEVELS - 1.f ? LEVELS - 1.f : at_least);
+      }
+    }
+  }
+  #pragma omp simd
+  for (i64 i = 0; i < tokens * dim; i++) q.codes[i] = q.wide_codes[i];
+  for (i64 t = 0; t < tokens; t++) pack_row<BITS>(q.codes + t * dim, dim, out + t * cache.codes_s);
 }
 
 struct AppendArgs {
@@ -908,15 +951,14 @@ extern "C" int jkv_append(const AppendArgs* args) {
   const i64 chunk = chunk_of(cache.dim), chunks = (a.tokens + chunk - 1) / chunk;
   return !parallel(a.batch * a.heads * chunks, a.threads, [&](i64 task) {
     const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
-    Quantizer quantizer;
+    static thread_local Quantizer quantizer;
     by_dtype(a.dtype, [&](auto dtype) {
       by_bits(cache.bits, [&](auto bits) {
-        for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
-          const i64 to = a.start + t;
-          quantize_token<dtype, bits>(a.source.data + (b * a.source.b + h * a.source.h + t * a.source.s) * width_of(dtype), cache.dim, cache.groups,
-                                      (u8*)cache.codes + b * cache.codes_b + h * cache.codes_h + to * cache.codes_s,
-                                      (u16*)cache.scales + b * cache.scales_b + h * cache.scales_h + to * cache.scales_s, cache.scales_g, quantizer);
-        }
+        const i64 batch = BATCH / cache.dim, stop = min(first + chunk, a.tokens);
+        for (i64 t = first; t < stop; t += batch)
+          quantize_tokens<dtype, bits>(a.source.data + (b * a.source.b + h * a.source.h + t * a.source.s) * width_of(dtype), a.source.s,
+                                       min(batch, stop - t), cache, (u8*)cache.codes + b * cache.codes_b + h * cache.codes_h + (a.start + t) * cache.codes_s,
+                                       (u16*)cache.scales + b * cache.scales_b + h * cache.scales_h + (a.start + t) * cache.scales_s, quantizer);
       });
     });
   });
@@ -930,7 +972,7 @@ extern "C" int jkv_dequantize(const DequantizeArgs* args) {
     const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
     const u8* codes = cache.codes + b * cache.codes_b + h * cache.codes_h;
     const u16* scales = cache.scales + b * cache.scales_b + h * cache.scales_h;
-    Quantizer row;
+    static thread_local Quantizer row;
     by_dtype(a.dtype, [&](auto dtype) {
       by_bits(cache.bits, [&](auto bits) {
         for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
