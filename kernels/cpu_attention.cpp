@@ -331,17 +331,31 @@ template <class Op> inline float exp2_negative(float x, float lowest) {
   return as_float(as_bits(Op::exp2_fraction(f)) + (as_bits(t) << 23));
 }
 
-template <class Op> float exponentiate(const float* __restrict s, float factor, float top, typename Op::type* __restrict p, int half_n) {
+// p_j = 2^(factor s_j - top - Σ_g c_g x_gj); returns their sum.
+template <class Op, int G>
+float exponentiate(const float* __restrict s, const float* c, const float* __restrict x, float factor, float top, typename Op::type* __restrict p, int half_n) {
   volatile float opaque = -120;  // a constant would be propagated into a branch, which costs more than the maximum
   const float lowest = opaque;
   float sum = 0;
   #pragma omp simd reduction(+ : sum)
   for (int j = 0; j < half_n; j++) {
-    float a = exp2_negative<Op>(s[j] * factor - top, lowest), b = exp2_negative<Op>(s[half_n + j] * factor - top, lowest);
+    float a = s[j] * factor - top, b = s[half_n + j] * factor - top;
+    for (int g = 0; g < G; g++) a -= c[g] * x[g * PITCH + j], b -= c[g] * x[g * PITCH + half_n + j];
+    a = exp2_negative<Op>(a, lowest), b = exp2_negative<Op>(b, lowest);
     sum += a + b;
     Op::weight2(p, half_n, j, a, b);
   }
   return sum;
+}
+template <class Op>
+float exponentiate(int groups, const float* s, const float* c, const float* x, float factor, float top, typename Op::type* p, int half_n) {
+  switch (groups) {
+    case 0: return exponentiate<Op, 0>(s, c, x, factor, top, p, half_n);
+    case 1: return exponentiate<Op, 1>(s, c, x, factor, top, p, half_n);
+    case 2: return exponentiate<Op, 2>(s, c, x, factor, top, p, half_n);
+    case 3: return exponentiate<Op, 3>(s, c, x, factor, top, p, half_n);
+    default: return exponentiate<Op, 4>(s, c, x, factor, top, p, half_n);
+  }
 }
 
 void apply_mask(const Args& a, const char* mask, float* s, float factor, int n) {
@@ -669,6 +683,16 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
     if (n < padded)
       for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
 
+    const int biased = block.current || integers ? 0 : groups;
+    float lowest[4], highest[4];  // of step'² in the block
+    for (int g = 0; g < min(biased, 4); g++) {
+      const float* x = s.key_square.data + g * PITCH;
+      float low = INF, high = 0;
+      #pragma omp simd reduction(min : low) reduction(max : high)
+      for (int j = 0; j < n; j++) low = x[j] < low ? x[j] : low, high = x[j] > high ? x[j] : high;
+      lowest[g] = low, highest[g] = high;
+    }
+
     for (int m0 = 0; m0 < rows; m0 += ROWS) {
       const int m = min(ROWS, padded_rows - m0), used = min(m, rows - m0);
       if (integers)
@@ -685,14 +709,21 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
           const i64 visible = min<i64>(max<i64>((row0 + row) % a.length + diagonal + 1, 0), n);
           std::fill(x + visible, x + n, -INF);
         }
-        float peak = corrected_max(block.current || integers ? 0 : groups, x, norm + row * groups, s.key_square.data, padded);
+        // The correction is subtracted on the way to the exponential. Until then its least value in the block stands for it:
+        // scores may fall short of `top`, but not by so much that weights vanish. Otherwise it is subtracted here.
+        const float* c = norm + row * groups;
+        float least = 0, most = 0;
+        for (int g = 0; g < min(biased, 4); g++) least += c[g] * lowest[g], most += c[g] * highest[g];
+        const bool late = biased <= 4 && most - least < 30;
+        if (!late) least = 0;
+        float peak = corrected_max(late ? 0 : biased, x, c, s.key_square.data, padded);
         if (a.mask) {
           const i64 h = head * plan.repeat + (row0 + row) / a.length, i = (row0 + row) % a.length;
           apply_mask(a, a.mask + (batch * a.mask_b + h * a.mask_h + i * a.mask_l + block.column * a.mask_k) * width_of(a.mask_dtype), x, factor, n);
           factor = 1.f;
           peak = corrected_max<0>(x, nullptr, nullptr, padded);
         }
-        const float new_top = max(top[row], peak * factor);
+        const float new_top = max(top[row], peak * factor - least);
         auto* p = weights + r * PITCH;
         if (new_top == -INF) {  // nothing seen yet
           bool nan = false;
@@ -702,7 +733,7 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
           std::fill(x, x + padded, 0.f);
           continue;
         }
-        const float total = integers ? FewRows::exponentiate(x, new_top, padded) : exponentiate<Op>(x, factor, new_top, p, half_n);
+        const float total = integers ? FewRows::exponentiate(x, new_top, padded) : exponentiate<Op>(late ? biased : 0, x, c, s.key_square.data, factor, new_top, p, half_n);
         const float shrink = exp2f(top[row] - new_top);
         top[row] = new_top;
         sum[row] = sum[row] * shrink + total;
