@@ -13,6 +13,10 @@ from .errors import PackedCacheError
 from .geometry import Window, locate
 from .store import CHANNEL, Store
 
+# A window's storage offset is that many tokens too large: sizes and offsets of 0 and 1 are constants to Dynamo, so that a
+# slice that begins at token 0 in one call and elsewhere in the next would be compiled twice.
+MARGIN = 2
+
 
 class PackedKV(torch.Tensor):
     """A window on a packed cache, of any view shape; `dtype`, `size` and `stride` are those of the tensor it replaced.
@@ -32,8 +36,9 @@ class PackedKV(torch.Tensor):
         cls, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
     ) -> PackedKV:
         return torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=store.codes.device
-        )
+            cls, size, strides=stride, storage_offset=offset + MARGIN * store.strides[2], dtype=dtype,
+            device=store.codes.device,
+        )  # fmt: skip
 
     def __init__(
         self, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
@@ -55,10 +60,10 @@ class PackedKV(torch.Tensor):
     @property
     def first_token(self) -> Tensor:
         if self._first_token is None:
-            offset, row = self.storage_offset(), self._store.strides[2]
+            offset, row = self.offset, self._store.strides[2]
             with torch.inference_mode(False):  # the same kind of tensor wherever it is asked for
-                # Sizes 0 and 1 would be constants to Dynamo, hence the 2; where a slice begins is likely to move.
-                self._first_token = self._store.codes.new_empty((2 + offset // row, offset % row, 0))
+                self._first_token = self._store.codes.new_empty((MARGIN + offset // row, offset % row, 0))
+            # Where a slice begins is likely to move; a whole cache stays where it is.
             if not is_fake(self._first_token) and self.numel() != self._store.numel:
                 maybe_mark_dynamic(self._first_token, 0)
         return self._first_token
@@ -74,7 +79,7 @@ class PackedKV(torch.Tensor):
         shape, strides, store_dtype, bits, dtype = context
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"])
         tokens, rest, _ = inner["first_token"].shape
-        packed = PackedKV(store, size, stride, (tokens - 2) * strides[2] + rest, dtype)
+        packed = PackedKV(store, size, stride, (tokens - MARGIN) * strides[2] + rest, dtype)
         packed._first_token = inner["first_token"]
         return packed
 
@@ -88,20 +93,26 @@ class PackedKV(torch.Tensor):
 
     # ---- geometry and values ----
 
+    @property
+    def offset(self) -> int:
+        """Elements from the beginning of the tensor that the store replaces to that of this window."""
+        return self.storage_offset() - MARGIN * self._store.strides[2]
+
     def find_window(self) -> Window | None:
         """The box of the store that this shows, or None where it is no box."""
         store = self._store
-        return locate(self.size(), self.stride(), self.storage_offset(), store.shape, store.strides)
+        return locate(self.size(), self.stride(), self.offset, store.shape, store.strides)
 
     def window(self) -> Window:
         """The box of the store that this shows; raises `PackedCacheError` where it is none, or splits channels."""
         window, shape = self.find_window(), self._store.shape
         if window is None or not window.covers(shape, CHANNEL):
             shows = "is no box" if window is None else f"shows {window.lengths[CHANNEL]} of {shape[CHANNEL]} channels"
+            geometry = f"size {tuple(self.shape)}, stride {self.stride()}, offset {self.offset}"
             raise PackedCacheError(
-                f"a view of size {tuple(self.shape)}, stride {self.stride()}, offset {self.storage_offset()} {shows} of "
-                f"the packed cache of [batch, head, token, channel] = {list(shape)}; packed data can be written, and its "
-                "steps told, for whole heads over a range of tokens; use jkv_compile.materialize(cache) first"
+                f"a view ({geometry}) {shows} of the packed cache of [batch, head, token, channel] = {list(shape)}; packed "
+                "data can be written, and its steps told, for whole heads over a range of tokens; "
+                "use jkv_compile.materialize(cache) first"
             )
         return window
 
@@ -112,7 +123,7 @@ class PackedKV(torch.Tensor):
         window = self.find_window()
         if window is not None:
             return window.from_canonical(self._store.read(window.starts, window.lengths, self.dtype))
-        store, offset = self._store, self.storage_offset()
+        store, offset = self._store, self.offset
         last = offset + sum((n - 1) * s for n, s in zip(self.size(), self.stride()))
         first, n = 0, store.shape[2]
         if store.strides[2] == max(s for s, m in zip(store.strides, store.shape) if m > 1):  # tokens are outermost

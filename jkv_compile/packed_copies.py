@@ -171,4 +171,4 @@ def canonical_strides(window: Window, size: Sequence[int], stride: Sequence[int]
 
 
 def _rehoused(source: PackedKV, store: Store) -> PackedKV:
-    return PackedKV(store, source.shape, source.stride(), source.storage_offset(), source.dtype)
+    return PackedKV(store, source.shape, source.stride(), source.offset, source.dtype)

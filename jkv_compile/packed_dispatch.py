@@ -78,8 +78,8 @@ def shadow(source: PackedKV) -> Tensor:
         return source._shadow
     store = source._store
     extent = 1 + sum((n - 1) * s for n, s in zip(store.shape, store.strides))
-    whole = torch.empty_strided((max(extent, source.storage_offset()),), (1,), dtype=source.dtype, device="meta")
-    return _remember(source, whole.as_strided(source.size(), source.stride(), source.storage_offset()))
+    whole = torch.empty_strided((max(extent, source.offset),), (1,), dtype=source.dtype, device="meta")
+    return _remember(source, whole.as_strided(source.size(), source.stride(), source.offset))
 
 
 def _remember(source: PackedKV, meta: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _trace(func: Any, args: Any, kwargs: Any) -> Any:
     """What Dynamo needs to know while it traces: shapes, dtypes, devices. The passes decide what is done."""
     if func is aten.clone.default:
         source = args[0]
-        return new_window(source, source._store, source.size(), source.stride(), source.storage_offset(), source.dtype)
+        return new_window(source, source._store, source.size(), source.stride(), source.offset, source.dtype)
     written = list(written_arguments(func, args, kwargs))
     if written and isinstance(written[0], PackedKV):
         return written[0]

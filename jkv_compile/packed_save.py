@@ -30,14 +30,14 @@ def deepcopy_window(source: PackedKV, memo: dict[int, Any]) -> PackedKV:
     store = memo.get(id(source._store))
     if store is None:
         store = memo[id(source._store)] = source._store.map(torch.clone)
-    result = type(source)(store, source.size(), source.stride(), source.storage_offset(), source.dtype)
+    result = type(source)(store, source.size(), source.stride(), source.offset, source.dtype)
     memo[id(source)] = result
     result.__dict__.update(copy.deepcopy(_attributes(source), memo))
     return result
 
 
 def reduce_window(source: PackedKV) -> tuple[Any, ...]:
-    place = tuple(source.size()), tuple(source.stride()), source.storage_offset()
+    place = tuple(source.size()), tuple(source.stride()), source.offset
     return rebuild_window, (source._store, *place, source.dtype, _attributes(source))
 
 

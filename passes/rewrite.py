@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..geometry import same
 from .segments import Cached, Fresh, Segment
 from .symbols import Symbols
-from .tracking import Append, Attend, Fill, Holder, Move, Read, Tracking, example, is_in_place
+from .tracking import Append, Attend, Fill, Holder, Move, Read, Tracking, example, is_in_place, offset
 
 ops = torch.ops.jkv
 Component = Literal["plain", "codes", "scales", "active", "active_range"]
@@ -313,7 +313,7 @@ class _Rewriter:
                     self.position[windows[value].holder.node],
                     [add(n) for n in view.shape],
                     [add(n) for n in view.stride()],
-                    add(view.storage_offset()),
+                    add(offset(view)),
                 )
             )
         attended = {c for a in self.attends.values() for c in (a.key_cache, a.value_cache)}

@@ -110,8 +110,12 @@ def _guard(condition: bool) -> bool:
 
 
 def equal(a: int, b: int) -> bool:
-    """Whether a == b for the values at hand, which is then guarded on; adds no guard where the answer is no."""
-    return same(a, b) or (_hint(a) == _hint(b) and _guard(a == b))
+    """Whether a == b for the values at hand, which is then guarded on; adds no guard where the answer is no.
+
+    Guarded on as two inequalities: an equation would have one symbol replaced by the other, and Inductor (2.13) loses
+    symbols that are replaced after Dynamo has made them inputs.
+    """
+    return same(a, b) or (_hint(a) == _hint(b) and _guard(a <= b) and _guard(b <= a))
 
 
 def _hint(n: int) -> int:

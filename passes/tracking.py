@@ -142,6 +142,11 @@ def identity(value: Tensor) -> int:
     return id(value._store.codes) if isinstance(value, PackedKV) else value.untyped_storage()._cdata
 
 
+def offset(value: Tensor) -> int:
+    """Where a tensor begins in its storage, or in the tensor that its packed store replaces."""
+    return value.offset if isinstance(value, PackedKV) else value.storage_offset()
+
+
 class Tracker:
     """The walk. `owners` gives, per placeholder that is a slice of a larger cache, that cache's shape and strides."""
 
@@ -202,7 +207,7 @@ class Tracker:
 
     def _content(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
         """The window that a view shows of a holder, and what it holds, at positions counted from its own first token."""
-        window = locate(value.size(), value.stride(), value.storage_offset(), holder.shape, holder.strides)
+        window = locate(value.size(), value.stride(), offset(value), holder.shape, holder.strides)
         if window is None:
             raise Unsupported(f"the view of size {tuple(value.shape)} has steps or merged dimensions")
         axis = holder.token_axis
@@ -300,7 +305,7 @@ class Tracker:
             if isinstance(value, Node):
                 self._read(node, value)
             return
-        window = locate(target.size(), target.stride(), target.storage_offset(), holder.shape, holder.strides)
+        window = locate(target.size(), target.stride(), offset(target), holder.shape, holder.strides)
         axis = holder.token_axis
         if window is None:
             raise Unsupported("it is written in a way that has no packed form")
