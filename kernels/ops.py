@@ -21,6 +21,11 @@ _TAGS = (torch.Tag.flexible_layout,)  # kernels take any strides: Inductor need 
 
 library.define("append(Tensor(a!) codes, Tensor(b!) scales, Tensor source, SymInt start, int bits) -> ()", tags=_TAGS)
 library.define(
+    "append_kv(Tensor(a!) key_codes, Tensor(b!) key_scales, Tensor(c!) value_codes, Tensor(d!) value_scales, "
+    "Tensor key, Tensor value, SymInt start, int key_bits, int value_bits) -> ()",
+    tags=_TAGS,
+)
+library.define(
     "move(Tensor(a!) codes, Tensor(b!) scales, SymInt source, SymInt destination, SymInt length) -> ()", tags=_TAGS
 )
 library.define(
@@ -78,6 +83,33 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
         )
     if source.numel():
         _kernels(codes.device).append(codes, scales, source, start, bits)
+
+
+def append_kv(
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    key_bits: int,
+    value_bits: int,
+) -> None:
+    """`append` for keys and values of the same tokens: one launch on a GPU. Nothing is written if either does not fit."""
+    stop = start + key.shape[2]
+    if start < 0 or stop > min(key_codes.shape[2], value_codes.shape[2]) or key.shape[:3] != value.shape[:3]:
+        raise RuntimeError(
+            f"jkv::append_kv: tokens {start}:{stop} do not lie within caches of {key_codes.shape[2]} and "
+            f"{value_codes.shape[2]} tokens, or keys {tuple(key.shape)} and values {tuple(value.shape)} differ"
+        )
+    if key_codes.device.type == "cuda" and key.numel():
+        _kernels(key_codes.device).append_kv(
+            key_codes, key_scales, value_codes, value_scales, key, value, start, key_bits, value_bits
+        )
+        return
+    append(key_codes, key_scales, key, start, key_bits)
+    append(value_codes, value_scales, value, start, value_bits)
 
 
 def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
@@ -260,6 +292,7 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, _kernel, _fake in (
     ("append", append, lambda *_: None),
+    ("append_kv", append_kv, lambda *_: None),
     ("move", move, lambda *_: None),
     ("dequantize", dequantize, _dequantize_fake),
     ("attention", attention, _attention_fake),
