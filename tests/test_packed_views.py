@@ -78,7 +78,7 @@ def test_writes_show_through_views_that_were_taken_before(layout):
 
 def test_reinterpreting_memory_is_refused():
     cache, _ = new_cache()
-    with pytest.raises(PackedCacheError, match="view.dtype"):
+    with pytest.raises(PackedCacheError, match=r"view\.dtype"):
         cache.view(torch.int32)
 
 
