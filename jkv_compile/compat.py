@@ -96,3 +96,8 @@ _dynamic_inputs = 0
 def is_composite(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator is written in terms of others; subclasses meet such operators whole in inference mode only."""
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def own_expression(value: torch.SymInt) -> Any:
+    """The expression that a SymInt was made with, before guards equated its symbols with others."""
+    return value.node._expr

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from ..compat import own_expression
 from ..geometry import constant
 
 
@@ -23,7 +24,13 @@ class Symbols:
     def see(self, node: Node) -> None:
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymInt):
-            self.known.setdefault(value.node.expr, node)
+            # Where guards have made two symbols one, the input that carries the surviving one is used: Inductor (2.13)
+            # names its variables after the symbols that inputs were made with.
+            survives = own_expression(value) == value.node.expr
+            if survives and node.op == "placeholder":
+                self.known[value.node.expr] = node
+            else:
+                self.known.setdefault(value.node.expr, node)
 
     def node(self, value: int) -> Node | int:
         """An int as it is; a SymInt as a node, built from nodes seen so far at the graph's insertion point."""
