@@ -15,11 +15,10 @@ capture pool gives replays the same addresses. Under Triton's interpreter the sa
 
 from __future__ import annotations
 
-import logging
+import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from . import reference
@@ -40,8 +39,6 @@ from .triton_config import (
 from .triton_correction import prepare_kernel
 from .triton_dequantize import dequantize_kernel
 from .triton_merge import merge_kernel
-
-_log = logging.getLogger("jkv_compile.kernels.gpu")
 
 
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
@@ -68,7 +65,7 @@ def _append(key_codes, key_scales, key, value_codes, value_scales, value, start,
     batch, heads, length, head_dim = key.shape
     if length == 0 or batch * heads == 0:
         return
-    append_kernel[(triton.cdiv(length, APPEND_BLOCK), batch * heads, stores)](
+    append_kernel[(_ceil_div(length, APPEND_BLOCK), batch * heads, stores)](
         key_codes, key_scales, key, value_codes, value_scales, value,
         _code_strides(key_codes), _word_strides(key_scales), key.stride(),
         _code_strides(value_codes), _word_strides(value_scales), value.stride(),
@@ -90,7 +87,7 @@ def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, 
 def _dequantize(key_codes, key_scales, key, value_codes, value_scales, value, columns, start, stop, first, key_bits,
                 value_bits, stores, n_columns) -> None:  # fmt: skip
     batch, heads, total, head_dim = key.shape
-    dequantize_kernel[(triton.cdiv(stop - start, DEQUANTIZE_BLOCK), batch * heads, stores)](
+    dequantize_kernel[(_ceil_div(stop - start, DEQUANTIZE_BLOCK), batch * heads, stores)](
         key_codes, key_scales, key, columns, value_codes, value_scales, value,
         _code_strides(key_codes), _word_strides(key_scales), key.stride()[:3],
         _code_strides(value_codes), _word_strides(value_scales), value.stride()[:3],
@@ -140,13 +137,14 @@ def attention(
     architecture = architecture_of(query.device)
     per_channel = _token_block(key_codes, key_scales) > 1 or _token_block(value_codes, value_scales) > 1
     groups = 1 if per_channel else key_scales.shape[2]
-    meta, options = tile(architecture, head_dim, value_dim, triton.next_power_of_2(rows), query.dtype == torch.float32)
-    meta = meta._replace(
+    meta, options = tile(architecture, head_dim, value_dim, _power_of_2(rows), query.dtype == torch.float32)
+    meta = _variant(
+        meta,
         KEY_BITS=key_bits,
         VALUE_BITS=value_bits,
         KEY_GROUPS=groups,
         VALUE_GROUPS=value_scales.shape[2],
-        COLUMNS=max(16, 2 * triton.next_power_of_2(groups)),
+        COLUMNS=max(16, 2 * _power_of_2(groups)),
         CURRENT=n_current > 0 or n_cached == 0,
         MASK="none" if mask is None else "boolean" if mask.dtype == torch.uint8 else "additive",
         CAUSAL=causal,
@@ -158,10 +156,12 @@ def attention(
 
     long = rows >= ARCHITECTURES[architecture].unpack_once_rows or len(spans) > MAX_FUSED_RANGES
     if per_channel or (long and correction != "exact"):
-        meta = meta._replace(CACHED="dense", CORRECTION="block" if per_channel and correction != "none" else correction)
+        meta = _variant(
+            meta, CACHED="dense", CORRECTION="block" if per_channel and correction != "none" else correction
+        )
         _unpack_once(meta, (key_codes, key_scales, value_codes, value_scales), spans, arguments, correction)
     else:
-        meta = meta._replace(CACHED="packed", CORRECTION=correction)
+        meta = _variant(meta, CACHED="packed", CORRECTION=correction)
         _fused(meta, (key_codes, key_scales, value_codes, value_scales), spans, arguments)
     return output, lse
 
@@ -171,7 +171,7 @@ def _fused(meta: Meta, store, spans, arguments) -> None:
     query, key, value, mask, output, lse, scale, options = arguments
     parts = [spans[i : i + MAX_FUSED_RANGES] for i in range(0, len(spans), MAX_FUSED_RANGES)]
     if len(parts) == 1:
-        _launch(meta._replace(RANGES=len(spans)), *arguments, store=store, spans=spans)
+        _launch(_variant(meta, RANGES=len(spans)), *arguments, store=store, spans=spans)
         return
     batch, heads, length, _ = query.shape
     partial = query.new_empty(len(parts), batch, heads, length, meta.VALUE_DIM, dtype=torch.float32)
@@ -182,7 +182,7 @@ def _fused(meta: Meta, store, spans, arguments) -> None:
         stop = None if last else column + sum(b - a for a, b in part)
         current = slice(None if last else 0)
         _launch(
-            meta._replace(RANGES=len(part), CURRENT=meta.CURRENT and last), query, key[:, :, current],
+            _variant(meta, RANGES=len(part), CURRENT=meta.CURRENT and last), query, key[:, :, current],
             value[:, :, current], None if mask is None else mask[..., column:stop], partial[i], partial_lse[i], scale,
             options, store=store, spans=part,
         )  # fmt: skip
@@ -193,7 +193,7 @@ def _fused(meta: Meta, store, spans, arguments) -> None:
 def _merge(partial: Tensor, partial_lse: Tensor, output: Tensor, lse: Tensor) -> None:
     """Join `[parts, B, H, L, Dv]` into output `[B, H, L, Dv]`."""
     splits, batch, heads, length, value_dim = partial.shape
-    merge_kernel[(triton.cdiv(heads * length, 16), batch)](
+    merge_kernel[(_ceil_div(heads * length, 16), batch)](
         partial, partial_lse, output, lse, output.stride()[:3], lse.stride(0), splits, heads * length, length,
         value_dim, 8 * eighth_lanes(value_dim), 16,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def _unpack_once(meta: Meta, store, spans, arguments, correction: str) -> None:
     per_head = 2 * batch * n_cached * width
     if meta.CORRECTION == "block":
         first_block = min(a for a, _ in spans) // token_block
-        blocks = slice(first_block, triton.cdiv(max(b for _, b in spans), token_block))
+        blocks = slice(first_block, _ceil_div(max(b for _, b in spans), token_block))
         per_head += 4 * batch * group * query.shape[2] * (blocks.stop - blocks.start)
         rows = [torch.arange(a, b, dtype=torch.int32, device=query.device) for a, b in spans]
         block_of_row = torch.cat(rows) // token_block - first_block
@@ -253,20 +253,20 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
     grouped = heads > kv_heads and length < meta.BLOCK_M
     grid_heads, rows = (kv_heads, heads // kv_heads * length) if grouped else (heads, length)
     n_cached = sum(b - a for a, b in spans)
-    grid_rows = triton.cdiv(rows, meta.BLOCK_M)
-    tiles = triton.cdiv(n_cached, meta.BLOCK_N) + triton.cdiv(key.shape[2], meta.BLOCK_N)
+    grid_rows = _ceil_div(rows, meta.BLOCK_M)
+    tiles = _ceil_div(n_cached, meta.BLOCK_N) + _ceil_div(key.shape[2], meta.BLOCK_N)
     splits = splits_of(grid_rows * batch * grid_heads, tiles, processors_of(query.device))
-    per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, per_split) if tiles else 1
+    per_split = _ceil_div(tiles, splits)
+    splits = _ceil_div(tiles, per_split) if tiles else 1
 
-    meta = meta._replace(GROUPED=grouped)
+    meta = _variant(meta, GROUPED=grouped)
     bias = query if bias is None else bias
     prepared = query
     arch = ARCHITECTURES[architecture_of(query.device)]
     if arch.prepared and meta.CACHED != "none" and meta.BLOCK_M >= 64:
-        meta = meta._replace(PREPARED=True)
+        meta = _variant(meta, PREPARED=True)
         prepared = query.new_empty(batch, heads, length, meta.HEAD_DIM + meta.COLUMNS, dtype=torch.float16)
-        prepare_kernel[(triton.cdiv(length, 64), batch * heads)](
+        prepare_kernel[(_ceil_div(length, 64), batch * heads)](
             query, prepared, query.stride()[:3], heads, length, scale, 64, meta.HEAD_DIM, meta.KEY_EIGHTH,
             meta.KEY_GROUPS, meta.COLUMNS,
         )  # fmt: skip
@@ -275,7 +275,7 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
     output_strides = (0, *output.stride()[:3])
     lse_strides = (0, lse.stride(0))
     if splits > 1:
-        meta = meta._replace(SPLIT=True)
+        meta = _variant(meta, SPLIT=True)
         target = query.new_empty(splits, batch, heads, length, meta.VALUE_DIM, dtype=torch.float32)
         target_lse = query.new_empty(splits, batch, heads, length, dtype=torch.float32)
         output_strides, lse_strides = target.stride()[:4], target_lse.stride()[:2]
@@ -309,6 +309,21 @@ def splits_of(programs: int, tiles: int, processors: int) -> int:
     if programs >= processors or tiles < 4:
         return 1
     return max(1, min(MAX_SPLITS, tiles // 2, math.ceil(2 * processors / programs)))
+
+
+@functools.cache
+def _variant(meta: Meta, **fields: object) -> Meta:
+    """`meta._replace`, remembered: it is asked for at every call, and costs as much as the rest of a launch."""
+    return meta._replace(**fields)
+
+
+def _ceil_div(a: int, b: int) -> int:  # triton.cdiv costs ten microseconds outside a kernel
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The least power of two that is no less than n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _code_strides(codes: Tensor) -> tuple[int, ...]:
