@@ -29,9 +29,11 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
         return "it is a view of a larger tensor"
     if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
         return "its storage holds more than this tensor"
+    if not tensor.untyped_storage().resizable() or (tensor.device.type == "cpu" and tensor.is_shared()):
+        return "its memory is shared with NumPy, another library or another process"
     others = storage_holders(tensor) - 1 - views
     if others > 0:
-        return f"{others} other live tensor{'s' * (others > 1)} share its memory"
+        return "another live tensor shares its memory" if others == 1 else f"{others} other live tensors share its memory"
     return None
 
 

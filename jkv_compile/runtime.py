@@ -119,7 +119,7 @@ def first_contact(
             views = [] if owner is value else [value]
             store = adopt(owner, cache.axes, cache.bits, config, views)
             store.active = active
-            stores.add(store)
+            store.join(stores)
         return run_packed(*args)
 
     return call

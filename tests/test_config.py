@@ -1,0 +1,73 @@
+"""Every setting is checked when it is made; a bad one is told with its value, what is allowed, and a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jkv_compile import Config, ConfigurationError, JKVError, jkv_backend
+
+BAD = {
+    "width that is not packed": ({"bits": 5}, r"bits=5: expected one of \(2, 3, 4, 8\), or a pair"),
+    "one bit": ({"bits": 1}, r"bits=1: expected one of \(2, 3, 4, 8\).*bits=\(4, 2\)"),
+    "width as a float": ({"bits": 2.5}, r"bits=2\.5: expected"),
+    "width as a string": ({"bits": "2"}, r"bits='2': expected"),
+    "width as a bool": ({"bits": True}, r"bits=True: expected"),
+    "no width": ({"bits": None}, r"bits=None: expected"),
+    "three widths": ({"bits": (2, 2, 2)}, r"bits=\(2, 2, 2\): expected .* or a pair"),
+    "pair with one bad width": ({"bits": (4, 6)}, r"bits=\(4, 6\): expected"),
+    "group of nothing": ({"group_size": 0}, r"group_size=0: expected an int of at least 8"),
+    "negative group": ({"group_size": -32}, r"group_size=-32: expected an int of at least 8"),
+    "group that splits bytes": (
+        {"group_size": 20},
+        r"group_size=20: expected a multiple of 8; 32, 64 and 128 are usual",
+    ),
+    "group as a float": ({"group_size": 32.0}, r"group_size=32\.0: expected an int"),
+    "group as a bool": ({"group_size": True}, r"group_size=True: expected an int"),
+    "unknown correction": (
+        {"correction": "tailor"},
+        r"correction='tailor': expected one of \('taylor', 'exact', 'none'\)",
+    ),
+    "no correction by None": ({"correction": None}, r"correction=None: expected one of .*'none'"),
+    "unknown inner compiler": ({"inner": "nvfuser"}, r"inner='nvfuser': expected one of .*'inductor'"),
+    "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
+}
+
+
+@pytest.mark.parametrize("settings, message", BAD.values(), ids=BAD.keys())
+def test_bad_value_is_refused_with_its_value_and_what_is_expected(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Config(**settings)
+    with pytest.raises(ValueError, match=message):  # what a caller would catch anyway
+        jkv_backend(**settings)
+
+
+def test_errors_have_one_base():
+    assert issubclass(ConfigurationError, JKVError)
+
+
+@pytest.mark.parametrize(
+    "bits, keys, values", [(2, 2, 2), (8, 8, 8), ((4, 2), 4, 2), ([3, 2], 3, 2)], ids=["2", "8", "pair", "list"]
+)
+def test_bits_of_keys_and_values(bits, keys, values):
+    config = Config(bits=bits)
+    assert (config.key_bits, config.value_bits) == (keys, values)
+    assert hash(config) == hash(Config(bits=(keys, values) if isinstance(bits, (tuple, list)) else bits))
+
+
+@pytest.mark.parametrize("head_dim, group_size", [(64, 32), (128, 128), (96, 48), (80, 16)])
+def test_groups_that_tile_a_head_pass(head_dim, group_size):
+    Config(group_size=group_size).check_head_dim(head_dim)
+
+
+@pytest.mark.parametrize("head_dim, group_size, way_out", [(96, 64, "32, 48, 96"), (80, 32, "16"), (40, 32, "8")])
+def test_groups_that_do_not_tile_a_head_name_those_that_would(head_dim, group_size, way_out):
+    message = rf"group_size={group_size} does not divide this model's head_dim={head_dim}; use one of \[.*{way_out}"
+    with pytest.raises(ConfigurationError, match=message):
+        Config(group_size=group_size).check_head_dim(head_dim)
+
+
+def test_configuration_cannot_be_changed_behind_the_compiler():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().bits = 4  # type: ignore[misc]
