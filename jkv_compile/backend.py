@@ -131,6 +131,7 @@ def jkv_backend(
     return JKVBackend(Config(bits, group_size, correction, inner, strict))  # type: ignore[arg-type]
 
 
+_named: dict[Config, JKVBackend] = {}  # backends used by name: what one graph leaves behind, the next must find
 _SETTINGS = ("bits", "group_size", "correction", "inner", "strict")
 
 
@@ -144,4 +145,5 @@ def jkv(
     """The backend by name, `torch.compile(model, backend="jkv", options={"bits": 2})`; other options go to Inductor."""
     options = dict(options or {})
     settings = {name: options.pop(name) for name in _SETTINGS if name in options}
-    return jkv_backend(**settings)(gm, example_inputs, mode=mode, options=options)
+    backend = jkv_backend(**settings)
+    return _named.setdefault(backend.config, backend)(gm, example_inputs, mode=mode, options=options)

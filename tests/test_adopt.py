@@ -1,4 +1,4 @@
-"""A cache tensor becomes packed in place: every reference stays, the full-precision memory goes, and nothing is lost."""
+"""A cache tensor becomes packed in place: references stay, the full-precision memory goes, and nothing is lost."""
 
 from __future__ import annotations
 
