@@ -13,8 +13,8 @@ from .errors import PackedCacheError
 from .geometry import Window, locate
 from .store import CHANNEL, Store
 
-# A window's storage offset is that many tokens too large: sizes and offsets of 0 and 1 are constants to Dynamo, so that a
-# slice that begins at token 0 in one call and elsewhere in the next would be compiled twice.
+# What Dynamo is told of where a window begins is that many tokens more: sizes 0 and 1 are constants to it, so that a slice
+# that begins at token 0 in one call and elsewhere in the next would be compiled twice.
 MARGIN = 2
 
 
@@ -28,6 +28,7 @@ class PackedKV(torch.Tensor):
     """
 
     _store: Store
+    offset: int
     _first_token: Tensor | None
     _shadow: Tensor | None
 
@@ -35,19 +36,18 @@ class PackedKV(torch.Tensor):
     def __new__(
         cls, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
     ) -> PackedKV:
-        return torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=offset + MARGIN * store.strides[2], dtype=dtype,
-            device=store.codes.device,
-        )  # fmt: skip
+        return torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=store.codes.device)
 
     def __init__(
         self, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
     ) -> None:
         self._store = store
+        self.offset = offset  # elements from where the tensor begins that the store replaces
         self._first_token = self._shadow = None
 
-    # What torch.compile sees. A token offset reaches Dynamo as a *size*, of a tensor without bytes, since sizes are all
-    # that it makes dynamic; everything else that a graph depends on is in the (constant) context.
+    # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes it makes
+    # dynamic one by one, storage offsets it takes to be one symbol where they are equal. Everything else that a graph
+    # depends on is in the (constant) context.
 
     @property
     def codes(self) -> Tensor:
@@ -92,11 +92,6 @@ class PackedKV(torch.Tensor):
         return None
 
     # ---- geometry and values ----
-
-    @property
-    def offset(self) -> int:
-        """Elements from the beginning of the tensor that the store replaces to that of this window."""
-        return self.storage_offset() - MARGIN * self._store.strides[2]
 
     def find_window(self) -> Window | None:
         """The box of the store that this shows, or None where it is no box."""

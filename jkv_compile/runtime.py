@@ -37,7 +37,10 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
         flat = []
         for argument, component in inputs:
             value = args[argument]
-            flat.append(value if component == "plain" else _component(value._store, component))
+            if component == "first_token":
+                flat.append(value.first_token.shape[0])
+            else:
+                flat.append(value if component == "plain" else _component(value._store, component))
         for argument in written:
             args[argument]._store.active = None
         for keep in kept:

@@ -47,6 +47,7 @@ class Plan:
     rewritten: Rewritten | None = None
     owners: dict[int, Tensor] = field(default_factory=dict)  # by argument: the cache that it is a view of
     written: list[WrittenRange] = field(default_factory=list)
+    first_tokens: dict[int, int] = field(default_factory=dict)  # by argument: the symbol of where its window begins
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
 
     def inner_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
@@ -60,6 +61,8 @@ class Plan:
             elif component == "active":
                 batch, heads, _, head_dim = value._store.shape
                 inputs.append(dynamic_input((batch, heads, 2, head_dim), 2, value.dtype, value.device))
+            elif component == "first_token":
+                inputs.append(self.first_tokens[argument])
             elif component == "active_range":
                 inputs.append(torch.zeros(2, dtype=torch.int64))
             else:
@@ -110,7 +113,9 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
     report.matches = [_match(a) for a in tracking.attends if a.key_cache in plans and a.value_cache in plans]
     rewritten = rewrite(copied, tracking, plans, config.correction)
     report.after = graph_text(rewritten.graph.graph)
-    return Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
+    plan = Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
+    plan.first_tokens = {position[h.node]: example(h.node).first_token.shape[0] for h in packed}
+    return plan
 
 
 def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Written) -> dict[int, Tensor]:

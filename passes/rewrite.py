@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..geometry import same
+from ..geometry import constant, same
+from ..packed import PackedKV
 from .segments import Cached, Fresh, Segment
 from .symbols import Symbols
 from .tracking import Append, Attend, Fill, Holder, Move, Read, Tracking, example, is_in_place, offset
 
 ops = torch.ops.jkv
-Component = Literal["plain", "codes", "scales", "active", "active_range"]
+Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class _Rewriter:
 
     def run(self) -> Rewritten:
         output = next(iter(self.graph.find_nodes(op="output")))
+        self._bind_first_tokens()
         order = [n for n in self.graph.nodes if n.op != "output"]
         for node in order:
             self.symbols.see(node)
@@ -117,6 +119,7 @@ class _Rewriter:
                     self._lower(node)
         self._erase_dead()
         self.symbols.known.clear()
+        self._bind_first_tokens()
         for node in [n for n in self.graph.nodes if n.op != "output"]:
             self.symbols.see(node)
             with self.graph.inserting_before(node):
@@ -134,6 +137,14 @@ class _Rewriter:
         return self.rewritten
 
     # ---- pieces ----
+
+    def _bind_first_tokens(self) -> None:
+        """Where a window begins is a symbol that Dynamo makes no input of: it is one here."""
+        for cache in self.holders:
+            value = example(cache)
+            first = constant(value.first_token.shape[0]) if isinstance(value, PackedKV) else 0
+            if isinstance(first, torch.SymInt):
+                self.symbols.known[first.node.expr] = self._component(cache, "first_token")
 
     def _component(self, cache: Node, kind: Component) -> Node:
         """The placeholder of one component of a cache, next to the cache's own."""
@@ -334,6 +345,10 @@ class _Rewriter:
     def _order_inputs(self) -> None:
         components = {node: (self.position[cache], kind) for (cache, kind), node in self.components.items()}
         for node in self.graph.find_nodes(op="placeholder"):
+            _, kind = components.get(node, (0, "plain"))
+            if kind == "first_token" and not node.users:
+                self.graph.erase_node(node)
+                continue
             self.rewritten.inputs.append(components.get(node) or (self.position[node], "plain"))
 
     def _erase_dead(self) -> None:

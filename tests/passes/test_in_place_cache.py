@@ -305,9 +305,9 @@ return (q, 1, add, 4, 64, 16384, 256, 64, 1, 0, 1, add, 4, 64, 16384, 256, 64, 1
     def test_attention_after_a_break_attends_the_active_chunk(self) -> None:
         self.assertExpectedInline(self.graph(BrokenAttention(), index=1), """\
 transpose = l_q_.transpose(1, 2)
-add = add(-2, s86_0)
+add = add(-2, l_keys__first_token)
 add_1 = add(-2, s22)
-add_2 = add(add_1, s86_0)
+add_2 = add(add_1, l_keys__first_token)
 new_empty_default = aten::new_empty(transpose, [1, 4, 0, 64])
 new_empty_default_1 = aten::new_empty(transpose, [1, 4, 0, 64])
 attention_active_default = jkv::attention_active(transpose, l_keys__codes, l_keys__scales, l_values__codes, l_values__scales, l_keys__active, l_keys__active_range, l_values__active, l_values__active_range, add, add_2, new_empty_default, new_empty_default_1, None, False, 0.125, 2, 2, 'taylor')
