@@ -1,7 +1,8 @@
 """Times CPU attention over the packed cache against PyTorch on the full one: `python -m jkv_compile.kernels.bench_cpu`.
 
-All candidates of a shape run interleaved in one process, and the minimum over the repetitions counts, so that other load on
-the machine falls on all of them. Writes `cpu.json` and, where matplotlib is installed, `cpu.png`; asserts nothing.
+All candidates of a shape run interleaved in one process, and the minimum over the repetitions counts, so that other
+load on the machine falls on all of them. Writes `cpu.json` and, where matplotlib is installed, `cpu.png`; asserts
+nothing.
 """
 
 from __future__ import annotations

@@ -445,10 +445,11 @@ template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s
   });
   by_bits(v.bits, [&](auto bits) {
     const i64 group = v.dim / v.groups, segment = std::gcd(group, v.dim * (bits == 3 ? 1 : bits) / 8);
-    auto expand = segment % 32 == 0   ? expand_values<Op, bits, 32>
-                  : segment % 16 == 0 ? expand_values<Op, bits, 16>
-                  : segment % 8 == 0  ? expand_values<Op, bits, 8>
-                                      : expand_values<Op, bits, 1>;
+    constexpr int LONG = Op::STACK == 2 ? 32 : 8, MIDDLE = Op::STACK == 2 ? 16 : 8;
+    auto expand = segment % LONG == 0     ? expand_values<Op, bits, LONG>
+                  : segment % MIDDLE == 0 ? expand_values<Op, bits, MIDDLE>
+                  : segment % 8 == 0      ? expand_values<Op, bits, 8>
+                                          : expand_values<Op, bits, 1>;
     expand(vc, v.codes_s, v.dim, group, v.dim + 16, block.n, padded / 2, s.value_step.data, s.value_zero.data, s.nothing.data, s.both.data, values);
   });
 }
@@ -667,7 +668,7 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
 
   static thread_local FewScratch few_scratch;
   FewRows few{a, plan, few_scratch, rows};
-  if (plan.few) few.set_queries(batch, head);
+  if (Op::STACK == 2 && plan.few) few.set_queries(batch, head);
 
   const i64 first = plan.blocks.size() * split / plan.splits, last = plan.blocks.size() * (split + 1) / plan.splits;
   for (i64 index = first; index < last; index++) {
@@ -675,7 +676,7 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
     const i64 diagonal = a.current - a.length - block.start;  // key j of the block is visible to query i if j <= i + diagonal
     if (block.current && a.causal && last_query + diagonal < 0) continue;
     const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
-    const bool integers = plan.few && !block.current;
+    const bool integers = Op::STACK == 2 && plan.few && !block.current;
     if (n < padded && !integers) memset(keys, 0, dim / Op::STACK * PITCH * sizeof(*keys));
     if (block.current) load_current<Op>(a, plan, s, batch, head, block, padded);
     else if (integers) load_block_scales(a, plan, s, batch, head, block);
@@ -824,9 +825,9 @@ template <int BITS> void pack_row(const u8* __restrict codes, i64 dim, u8* __res
 
 // Quantizes tokens as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
 // One step after the other for a batch of groups: each step is short, and would wait for the one before it.
-template <i64 DTYPE, int BITS>
+template <i64 DTYPE>
 void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed& cache, u8* out, u16* scales, Quantizer& q) {
-  constexpr int LEVELS = 1 << BITS;
+  const int levels = 1 << cache.bits;
   const i64 dim = cache.dim, groups = cache.groups, size = dim / groups;
   for (i64 t = 0; t < tokens; t++) {
     float* values = q.values + t * dim;
@@ -849,11 +850,11 @@ void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed&
   for (i64 g = 0; g < tokens * groups; g++) {
     const float low = q.low[g], range = q.high[g] - low;
     const bool finite = q.magnitude[g] < 0x7f800000 && std::isfinite(range);
-    const u16 step = finite ? to_half(min(range * (float)(LEVELS / (LEVELS - 1.)), 65504.f)) : 0x7e00;
+    const u16 step = finite ? to_half(min(range * (float)(levels / (levels - 1.)), 65504.f)) : 0x7e00;
     const u16 zero = finite ? to_half(max(min(low - half(step), 65504.f), -65504.f)) : 0x7e00;
     u16* p = scales + g % groups * cache.scales_g + g / groups * cache.scales_s;
     p[0] = step, p[1] = zero;
-    q.delta[g] = half(step) / LEVELS, q.origin[g] = half(zero) + half(step), q.inverse[g] = 1 / q.delta[g];
+    q.delta[g] = half(step) / levels, q.origin[g] = half(zero) + half(step), q.inverse[g] = 1 / q.delta[g];
   }
   for (i64 g = 0; g < tokens * groups; g++) {
     const float *x = q.values + g * size, delta = q.delta[g], origin = q.origin[g], inverse = q.inverse[g];
@@ -862,25 +863,28 @@ void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed&
       std::fill(codes, codes + size, 0);
       continue;
     }
+    const float most = levels - 1;
     float closest = 0;  // to a tie: there, and only there, a product with the inverse may round otherwise than the quotient
     #pragma omp simd reduction(max : closest)
     for (i64 c = 0; c < size; c++) {
       const float v = (x[c] - origin) * inverse, r = std::nearbyintf(v), distance = std::fabs(v - r);
       closest = distance > closest ? distance : closest;
       const float at_least = r < 0.f ? 0.f : r;
-      codes[c] = (i32)(at_least > LEVELS - 1.f ? LEVELS - 1.f : at_least);
+      codes[c] = (i32)(at_least > most ? most : at_least);
     }
-    if (closest > .5f - 1e-6f * LEVELS) {
+    if (closest > .5f - 1e-6f * levels) {
       #pragma omp simd
       for (i64 c = 0; c < size; c++) {
         const float r = std::nearbyintf((x[c] - origin) / delta), at_least = r < 0.f ? 0.f : r;
-        codes[c] = (i32)(at_least > LEVELS - 1.f ? LEVELS - 1.f : at_least);
+        codes[c] = (i32)(at_least > most ? most : at_least);
       }
     }
   }
   #pragma omp simd
   for (i64 i = 0; i < tokens * dim; i++) q.codes[i] = q.wide_codes[i];
-  for (i64 t = 0; t < tokens; t++) pack_row<BITS>(q.codes + t * dim, dim, out + t * cache.codes_s);
+  by_bits(cache.bits, [&](auto bits) {
+    for (i64 t = 0; t < tokens; t++) pack_row<bits>(q.codes + t * dim, dim, out + t * cache.codes_s);
+  });
 }
 
 struct AppendArgs {
@@ -984,13 +988,11 @@ extern "C" int jkv_append(const AppendArgs* args) {
     const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
     static thread_local Quantizer quantizer;
     by_dtype(a.dtype, [&](auto dtype) {
-      by_bits(cache.bits, [&](auto bits) {
-        const i64 batch = BATCH / cache.dim, stop = min(first + chunk, a.tokens);
-        for (i64 t = first; t < stop; t += batch)
-          quantize_tokens<dtype, bits>(a.source.data + (b * a.source.b + h * a.source.h + t * a.source.s) * width_of(dtype), a.source.s,
-                                       min(batch, stop - t), cache, (u8*)cache.codes + b * cache.codes_b + h * cache.codes_h + (a.start + t) * cache.codes_s,
-                                       (u16*)cache.scales + b * cache.scales_b + h * cache.scales_h + (a.start + t) * cache.scales_s, quantizer);
-      });
+      const i64 batch = BATCH / cache.dim, stop = min(first + chunk, a.tokens);
+      for (i64 t = first; t < stop; t += batch)
+        quantize_tokens<dtype>(a.source.data + (b * a.source.b + h * a.source.h + t * a.source.s) * width_of(dtype), a.source.s, min(batch, stop - t),
+                               cache, (u8*)cache.codes + b * cache.codes_b + h * cache.codes_h + (a.start + t) * cache.codes_s,
+                               (u16*)cache.scales + b * cache.scales_b + h * cache.scales_h + (a.start + t) * cache.scales_s, quantizer);
     });
   });
 }
@@ -1004,16 +1006,16 @@ extern "C" int jkv_dequantize(const DequantizeArgs* args) {
     const u8* codes = cache.codes + b * cache.codes_b + h * cache.codes_h;
     const u16* scales = cache.scales + b * cache.scales_b + h * cache.scales_h;
     static thread_local Quantizer row;
-    by_dtype(a.dtype, [&](auto dtype) {
+    for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
       by_bits(cache.bits, [&](auto bits) {
-        for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
-          dequantize_token<bits>(cache, codes + (a.start + t) * cache.codes_s, scales, a.start + t, row.codes, row.values);
-          const i64 at = ((b * a.heads + h) * a.tokens + t) * cache.dim;
-          #pragma omp simd
-          for (i64 c = 0; c < cache.dim; c++) put(a.output, at + c, row.values[c], dtype);
-        }
+        dequantize_token<bits>(cache, codes + (a.start + t) * cache.codes_s, scales, a.start + t, row.codes, row.values);
       });
-    });
+      const i64 at = ((b * a.heads + h) * a.tokens + t) * cache.dim;
+      by_dtype(a.dtype, [&](auto dtype) {
+        #pragma omp simd
+        for (i64 c = 0; c < cache.dim; c++) put(a.output, at + c, row.values[c], dtype);
+      });
+    }
   });
 }
 

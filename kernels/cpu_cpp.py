@@ -37,6 +37,7 @@ FLAGS = (
 )  # fmt: skip
 X86_FLAGS = ("-mprefer-vector-width=512",)
 
+FEW_ROWS = 16
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}  # as `enum Dtype`
 
 
@@ -131,11 +132,7 @@ def load() -> Kernels:
     if path.parent != cache_folder():
         path.unlink()  # a temporary file; what is mapped stays
     kernels = Kernels(library)
-    if not kernels.agrees_with_reference(torch.float32):
-        raise BuildError(f"{path.name} does not compute what the reference does on this machine")
-    if not kernels.agrees_with_reference(torch.bfloat16):
-        kernels.few_rows = 0
-        kernels.half_precision = kernels.agrees_with_reference(torch.bfloat16)
+    kernels.choose_products()
     return kernels
 
 
@@ -154,8 +151,20 @@ class Kernels:
         self._attention.argtypes = (ctypes.c_void_p, ctypes.c_double)
         for function in (self._append, self._dequantize, self._move):
             function.argtypes = (ctypes.c_void_p,)
-        self.half_precision = True
-        self.few_rows = 16
+        self.few_rows, self.half_precision = FEW_ROWS, True
+
+    def choose_products(self) -> None:
+        """Find out by example which products work here, and keep to those.
+
+        Raises:
+            BuildError: not even the float32 ones do.
+        """
+        self.few_rows, self.half_precision = FEW_ROWS, True
+        if not self.agrees_with_reference(torch.bfloat16):
+            self.few_rows = 0
+            self.half_precision = self.agrees_with_reference(torch.bfloat16)
+        if not self.agrees_with_reference(torch.float32):
+            raise BuildError(f"{SOURCE.name}, as compiled, does not compute what the reference does on this machine")
 
     def agrees_with_reference(self, dtype: torch.dtype) -> bool:
         """A numeric probe with every kind of product and both phases. Leaves torch's random state alone."""

@@ -1,0 +1,160 @@
+"""How the C++ kernels come into being, and what happens where they cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jkv_compile.kernels import cpu, cpu_cpp
+
+# The calls below take both phases, and print which kernels did it.
+PROBE = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+import torch
+from jkv_compile.kernels import cpu, ops, reference
+codes, scales = reference.quantize(torch.randn(1, 1, 70, 64), 2, 32)
+x = torch.randn(1, 1, 5, 64).bfloat16()
+torch.ops.jkv.append(codes, scales, x, 3, 2)
+call = (x, codes, scales, codes, scales, [0, 70], x, x, None, False, 0.125, 2, 2, "taylor")
+expected, _ = reference.attention(*call)
+assert (torch.ops.jkv.attention(*call) - expected).norm() < 2e-2 * expected.norm()
+torch.ops.jkv.move(codes, scales, 3, 7, 20)
+print("result:", "torch" if cpu.kernels() is None else "cpp")
+"""
+
+
+def start(cache: Path, *, compiler: Path | None = None, kernel: str | None = None) -> subprocess.Popen:
+    """A process with a cache folder and a compiler, or without one."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("JKV_CPU_KERNEL", "CXX")}
+    environment |= {"JKV_CACHE_DIR": str(cache)}
+    if compiler is None:
+        environment["PATH"] = ""
+    else:
+        environment["CXX"] = str(compiler)
+    if kernel is not None:
+        environment["JKV_CPU_KERNEL"] = kernel
+    return subprocess.Popen(
+        [sys.executable, "-c", PROBE], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The compiled library, in the cache of whoever runs the tests."""
+    try:
+        return cpu_cpp.build()
+    except cpu_cpp.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def compiler(built: Path, tmp_path_factory) -> Path:
+    """Stands in for the real one, which takes long: writes the library in two halves, slowly."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f"""#!{sys.executable}
+import sys, time
+library = open({str(built)!r}, "rb").read()
+with open(sys.argv[sys.argv.index("-o") + 1], "wb") as out:
+    out.write(library[:1000])
+    out.flush()
+    time.sleep(1)
+    out.write(library[1000:])
+""")
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def filled(built: Path, tmp_path: Path) -> Path:
+    """A cache folder that holds the library."""
+    (tmp_path / built.name).write_bytes(built.read_bytes())
+    return tmp_path
+
+
+def test_processes_that_start_together_build_one_library(built, compiler, tmp_path):
+    processes = [start(tmp_path / "cache", compiler=compiler) for _ in range(3)]
+    for process in processes:
+        assert "result: cpp" in finish(process)
+    assert [x.name for x in (tmp_path / "cache").iterdir()] == [built.name]  # and no temporary files
+
+
+def test_without_a_compiler_the_torch_path_runs_and_says_so(tmp_path):
+    output = finish(start(tmp_path))
+    assert "result: torch" in output
+    assert output.count("WARNING jkv_compile.kernels.cpu: CPU kernels: pure torch") == 1
+    assert "no C++ compiler" in output
+
+
+def test_what_was_built_is_used_without_a_compiler(filled):
+    assert "result: cpp" in finish(start(filled))
+
+
+def test_a_cache_folder_that_cannot_be_made(compiler, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "result: cpp" in finish(start(tmp_path / "file" / "cache", compiler=compiler))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_folder(compiler, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert "result: cpp" in finish(start(tmp_path, compiler=compiler))
+
+
+def test_a_broken_library_is_not_used(built, tmp_path):
+    (tmp_path / built.name).write_bytes(b"not a library")
+    output = finish(start(tmp_path))
+    assert "result: torch" in output and "cannot load" in output
+
+
+def test_the_choice_can_be_overridden(filled):
+    assert "result: torch" in finish(start(filled, kernel="torch"))
+
+
+@pytest.mark.parametrize(
+    "kernel,complaint",
+    [("cuda", "expected 'cpp' or 'torch'"), ("cpp", "no C++ compiler")],
+    ids=["unknown", "not to be had"],
+)
+def test_a_choice_that_cannot_be_met_is_an_error(monkeypatch, tmp_path, kernel, complaint):
+    for name, value in {"JKV_CPU_KERNEL": kernel, "JKV_CACHE_DIR": str(tmp_path), "PATH": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CXX", raising=False)
+    cpu_cpp.load.cache_clear()
+    try:
+        with pytest.raises((ValueError, cpu_cpp.BuildError), match=re.escape(complaint)):
+            cpu.kernels.__wrapped__()
+    finally:
+        cpu_cpp.load.cache_clear()
+
+
+def test_wrong_numbers_are_not_trusted(monkeypatch, built):
+    monkeypatch.setattr(cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: False)
+    cpu_cpp.load.cache_clear()
+    try:
+        with pytest.raises(cpu_cpp.BuildError, match="does not compute what the reference does"):
+            cpu_cpp.load()
+    finally:
+        cpu_cpp.load.cache_clear()
+
+
+def test_without_integer_products_few_rows_take_the_general_path(monkeypatch, built):
+    agrees = cpu_cpp.Kernels.agrees_with_reference
+    monkeypatch.setattr(
+        cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: not self.few_rows and agrees(self, dtype)
+    )
+    kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
+    kernels.choose_products()
+    assert kernels.few_rows == 0 and kernels.half_precision
