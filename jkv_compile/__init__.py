@@ -6,6 +6,7 @@ check_torch_version()
 
 from .backend import JKVBackend, jkv_backend
 from .config import Config
+from .enable import enable
 from .errors import (
     ConfigurationError,
     JKVError,
@@ -29,6 +30,7 @@ __all__ = [
     "PackedCacheError",
     "PackedKV",
     "PackedReadWarning",
+    "enable",
     "is_packed",
     "jkv_backend",
     "materialize",

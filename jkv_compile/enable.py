@@ -1,0 +1,30 @@
+"""Scoped opt-in: `with jkv_compile.enable(bits=2): video = pipeline(prompt)`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .backend import JKVBackend, jkv_backend
+
+
+@contextlib.contextmanager
+def enable(bits: int | tuple[int, int] = 2, **settings: Any) -> Iterator[JKVBackend]:
+    """Everything wrapped in `torch.compile` uses `jkv_backend(bits, **settings)` within this context.
+
+    Built on `torch.compiler.set_stance(force_backend=...)`, with its reach: the current thread, nested contexts restore
+    the outer one, and what is not wrapped in `torch.compile` is not touched. Caches that were packed inside stay packed
+    outside, and readable.
+
+    Yields:
+        The backend, for `memory()` and `reports`.
+
+    Raises:
+        ConfigurationError: a setting has a value that cannot work.
+    """
+    backend = jkv_backend(bits, **settings)
+    with torch.compiler.set_stance(force_backend=backend):
+        yield backend
