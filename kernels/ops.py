@@ -128,6 +128,8 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
 
 def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
     """Set tokens `start … stop - 1` to a number that float16 holds exactly (zero, as a rule)."""
+    if not 0 <= start <= stop <= codes.shape[2]:
+        raise RuntimeError(f"jkv::fill: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens")
     codes[:, :, start:stop] = 0
     scales[:, :, :, start:stop, 0] = 0
     scales[:, :, :, start:stop, 1] = value

@@ -1,0 +1,342 @@
+"""The `jkv::` operators: what they compute, by examples that can be checked by hand, and what compilers rely on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from jkv_compile.kernels import reference
+from jkv_compile.kernels.layout import SUPPORTED_BITS, pack, packed_bytes, packed_width, unpack
+
+ops = torch.ops.jkv
+CORRECTIONS = ["none", "taylor", "exact"]
+
+
+def packed(tokens: int = 12, heads: int = 2, head_dim: int = 64, bits: int = 2, group_size: int = 32):
+    return reference.quantize(torch.randn(1, heads, tokens, head_dim), bits, group_size)
+
+
+def attention_arguments(
+    length: int = 3, current: int = 4, ranges=(0, 4, 6, 9), mask=None, causal=False, heads: int = 4
+):
+    """Grouped queries over two key/value heads; values with another head_dim than keys."""
+    return (
+        torch.randn(1, heads, length, 64), *packed(bits=3), *packed(head_dim=32, bits=2), list(ranges),
+        torch.randn(1, 2, current, 64), torch.randn(1, 2, current, 32), mask, causal, 0.125, 3, 2, "taylor",
+    )  # fmt: skip
+
+
+def active_arguments(written=(5, 8), values_written=None):
+    query, *components, _, key, value, mask, causal, scale, key_bits, value_bits, correction = attention_arguments()
+    held = (
+        torch.randn(1, 2, 3, 64),
+        torch.tensor(written),
+        torch.randn(1, 2, 3, 32),
+        torch.tensor(values_written or written),
+    )
+    return (query, *components, *held, 0, 9, key, value, mask, causal, scale, key_bits, value_bits, correction)
+
+
+CALLS = {
+    "append": lambda: (*packed(), torch.randn(1, 2, 5, 64), 3, 2),
+    "append of another dtype": lambda: (*packed(bits=8), torch.randn(1, 5, 2, 64).bfloat16().transpose(1, 2), 3, 8),
+    "append_kv": lambda: (*packed(), *packed(bits=4), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64), 3, 2, 4),
+    "move": lambda: (*packed(), 2, 4, 6),
+    "fill": lambda: (*packed(), 2, 4, 0.0),
+    "dequantize": lambda: (*packed(bits=3), 2, 9, 3, torch.bfloat16),
+    "dequantize of nothing": lambda: (*packed(bits=3), 2, 2, 3, torch.bfloat16),
+    "dequantize_active": lambda: (*packed(), torch.randn(1, 2, 3, 64), torch.tensor([4, 7]), 2, 9, 2, torch.float32),
+    "attention": attention_arguments,
+    "attention without a cached range": lambda: attention_arguments(ranges=()),
+    "attention with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
+    "attention, causal": lambda: attention_arguments(causal=True),
+    "attention_active": active_arguments,
+}
+
+
+def operator(name: str):
+    return getattr(ops, name.replace(",", " ").split()[0]).default
+
+
+# ---- what compilers rely on ----
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operator_passes_every_check_of_torch_library(name):
+    """Schema and mutation annotations, autograd registration, fake kernel, and AOT dispatch with dynamic shapes."""
+    torch.library.opcheck(operator(name), CALLS[name]())
+
+
+def test_every_operator_is_checked():
+    defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("jkv::")}
+    assert {operator(name)._schema.name.partition("::")[2] for name in CALLS} == defined
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n.split()[0].startswith(("dequantize", "attention"))])
+@pytest.mark.parametrize("heads_first", [True, False], ids=["contiguous queries", "queries from [B, L, H, D]"])
+def test_fake_result_has_the_strides_of_the_real_one(name, heads_first):
+    arguments = CALLS[name]()
+    if not heads_first and name.startswith("attention"):
+        query = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
+        arguments = (query, *arguments[1:])
+    real = operator(name)(*arguments)
+    mode = FakeTensorMode()
+    fake = operator(name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (real.shape, real.stride(), real.dtype, real.device)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n.split()[0].startswith(("dequantize", "attention"))])
+def test_result_is_the_same_under_autocast(name):
+    arguments = CALLS[name]()
+    plain = operator(name)(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(operator(name)(*arguments), plain)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_append_is_the_same_under_autocast():
+    source, one, other = torch.randn(1, 2, 5, 64), packed(), packed()
+    ops.append(*one, source, 3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.append(*other, source, 3, 2)
+    assert torch.equal(one[0][:, :, 3:8], other[0][:, :, 3:8])
+
+
+# ---- errors ----
+
+OUT_OF_RANGE = {
+    "append beyond the end": lambda c: ops.append(*c, torch.randn(1, 2, 5, 64), 8, 2),
+    "append before the beginning": lambda c: ops.append(*c, torch.randn(1, 2, 5, 64), -1, 2),
+    "move from beyond the end": lambda c: ops.move(*c, 8, 0, 5),
+    "move to beyond the end": lambda c: ops.move(*c, 0, 8, 5),
+    "move of a negative length": lambda c: ops.move(*c, 4, 2, -1),
+    "fill beyond the end": lambda c: ops.fill(*c, 8, 13, 0.0),
+    "fill before the beginning": lambda c: ops.fill(*c, -2, 3, 0.0),
+    "dequantize beyond the end": lambda c: ops.dequantize(*c, 8, 13, 2, torch.float32),
+    "dequantize backwards": lambda c: ops.dequantize(*c, 8, 7, 2, torch.float32),
+    "attention beyond the end": lambda c: ops.attention(
+        torch.randn(1, 2, 3, 64), *c, *packed(), [0, 13], *torch.randn(2, 1, 2, 1, 64), None, False, 1.0, 2, 2, "none"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_range_outside_of_the_cache_is_an_error_and_changes_nothing(name):
+    cache = packed()
+    before = [t.clone() for t in cache]
+    with pytest.raises(
+        RuntimeError, match=rf"jkv::{name.split()[0]}: tokens -?\d+:-?\d+ do not lie within .* 12 tokens"
+    ):
+        OUT_OF_RANGE[name](cache)
+    assert all(torch.equal(a, b) for a, b in zip(cache, before))
+
+
+# ---- quantization, by hand ----
+
+
+def test_two_bits_of_a_ramp():
+    """0 … 3 lie on the grid: Δ = 1, step' = 4, zero' = 0 - 4; a byte holds channels b, b + 2, b + 4, b + 6."""
+    x = torch.tensor([0.0, 1, 2, 3, 0, 1, 2, 3]).view(1, 1, 1, 8)
+    codes, scales = torch.zeros(1, 1, 1, 2, dtype=torch.uint8), torch.zeros(1, 1, 1, 1, 2, dtype=torch.float16)
+    ops.append(codes, scales, x, 0, 2)
+    assert scales.flatten().tolist() == [4, -4]
+    assert codes.flatten().tolist() == [0b10_00_10_00, 0b11_01_11_01]
+    assert torch.equal(ops.dequantize(codes, scales, 0, 1, 2, torch.float32), x)
+
+
+def test_three_bits_are_a_plane_of_two_and_a_plane_of_one():
+    codes = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    assert pack(codes, 3).tolist() == [0b10_00_10_00, 0b11_01_11_01, 0b1111_0000]
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_unpack_inverts_pack(bits):
+    codes = torch.randint(2**bits, (3, 5, 48))
+    assert torch.equal(unpack(pack(codes, bits), bits).long(), codes)
+    assert pack(codes, bits).shape[-1] == packed_width(48, bits) == 48 * bits // 8
+
+
+def test_rounding_goes_to_the_nearest_code():
+    """Range 0 … 3 again: 0.4 is 0, 0.6 is 1, 2.6 is 3."""
+    x = torch.tensor([0, 0.4, 0.6, 1.4, 1.6, 2.4, 2.6, 3.0]).view(1, 1, 1, 8)
+    codes, scales = reference.quantize(x, 2, 8)
+    assert reference.dequantize(codes, scales, 2).flatten().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_constant_groups_are_exact_and_have_no_step(bits):
+    x = torch.tensor([0.0, 1.5, -320.0]).view(1, 1, 3, 1).expand(1, 1, 3, 32)
+    codes, scales = reference.quantize(x, bits, 32)
+    assert torch.equal(reference.dequantize(codes, scales, bits), x)
+    assert not reference.quantization_step(scales, bits).any()
+
+
+def test_packed_bytes_are_those_of_the_tensors():
+    for bits in SUPPORTED_BITS:
+        codes, scales = packed(bits=bits, group_size=64)
+        assert packed_bytes((1, 2, 12, 64), bits, 64) == codes.nbytes + scales.nbytes
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_append_then_dequantize_is_the_reference(bits):
+    source = torch.randn(1, 2, 5, 64)
+    codes, scales = packed(bits=bits)
+    before = codes.clone(), scales.clone()
+    ops.append(codes, scales, source, 4, bits)
+    want = reference.dequantize(*reference.quantize(source, bits, 32), bits)
+    assert torch.equal(ops.dequantize(codes, scales, 4, 9, bits, torch.float32), want)
+    outside = [*range(4), *range(9, 12)]
+    assert torch.equal(codes[:, :, outside], before[0][:, :, outside])
+    assert torch.equal(scales[:, :, :, outside], before[1][:, :, :, outside])
+
+
+def test_active_range_reads_as_it_was_written():
+    codes, scales = packed()
+    active = torch.randn(1, 2, 3, 64)
+    plain = ops.dequantize(codes, scales, 2, 9, 2, torch.float32)
+    for start, seen, rows in (
+        (4, slice(2, 5), slice(0, 3)),
+        (0, slice(0, 1), slice(2, 3)),
+        (8, slice(6, 7), slice(0, 1)),
+    ):
+        written = torch.tensor([start, start + 3])
+        got = ops.dequantize_active(codes, scales, active, written, 2, 9, 2, torch.float32)
+        want = plain.clone()
+        want[:, :, seen] = active[:, :, rows]
+        assert torch.equal(got, want)
+    nothing = ops.dequantize_active(codes, scales, active, torch.tensor([0, 0]), 2, 9, 2, torch.float32)
+    assert torch.equal(nothing, plain)
+
+
+# ---- attention, by hand ----
+
+
+def one_token(delta: float, group_size: int = 32):
+    """A packed token of 32 zero channels whose step is `delta`, at 2 bits; every channel has code 1."""
+    codes = pack(torch.ones(1, 1, 1, 32, dtype=torch.int64), 2)
+    scales = torch.tensor([4 * delta, -5 * delta], dtype=torch.float16).view(1, 1, 1, 1, 2)
+    assert not reference.dequantize(codes, scales, 2).any()
+    return codes, scales
+
+
+def cached_weight(attention, query: torch.Tensor, delta: float, correction: str) -> float:
+    """Weight of one cached token against one current token of equal score: 1 / (1 + e^b)."""
+    values = reference.quantize(torch.ones(1, 1, 1, 32), 2, 32)
+    current = torch.zeros(1, 1, 1, 32)
+    out = attention(query, *one_token(delta), *values, [0, 1], current, current, None, False, 0.5, 2, 2, correction)
+    return out.flatten()[0].item()
+
+
+def expected_weight(query: torch.Tensor, delta: float, correction: str) -> float:
+    """s = 1/2. Taylor: b = s²/24 · ‖q‖² Δ²; exact: b = Σ_c log(sinh α_c / α_c) with α_c = s q_c Δ / 2."""
+    if correction == "none":
+        return 0.5
+    if correction == "taylor":
+        bias = 0.25 / 24 * query.square().sum().item() * delta**2
+    else:
+        alphas = [0.25 * q * delta for q in query.flatten().tolist()]
+        bias = sum(math.log(math.sinh(a) / a) for a in alphas)
+    return 1 / (1 + math.exp(bias))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("delta", [0.5, 1.0, 2.0])
+def test_weight_of_one_cached_token_against_one_current_token(correction, delta):
+    query = torch.randn(1, 1, 1, 32)
+    got = cached_weight(ops.attention, query, delta, correction)
+    assert got == pytest.approx(expected_weight(query, delta, correction), abs=2e-4)
+
+
+def attention_that_corrects_the_current_chunk(query, *arguments):
+    """The bug that voided a public replication: the bias is subtracted from all scores, so that it cancels."""
+    key_codes, key_scales, value_codes, value_scales, _, key, value, _, _, scale, key_bits, value_bits, form = arguments
+    keys = torch.cat((reference.dequantize(key_codes, key_scales, key_bits), key), 2)
+    values = torch.cat((reference.dequantize(value_codes, value_scales, value_bits), value), 2)
+    delta = reference.quantization_step(key_scales, key_bits).mean(2, keepdim=True).expand(-1, -1, keys.shape[2], -1)
+    scores = scale * query @ keys.transpose(-1, -2) - reference.correction_bias(query, delta, scale, form)
+    return scores.softmax(-1) @ values
+
+
+def test_current_keys_are_never_corrected():
+    query = torch.full((1, 1, 1, 32), 2.0)
+    want = expected_weight(query, 1.0, "taylor")
+    assert want < 0.3, "the bias must matter here, or the test tests nothing"
+    assert cached_weight(ops.attention, query, 1.0, "taylor") == pytest.approx(want, abs=2e-4)
+    mutant = cached_weight(attention_that_corrects_the_current_chunk, query, 1.0, "taylor")
+    assert mutant == pytest.approx(0.5), "the bug that this test is there to find has this effect"
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_without_a_cached_range_it_is_plain_attention(correction):
+    query, key, value = torch.randn(1, 4, 3, 64), torch.randn(1, 2, 7, 64), torch.randn(1, 2, 7, 64)
+    got = ops.attention(query, *packed(), *packed(), [], key, value, None, False, 0.125, 2, 2, correction)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=0.125))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("case", ["plain", "mask", "additive mask", "causal", "one query", "no current tokens"])
+def test_attention_is_the_reference(case, correction):
+    mask = {"mask": torch.rand(1, 1, 3, 11) < 0.7, "additive mask": torch.randn(1, 4, 3, 11)}.get(case)
+    length, current = (1 if case == "one query" else 3), (0 if case == "no current tokens" else 4)
+    arguments = attention_arguments(length, current, mask=mask, causal=case == "causal")[:-1]
+    want, _ = reference.attention(*arguments, correction)
+    torch.testing.assert_close(ops.attention(*arguments, correction), want, rtol=2e-4, atol=2e-4)
+
+
+def test_active_range_is_attended_in_full_precision_and_uncorrected():
+    arguments = active_arguments()
+    query, key_codes, key_scales, value_codes, value_scales, k, written, v, _, start, stop, key, value, *rest = (
+        arguments
+    )
+    first, last = written.tolist()
+    ranges = [start, first, last, stop]
+    keys, values = torch.cat((k, key), 2), torch.cat((v, value), 2)
+    want, _ = reference.attention(query, key_codes, key_scales, value_codes, value_scales, ranges, keys, values, *rest)
+    torch.testing.assert_close(ops.attention_active(*arguments), want, rtol=2e-4, atol=2e-4)
+
+
+def test_active_ranges_that_differ_are_not_used():
+    """Keys were written and values not yet: what is held of the keys has no counterpart."""
+    arguments = active_arguments(written=(5, 8), values_written=(2, 5))
+    query, *components = arguments[:5]
+    start, stop, *rest = arguments[9:]
+    want = ops.attention(query, *components, [start, stop], *rest)
+    assert torch.equal(ops.attention_active(*arguments), want)
+
+
+# ---- the correction does what it is for ----
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_corrected_weights_of_quantized_keys_are_unbiased(correction):
+    """E[exp(s·q·k̂ - b)] = exp(s·q·k) where the error k̂ - k is uniform on ±Δ/2 (arXiv 2605.26266).
+
+    A random zero point per token (subtractive dither) makes it so whatever the keys are. Δ = 1, s·q·ε has variance
+    s²‖q‖²/12 = 0.52, so that uncorrected weights are e^0.26 too large. The sum of weights is read off attention: cached
+    values are 1, and one current token of score 0 has value 0.
+    """
+    tokens, head_dim, scale = 8000, 64, 0.125
+    keys = 0.3 * torch.randn(1, 1, tokens, head_dim)
+    query = F.normalize(torch.randn(1, 1, 8, head_dim), dim=-1) * 20
+    offset = torch.rand(1, 1, 2, tokens)
+    scales = torch.stack((torch.full_like(offset, 256), -256 - 8 + offset), -1).half()  # Δ = 1, first level -8 + offset
+    origin = (scales[..., 0].float() + scales[..., 1].float()).transpose(2, 3).repeat_interleave(32, -1)
+    codes = (keys - origin).round()
+    assert codes.min() >= 0 and codes.max() < 256
+    values = reference.quantize(torch.ones(1, 1, tokens, 32), 2, 32)
+    zero_key, zero_value = torch.zeros(1, 1, 1, head_dim), torch.zeros(1, 1, 1, 32)
+    mask = torch.full((1, 1, 8, tokens + 1), -math.log(tokens))
+    mask[..., -1] = 0
+    packed_keys = pack(codes.long(), 8), scales
+    settings = (mask, False, scale, 8, 2, correction)
+    out = ops.attention(query, *packed_keys, *values, [0, tokens], zero_key, zero_value, *settings)
+    mass = out[..., 0].double()
+    log_sum = (mass / (1 - mass)).log()
+    truth = (scale * query.double() @ keys.double().transpose(-1, -2)).exp().mean(-1).log()
+    bias = (log_sum - truth).mean().item()
+    expected = scale**2 * 400 / 24 if correction == "none" else 0.0
+    assert bias == pytest.approx(expected, abs=0.03)
