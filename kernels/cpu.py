@@ -56,7 +56,10 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
 def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
     """As `ops.move`."""
     cpp = kernels()
-    (cpu_torch if cpp is None else cpp).move(codes, scales, source, destination, length)
+    if cpp is not None and scales.shape[3] == codes.shape[2]:
+        cpp.move(codes, scales, source, destination, length)
+    else:
+        cpu_torch.move(codes, scales, source, destination, length)
 
 
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:

@@ -319,4 +319,7 @@ def _packed(codes: Tensor, scales: Tensor, bits: int, head_dim: int) -> tuple[in
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logger.info("CPU kernels: %s", build())
+    try:
+        logger.info("CPU kernels: %s", build())
+    except BuildError as error:
+        logger.info("CPU kernels: pure torch will be used (%s)", error)

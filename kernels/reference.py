@@ -17,31 +17,40 @@ from .layout import pack, unpack
 FLOAT16_MAX = 65504.0
 
 
-def quantize(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group_size: int, block: int = 1) -> tuple[Tensor, Tensor]:
     """Quantize `x` `[B, H, S, D]` (any float dtype) to `(codes, scales)` as `layout` describes them.
+
+    One pair of scales per `group_size` channels and `block` tokens: `block` 1 is per-token quantization, `group_size` 1
+    with blocks of tokens is per-channel quantization (KIVI, arXiv 2402.02750, keys). S must be a multiple of `block`.
 
     Step and zero point are rounded to what is stored before the codes are computed, by true division and rounding half
     to even, so that dequantization inverts exactly the grid the codes were chosen on. Ranges beyond float16 saturate.
     A group with a NaN or an infinity gets NaN scales: the damage is visible, and stays in that token's group.
     """
-    groups = x.float().unflatten(-1, (-1, group_size))  # [B, H, S, G, group_size]
-    low, high = groups.amin(-1), groups.amax(-1)
+    groups = x.float().unflatten(-1, (-1, group_size)).unflatten(2, (-1, block))  # [B, H, T, block, G, group_size]
+    low, high = groups.amin((3, 5)), groups.amax((3, 5))  # [B, H, T, G]
     levels = 2**bits
     step = ((high - low) * (levels / (levels - 1))).clamp(max=FLOAT16_MAX).to(torch.float16)
     zero = (low - step.float()).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
     finite = torch.isfinite(high - low)
     step, zero = (t.masked_fill(~finite, float("nan")) for t in (step, zero))
-    delta = step.float() / levels
-    origin = zero.float() + step.float()
-    codes = ((groups - origin.unsqueeze(-1)) / delta.unsqueeze(-1)).round().clamp(0, levels - 1)
-    codes = torch.where((delta > 0).unsqueeze(-1), codes, 0).to(torch.uint8)  # constant and non-finite groups: code 0
-    scales = torch.stack((step, zero), -1).transpose(2, 3)  # [B, H, G, S, 2]
-    return pack(codes.flatten(-2), bits), scales.contiguous()
+    delta = (step.float() / levels)[:, :, :, None, :, None]
+    origin = (zero.float() + step.float())[:, :, :, None, :, None]
+    codes = ((groups - origin) / delta).round().clamp(0, levels - 1)
+    codes = torch.where(delta > 0, codes, 0).to(torch.uint8)  # constant and non-finite groups: code 0
+    scales = torch.stack((step, zero), -1).transpose(2, 3)  # [B, H, G, T, 2]
+    return pack(codes.flatten(-2).flatten(2, 3), bits), scales.contiguous()
+
+
+def per_token(scales: Tensor, tokens: int) -> Tensor:
+    """Scales `[B, H, G, T, 2]` of a cache of `tokens` tokens, as one pair for each of them `[B, H, G, S, 2]`."""
+    blocks = scales.shape[3]
+    return scales if blocks == tokens else scales.repeat_interleave(tokens // blocks, 3)
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     """`(codes, scales)` back to float32 `[B, H, S, D]`."""
-    step, zero = scales.float().transpose(2, 3).unbind(-1)  # [B, H, S, G]
+    step, zero = per_token(scales, codes.shape[2]).float().transpose(2, 3).unbind(-1)  # [B, H, S, G]
     c = unpack(codes, bits).float().unflatten(-1, (step.shape[-1], -1))
     return (zero.unsqueeze(-1) + (1 + c / 2**bits) * step.unsqueeze(-1)).flatten(-2)
 
@@ -100,6 +109,8 @@ def attention(
     Returns float32 output `[B, H, L, Dv]` and log-sum-exp of the (corrected) scores `[B, H, L]`.
     """
     query, key, value = query.float(), key.float(), value.float()
+    key_scales = per_token(key_scales, key_codes.shape[2])
+    value_scales = per_token(value_scales, value_codes.shape[2])
     tokens = torch.cat([torch.arange(a, b, device=query.device) for a, b in zip(ranges[::2], ranges[1::2])] or
                        [torch.arange(0, device=query.device)])  # fmt: skip
     cached_key = dequantize(key_codes[:, :, tokens], key_scales[:, :, :, tokens], key_bits)

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from jkv_compile.kernels import cpu_cpp, cpu_torch, layout, ops, reference
 from torch import Tensor
+
+from jkv_compile.kernels import cpu, cpu_cpp, cpu_torch, layout, ops, reference
 
 BOUND = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # The pure-torch path rounds scores to the queries' dtype.
@@ -43,6 +44,7 @@ def make(
     mask=None,
     causal=False,
     correction="taylor",
+    block=None,
     seed=0,
 ) -> list:
     """Arguments of `ops.attention`."""
@@ -52,7 +54,8 @@ def make(
         return torch.randn(*shape, generator=generator)
 
     kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
-    key_cache = reference.quantize(1.5 * randn(batch, kv_heads, tokens, head_dim) + 0.3, key_bits, group_size)
+    key_groups = (group_size, 1) if block is None else (1, block)  # channels, tokens
+    key_cache = reference.quantize(1.5 * randn(batch, kv_heads, tokens, head_dim) + 0.3, key_bits, *key_groups)
     value_cache = reference.quantize(randn(batch, kv_heads, tokens, value_dim), value_bits, group_size)
     query = randn(batch, heads, length, head_dim).to(dtype)
     key, value = (randn(batch, kv_heads, current, d).to(dtype) for d in (head_dim, value_dim))
@@ -120,6 +123,8 @@ CASES = {
     "an empty range": {"ranges": [3, 50, 50, 50]},
     "nothing cached": {"ranges": []},
     "no current keys": {"current": 0},
+    "per-channel key steps": {"block": 30, "head_dim": 128},
+    "per-channel key steps, one query": {"block": 20, "length": 1, "ranges": [7, 131, 200, 280]},
     "uncorrected": {"correction": "none"},
     "exact correction": {"correction": "exact", "length": 7, "tokens": 40},
 }
@@ -261,3 +266,21 @@ def test_ranges_outside_the_cache_are_errors():
     arguments[5] = [0, 301]
     with pytest.raises(RuntimeError, match="do not lie within"):
         ops.attention(*arguments)
+
+
+@pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
+def test_per_channel_steps_round_to_the_nearest_level(bits):
+    x = torch.randn(1, 2, 60, 64, generator=torch.Generator().manual_seed(0))
+    codes, scales = reference.quantize(x, bits, 1, block=20)
+    assert scales.shape == (1, 2, 64, 3, 2)
+    delta = reference.quantization_step(reference.per_token(scales, 60), bits)
+    assert ((reference.dequantize(codes, scales, bits) - x).abs() <= 0.52 * delta).all()
+    same = torch.zeros_like(codes), torch.zeros_like(scales)
+    cpu.append(*same, x[:, :, 20:], 20, bits)
+    assert torch.equal(same[0][:, :, 20:], codes[:, :, 20:]) and torch.equal(same[1][:, :, :, 1:], scales[:, :, :, 1:])
+    cpu.move(*same, 20, 0, 20)
+    assert torch.equal(
+        cpu.dequantize(*same, 0, 40, bits, x.dtype)[:, :, :20], reference.dequantize(codes, scales, bits)[:, :, 20:40]
+    )
+    with pytest.raises(RuntimeError, match="must be multiples of 20"):
+        cpu.append(*same, x[:, :, :20], 10, bits)

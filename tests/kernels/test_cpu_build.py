@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from jkv_compile.kernels import cpu, cpu_cpp
 
 # The calls below take both phases, and print which kernels did it.
