@@ -99,16 +99,14 @@ def _view(func: Any, source: PackedKV, args: Any, kwargs: Any) -> Any:
 def _view_like(func: Any, source: PackedKV, meta: Tensor) -> PackedKV:
     if meta.dtype != source.dtype or meta.is_neg() or meta.is_conj():
         raise PackedCacheError(f"{func} reinterprets the memory of a packed cache; use jkv_compile.materialize(cache)")
-    view = new_window(source, source._store, meta.size(), meta.stride(), meta.storage_offset(), source.dtype)
+    offset: Any = meta.storage_offset()
+    view = new_window(source, source._store, meta.size(), meta.stride(), offset, source.dtype)
     _remember(view, meta)
     return view
 
 
 def _trace(func: Any, args: Any, kwargs: Any) -> Any:
     """What Dynamo needs to know while it traces: shapes, dtypes, devices. The passes decide what is done."""
-    if func is aten.clone.default:
-        source = args[0]
-        return new_window(source, source._store, source.size(), source.stride(), source.offset, source.dtype)
     written = list(written_arguments(func, args, kwargs))
     if written and isinstance(written[0], PackedKV):
         return written[0]

@@ -6,6 +6,7 @@ told by `Rewritten`: which components to pass, which outputs are windows on a ca
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from ..geometry import constant, same
 from ..packed import PackedKV
 from .segments import Cached, Fresh, Segment
 from .symbols import Symbols
-from .tracking import Append, Attend, Fill, Holder, Move, Read, Tracking, example, is_in_place, offset
+from .tracking import Append, Attend, Fill, Holder, Move, Read, Tracking, example, identity, is_in_place, offset
 
 ops = torch.ops.jkv
 Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token"]
@@ -102,6 +103,7 @@ class _Rewriter:
         self.holders = {holder.node: holder for holder in plans}
         self.writes = {w.node: w for w in tracking.writes if w.holder in plans}
         self.attends = {a.call.node: a for a in tracking.attends if a.key_cache in plans and a.value_cache in plans}
+        self.copies = [copy for copy in tracking.copies if copy.cache in plans]
         self.reads: dict[Node, list[Read]] = {}
         for read in tracking.reads:
             if read.holder in plans:
@@ -117,6 +119,7 @@ class _Rewriter:
             if node in self.writes or node in self.attends:
                 with self.graph.inserting_before(node):
                     self._lower(node)
+        self._erase_edited_copies()
         self._erase_dead()
         self.symbols.known.clear()
         self._bind_first_tokens()
@@ -350,6 +353,16 @@ class _Rewriter:
                 self.graph.erase_node(node)
                 continue
             self.rewritten.inputs.append(components.get(node) or (self.position[node], "plain"))
+
+    def _erase_edited_copies(self) -> None:
+        """Copies of a cache that are written to, and now read by nothing: their contents went into the attention."""
+        for copy in reversed(self.copies):
+            key = identity(example(copy.node))
+            shown = [n for n in self.graph.nodes if isinstance(v := example(n), torch.Tensor) and identity(v) == key]
+            users = {user for node in shown for user in node.users if user not in shown}
+            if all(user.target is operator.setitem and user.args[0] in shown for user in users):
+                for node in [*users, *reversed(shown)]:
+                    self.graph.erase_node(node)
 
     def _erase_dead(self) -> None:
         """Views, copies and edited copies of caches that nothing uses any more."""

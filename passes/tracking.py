@@ -127,6 +127,7 @@ class Tracking:
     """What the walk saw, in program order."""
 
     caches: list[Holder]
+    copies: list[Holder]
     writes: list[Append | Move | Fill]
     attends: list[Attend]
     reads: list[Read]
@@ -154,7 +155,7 @@ class Tracker:
         self.graph = graph
         self.time = 0
         self.holders: dict[int, Holder] = {}
-        self.result = Tracking([], [], [], [], [])
+        self.result = Tracking([], [], [], [], [], [])
         self.roles = Roles(graph)
         for node in graph.find_nodes(op="placeholder"):
             self._add_cache(node, (owners or {}).get(node))
@@ -294,9 +295,11 @@ class Tracker:
                 if holder.root is None:
                     self.result.reads.append(Read(node, part, holder, window, content))
             length = length + n
-        self.holders[identity(value)] = Holder(
+        copy = Holder(
             node, tuple(value.shape), value.stride(), value.dtype, token_axis, source.cache, root_axes or (), segments
         )
+        self.holders[identity(value)] = copy
+        self.result.copies.append(copy)
         return True
 
     def _write(self, node: Node, target: Tensor, base: Node, value: Any) -> None:

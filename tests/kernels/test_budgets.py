@@ -24,7 +24,7 @@ FUSED = {"sm_80": 1.25, "sm_90": 1.33, "sm_100": 1.40, "sm_120": 1.38, "gfx942":
 UNPACK_ONCE = {"sm_80": 1.09, "sm_90": 1.05, "sm_100": 1.09, "sm_120": 1.08, "gfx942": 1.00, "gfx950": 1.05}
 
 
-@pytest.fixture(scope="module", params=inspector.TARGETS)
+@pytest.fixture(scope="module", params=inspector.SHOWN)
 def records(request):
     return {r.kernel: r for r in inspector.examine_all(KERNELS, [request.param])}
 
@@ -56,6 +56,24 @@ def test_occupancy_is_no_lower_than_plain_attentions(records):
 def test_every_kernel_fits_the_shared_memory_of_its_target(records):
     for record in records.values():
         assert record.shared_bytes <= inspector.ARCHITECTURES[record.target].shared_bytes
+
+
+@pytest.mark.parametrize(
+    "target, names",
+    [
+        ("sm_86", ("fused", "unpack_once", "decode")),  # consumer cards: sm_80's instructions, less shared memory
+        ("sm_90", ("fused_3_bits", "fused_4_bits", "fused_8_bits", "fused_group_128")),
+        ("sm_90", ("fused_head_dim_64", "fused_head_dim_96", "fused_head_dim_256", "unpack_once_head_dim_256")),
+        ("sm_90", ("fused_causal", "fused_mask", "fused_two_ranges", "fused_float32")),
+        ("sm_80", ("fused_head_dim_256", "fused_float32", "append_kv_head_dim_96")),
+        ("gfx942", ("fused_head_dim_256",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_other_shapes_neither_spill_nor_outgrow_shared_memory(target, names):
+    for record in inspector.examine_all(names, [target]):
+        assert (record.kernel, record.spills) == (record.kernel, 0)
+        assert record.shared_bytes <= inspector.ARCHITECTURES[target].shared_bytes, record
 
 
 def test_command_line_writes_the_table(tmp_path, capsys):

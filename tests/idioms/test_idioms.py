@@ -1,0 +1,189 @@
+"""Other ways of holding a cache: each stays close to eager, is packed, compiles no more than it must, and is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+from torch import Tensor
+
+from jkv_compile import JKVBackend
+
+from ..harness import fresh_backend, rewritten, run_beside, twins
+from .models import (
+    CHUNK,
+    DIM,
+    HEAD_DIM,
+    HEADS,
+    CloneEditAttend,
+    Composite,
+    FixedPast,
+    KeysBesideValues,
+    LazyBuffers,
+    MaskedBuffer,
+    RollingCache,
+)
+
+pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
+Steps = Iterator[tuple[Tensor, Tensor]]
+
+
+def chunk() -> Tensor:
+    return torch.randn(1, CHUNK, DIM)
+
+
+def caches(tokens: int = 96) -> dict[str, Tensor]:
+    return {name: torch.zeros(1, tokens, HEADS, HEAD_DIM) for name in ("k", "v")}
+
+
+def rolling(backend: JKVBackend) -> Steps:
+    model = RollingCache()
+    compiled, eager = twins(model, backend)
+    cache, reference_cache = model.new_cache(), model.new_cache()
+    for call in range(99):
+        x = chunk()
+        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
+
+
+def fixed_past(backend: JKVBackend) -> Steps:
+    model = FixedPast()
+    compiled, eager = twins(model, backend)
+    x = chunk()
+    past, reference_past = torch.compile(model.produce, backend=backend)(x), eager.produce(x)
+    while True:
+        x = chunk()
+        yield compiled(x, past), eager(x, reference_past)
+
+
+def clone_edit(write_in_graph: bool) -> Callable[[JKVBackend], Steps]:
+    def steps(backend: JKVBackend) -> Steps:
+        compiled, eager = twins(CloneEditAttend(write_in_graph), backend)
+        cache, reference_cache = caches(), caches()
+        for call in range(99):
+            x, start = chunk(), call * CHUNK
+            (got, k, v), (want, k0, v0) = compiled(x, cache, start), eager(x, reference_cache, start)
+            if not write_in_graph:
+                for name, new, new0 in (("k", k, k0), ("v", v, v0)):
+                    cache[name][:, start : start + CHUNK] = new
+                    reference_cache[name][:, start : start + CHUNK] = new0
+            yield got, want
+
+    return steps
+
+
+def composite(backend: JKVBackend) -> Steps:
+    compiled, eager = twins(Composite(), backend)
+    cache, reference_cache = caches(), caches()
+    for call in range(1, 99):
+        x = chunk()
+        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
+
+
+def lazy_buffers(backend: JKVBackend) -> Steps:
+    compiled, eager = twins(LazyBuffers(tokens=96), backend)
+    for call in range(99):
+        x = chunk()
+        yield compiled(x, call * CHUNK), eager(x, call * CHUNK)
+
+
+CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
+    # the way of holding a cache, and from which call on nothing may compile any more
+    "eviction by rolling, with a sink": (rolling, 8),
+    "a fixed past, concatenated": (fixed_past, 3),
+    "a copy edited and attended, written back in the graph": (clone_edit(True), 2),
+    "a copy edited and attended, written back in eager code": (clone_edit(False), 3),
+    "a concatenation of sink, window and current chunk": (composite, 4),
+    "buffers allocated in the first forward": (lazy_buffers, 3),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("name", CASES)
+def test_stays_close_to_eager(name: str, inner: str) -> None:
+    steps, stable_from = CASES[name]
+    torch.manual_seed(0)
+    backend = fresh_backend(inner=inner)
+    with torch.no_grad():
+        generator = steps(backend)  # holds the caches
+        run_beside(generator, calls=10 if inner == "eager" else 6, stable_from=stable_from)
+    assert backend.memory().adopted == 2
+
+
+def test_rolling_moves_packed_data_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2)
+    model = RollingCache(sink=4, tokens=32)
+    compiled = torch.compile(model, backend=backend)
+    cache = model.new_cache()
+    with torch.no_grad():
+        for call in range(4):
+            compiled(chunk(), cache, call * CHUNK)
+        store = cache["k"]._store
+        codes, scales = store.codes.clone(), store.scales.clone()
+        compiled(chunk(), cache, 4 * CHUNK)  # evicts the eight tokens after the sink
+    assert torch.equal(store.codes[:, :, :4], codes[:, :, :4])
+    assert torch.equal(store.codes[:, :, 4:24], codes[:, :, 12:32])
+    assert torch.equal(store.scales[:, :, :, 4:24], scales[:, :, :, 12:32])
+
+
+@pytest.mark.parametrize("model", [FixedPast("half"), KeysBesideValues(), MaskedBuffer()], ids=lambda m: type(m).__name__)
+def test_what_is_not_supported_yet_runs_as_written(model: torch.nn.Module) -> None:
+    """Positions turned after the read, keys beside values in one tensor, masked whole buffers: full precision, right."""
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2)
+    compiled, eager = twins(model, backend)
+    arguments: dict[str, Callable[[int], tuple[Any, ...]]] = {
+        "FixedPast": lambda call: (tuple(torch.randn(1, HEADS, CHUNK, HEAD_DIM) for _ in range(2)),),
+        "KeysBesideValues": lambda call: (torch.randn(64, HEADS, 2 * HEAD_DIM), call * CHUNK),
+        "MaskedBuffer": lambda call: (
+            {name: torch.randn(1, HEADS, 64, HEAD_DIM) for name in ("k", "v")},
+            torch.arange(call * CHUNK, (call + 1) * CHUNK),
+        ),
+    }
+    for call in range(1, 4):
+        x, args = chunk(), arguments[type(model).__name__](call)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, *args), eager(x, *args))
+    assert backend.memory().adopted == 0
+
+
+class TestGraphs(expecttest.TestCase):
+    def graph(self, steps: Callable[[JKVBackend], Steps], calls: int = 4, index: int = 0) -> str:
+        backend = fresh_backend(bits=2)
+        with torch.no_grad():
+            generator = steps(backend)
+            for _ in range(calls):
+                next(generator)
+        lines = rewritten(backend, index=index).splitlines()
+        return "\n".join(line for line in lines if "jkv::" in line) + "\n"
+
+    def test_rolling(self) -> None:
+        self.assertExpectedInline(self.graph(rolling, 7, index=1), """\
+jkv::move(l_cache_k__codes, l_cache_k__scales, add_2, 4, 20)
+jkv::move(l_cache_v__codes, l_cache_v__scales, add_2, 4, 20)
+jkv::append(l_cache_k__codes, l_cache_k__scales, permute, sub_5, 2)
+jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, sub_5, 2)
+attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 4, 4, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
+""")
+
+    def test_fixed_past(self) -> None:
+        self.assertExpectedInline(self.graph(fixed_past), """\
+attention_active_default = jkv::attention_active(q_1, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, 8, transpose, transpose_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
+""")
+
+    def test_clone_edit_attend(self) -> None:
+        self.assertExpectedInline(self.graph(clone_edit(True)), """\
+attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, l_start_], permute, permute_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
+jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
+jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
+""")
+
+    def test_composite(self) -> None:
+        self.assertExpectedInline(self.graph(composite), """\
+attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 4, sym_max, l_start_], permute, permute_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
+jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
+jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
+""")
