@@ -45,8 +45,8 @@ class PackedKV(torch.Tensor):
         self.offset = offset  # elements from where the tensor begins that the store replaces
         self._first_token = self._shadow = None
 
-    # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes it makes
-    # dynamic one by one, storage offsets it takes to be one symbol where they are equal. Everything else that a graph
+    # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes are made
+    # dynamic one by one, while storage offsets that are equal are taken to be one symbol. Everything else that a graph
     # depends on is in the (constant) context.
 
     @property
@@ -88,7 +88,7 @@ class PackedKV(torch.Tensor):
         return False
 
     @property
-    def _base(self) -> None:
+    def _base(self) -> None:  # type: ignore[override]
         return None
 
     # ---- geometry and values ----
@@ -105,8 +105,8 @@ class PackedKV(torch.Tensor):
             shows = "is no box" if window is None else f"shows {window.lengths[CHANNEL]} of {shape[CHANNEL]} channels"
             geometry = f"size {tuple(self.shape)}, stride {self.stride()}, offset {self.offset}"
             raise PackedCacheError(
-                f"a view ({geometry}) {shows} of the packed cache of [batch, head, token, channel] = {list(shape)}; packed "
-                "data can be written, and its steps told, for whole heads over a range of tokens; "
+                f"a view ({geometry}) {shows} of the packed cache of [batch, head, token, channel] = {list(shape)}; "
+                "packed data can be written, and its steps told, for whole heads over a range of tokens; "
                 "use jkv_compile.materialize(cache) first"
             )
         return window
@@ -130,7 +130,7 @@ class PackedKV(torch.Tensor):
             memory = torch.empty_strided(box.shape, store.strides, dtype=self.dtype, device=box.device).copy_(box)
         return memory.as_strided(self.size(), self.stride(), offset).clone()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return (
             f"PackedKV(size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, bits={self._store.bits}, "
             f"group_size={self._store.group_size})"
@@ -156,7 +156,7 @@ class PackedKV(torch.Tensor):
         self.data_ptr()
 
     @property
-    def data(self) -> PackedKV:
+    def data(self) -> Tensor:
         """A window on the same packed cache."""
         return self.detach()
 
@@ -189,7 +189,9 @@ class PackedKV(torch.Tensor):
         return packed_save.reduce_window(self)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return packed_dispatch.dispatch(func, args, kwargs or {})
 
 

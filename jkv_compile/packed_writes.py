@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def packed_origin(source: Tensor, target: PackedKV, window: Window) -> Window | 
     if not isinstance(source, PackedKV) or not same_steps(source._store, target._store):
         return None
     if source.dim() < target.dim():
-        source = source.view([1] * (target.dim() - source.dim()) + list(source.shape))
+        source = cast(PackedKV, source.view([1] * (target.dim() - source.dim()) + list(source.shape)))
     origin = source.find_window()
     if origin is None or origin.lengths != window.lengths:
         return None
