@@ -1,8 +1,8 @@
 """Train the video transformer: ``python -m examples.train``. Seeded, resumable; needs the trained autoencoder.
 
 Every step teacher-forces all chunks of a 27-frame window at once. The history is not left clean, or generation would
-drift: most history chunks get a little noise (whose level the model is told), and in the second part of the training
-half of the batches continue from the model's own rollouts instead of from the video, as in Self-Forcing.
+drift: some history chunks get a little noise (whose level the model is told), and in the second part of the training
+most batches continue from the model's own rollouts instead of from the video, as in Self-Forcing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import threading
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from examples.video_model.sampling import Sampler, timesteps
 WEIGHTS = Path(__file__).parent / "weights" / "transformer.safetensors"
 CHUNKS = 9
 RANDOM_CROPS = 7
+ROLLOUT_SHARE = 0.6  # of the steps, once rollouts have begun
 
 
 def load_autoencoder(path: Path = AUTOENCODER_WEIGHTS) -> Autoencoder:
@@ -59,22 +62,24 @@ def build_bank(autoencoder: Autoencoder, generator: torch.Generator) -> dict[str
 class Batches:
     """Draws training batches; everything random about a step comes from the one generator it is given."""
 
-    def __init__(self, bank: dict[str, list[Tensor]], config: ModelConfig, centre_share: float = 0.6) -> None:
+    scene_weights = tuple(5.0 if scene == clip.train[-1] else 1.0 for clip in CLIPS.values() for scene in clip.train)
+
+    def __init__(self, bank: dict[str, list[Tensor]], config: ModelConfig, centre_share: float = 0.8) -> None:
         self.bank, self.config, self.centre_share = bank, config, centre_share
 
     def video(self, generator: torch.Generator) -> Tensor:
-        """A window of latents, [N, F, C, h, w], a quarter of them played backwards.
+        """A window of latents, [N, F, C, h, w], one in six played backwards.
 
-        Long scenes are drawn more often, but no scene is left rare: the last one of ``bikes`` continues into the
-        held-out part, and only two windows of it fit into the training part.
+        The last scene of every clip, which continues into the held-out part, counts five times as much as the others.
         """
         kind = "centre" if torch.rand((), generator=generator) < self.centre_share else "random"
         scenes, frames = self.bank[kind], CHUNKS * self.config.chunk_frames
-        weights = torch.tensor([max(40.0, len(scene) - frames) for scene in scenes])
+        views_per_scene = len(scenes) // len(self.scene_weights)
+        weights = torch.tensor(self.scene_weights).repeat_interleave(views_per_scene)
         scene = scenes[int(torch.multinomial(weights, 1, generator=generator))]
         start = int(torch.randint(len(scene) - frames + 1, (), generator=generator))
         window = scene[start : start + frames].float()
-        if torch.rand((), generator=generator) < 0.25:
+        if torch.rand((), generator=generator) < 1 / 6:
             window = window.flip(0)
         return window.unflatten(0, (CHUNKS, self.config.chunk_frames))
 
@@ -93,17 +98,17 @@ def add_noise(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
 def roll_out(
     model: CausalVideoTransformer, video: Tensor, prompt: int, generator: torch.Generator, steps: int = 4
 ) -> Tensor:
-    """Continue the first ``prompt`` chunks of video [B, N, F, C, h, w] by the model itself; same shape."""
+    """Continue the first ``prompt`` chunks of video [B, N, F, C, h, w] by the model itself; same shape and dtype."""
     caches = model.allocate_cache(video.shape[0], video.shape[1] * video.shape[2])
-    sampler = Sampler(model, model.config, caches, steps)
+    sampler, dtype = Sampler(model, model.config, caches, steps), model.patch_in.weight.dtype
     chunks = []
     for n in range(video.shape[1]):
         if n < prompt:
-            chunks.append(video[:, n])
+            chunks.append(video[:, n].to(dtype))
             sampler.prefill(chunks[-1])
         else:
-            chunks.append(sampler.generate(torch.randn(video[:, n].shape, generator=generator)))
-    return torch.stack(chunks, dim=1)
+            chunks.append(sampler.generate(torch.randn(video[:, n].shape, generator=generator).to(dtype)))
+    return torch.stack(chunks, dim=1).to(video.dtype)
 
 
 def flow_loss(model: CausalVideoTransformer, video: Tensor, history: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,19 +119,16 @@ def flow_loss(model: CausalVideoTransformer, video: Tensor, history: Tensor, gen
         history: [B, N, F, C, h, w], what the model sees of earlier chunks: the truth, or its own rollout.
     """
     batch, chunks = video.shape[0], video.shape[1] - 1
-    # Half of the levels are those that sampling visits; the others keep the model a proper flow in between.
+    # Most levels are the four that sampling visits; the others keep the model a flow in between.
     visited = torch.tensor(timesteps(4)[:-1])[torch.randint(4, (batch, chunks), generator=generator)]
-    level = torch.where(
-        torch.rand(batch, chunks, generator=generator) < 0.5,
-        visited,
-        torch.sigmoid(torch.randn(batch, chunks, generator=generator) + 0.8),
-    )
+    between = 0.4 + 0.6 * torch.rand(batch, chunks, generator=generator)
+    level = torch.where(torch.rand(batch, chunks, generator=generator) < 0.8, visited, between)
     history_level = 0.4 * torch.rand(batch, chunks, generator=generator)
-    history_level = history_level * (torch.rand(batch, chunks, generator=generator) < 0.5)
+    history_level = history_level * (torch.rand(batch, chunks, generator=generator) < 0.3)
     seen = add_noise(history[:, :-1], history_level, generator)
     predicted = model.forward_train(seen, history_level, add_noise(video[:, 1:], level, generator), level)
     error = (predicted.float() - video[:, 1:]).square().mean(dim=(2, 3, 4, 5))
-    return (error / level.clamp(min=0.25).square()).mean()
+    return (error / level.square()).mean()
 
 
 def make_optimizers(model: CausalVideoTransformer, lr: float) -> list[torch.optim.Optimizer]:
@@ -141,8 +143,8 @@ def make_optimizers(model: CausalVideoTransformer, lr: float) -> list[torch.opti
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, constant, then linear to zero over the last 35 %: a resumed run may move its end."""
-    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.35 * steps))
+    """Warm-up over 100 steps, constant, then linear to zero over the last 40 %: a resumed run may move its end."""
+    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
 
 
 def atomic_save(state: dict[str, object], path: Path) -> None:
@@ -167,10 +169,10 @@ def evaluate(model: CausalVideoTransformer, videos: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--rollout-from", type=float, default=0.5, help="share of the steps before rollouts begin")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--rollout-from", type=int, default=700, help="step at which rollouts begin")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=Path("out/train"), help="checkpoints, latents and loss log")
@@ -190,6 +192,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = CausalVideoTransformer(config)
     averaged = deepcopy(model).requires_grad_(False)
+    player = deepcopy(averaged).to(torch.bfloat16)  # the averaged weights as inference has them, for rollouts
     if not args.no_compile:
         Block.forward_train = torch.compile(Block.forward_train)
     optimizers = make_optimizers(model, args.lr)
@@ -202,6 +205,9 @@ def main() -> None:
             optimizer.load_state_dict(saved)
         first = state["step"]
 
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())  # ends after the step at hand, with a checkpoint and weights
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="transformer", mininterval=5)
     running: dict[str, float] = {}
     for step in bar:
@@ -210,17 +216,20 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
         video = batches.draw(args.batch, generator)
-        own = step >= args.rollout_from * args.steps and float(torch.rand((), generator=generator)) < 0.5
+        own = step >= args.rollout_from and float(torch.rand((), generator=generator)) < ROLLOUT_SHARE
+        history = video
+        if own:
+            torch._foreach_copy_(list(player.parameters()), list(averaged.parameters()))
+            # Two sampling steps instead of four: the errors are of the same kind, at half the cost.
+            history = roll_out(player, video, int(torch.randint(1, 6, (), generator=generator)), generator, steps=2)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            prompt = int(torch.randint(1, 6, (), generator=generator))
-            history = roll_out(model, video, prompt, generator) if own else video
             loss = flow_loss(model, video, history, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(0.998, (step + 1) / (step + 10))
+        decay = min(0.997, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
         name = "rollout_loss" if own else "loss"
@@ -229,13 +238,16 @@ def main() -> None:
             bar.set_postfix({key: f"{value:.4f}" for key, value in running.items()})
             with log.open("a") as file:
                 file.write(json.dumps({"step": step + 1, **running}) + "\n")
-        last = step + 1 == args.steps
+        last = step + 1 == args.steps or stop.is_set()
         if step % 250 == 249 or last:
-            with torch.autocast("cpu", dtype=torch.bfloat16), log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "held_out": evaluate(averaged, validation)}) + "\n")
+            torch._foreach_copy_(list(player.parameters()), list(averaged.parameters()))
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "held_out": evaluate(player, validation)}) + "\n")
         if step % 100 == 99 or last:
             state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step + 1}
             atomic_save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, checkpoint)
+        if last:
+            break
     export(averaged, args.weights)
 
 

@@ -1,0 +1,167 @@
+"""What the packed cache costs besides quality: compile time, Python overhead per call, peak memory.
+
+    python -m examples.cost
+
+Compile time and overhead are ratios and differences against plain `torch.compile`, taken side by side in one process;
+peak memory is the largest resident set of a process of its own for each variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jkv_compile import jkv_backend
+
+
+class Layer(nn.Module):
+    """Chunk-wise causal attention over a dict cache `[B, S, H, D]`, as Self-Forcing writes it."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.qkv = nn.Linear(heads * head_dim, 3 * heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, heads * head_dim)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).unbind(2)
+        end = start + n
+        cache["k"][:, start:end] = k
+        cache["v"][:, start:end] = v
+        keys, values = cache["k"][:, :end], cache["v"][:, :end]
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        return x + self.out(o.transpose(1, 2).flatten(2))
+
+
+class Network(nn.Module):
+    def __init__(self, layers: int, heads: int = 8, head_dim: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(heads, head_dim) for _ in range(layers))
+        self.shape = heads, head_dim
+
+    def new_caches(self, tokens: int) -> list[dict[str, Tensor]]:
+        heads, head_dim = self.shape
+        return [
+            {name: torch.zeros(1, tokens, heads, head_dim, dtype=torch.bfloat16) for name in ("k", "v")}
+            for _ in self.layers
+        ]
+
+    def forward(self, x: Tensor, caches: list[dict[str, Tensor]], start: int) -> Tensor:
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, cache, start)
+        return x
+
+
+def backend(variant: str) -> Any:
+    return "inductor" if variant == "BF16" else jkv_backend(bits=2)
+
+
+def compile_seconds(layers: int, repeats: int) -> dict[str, float]:
+    """Seconds from `torch.compile` to the third chunk, after which nothing compiles any more; medians."""
+    seconds: dict[str, list[float]] = {"BF16": [], "INT2": []}
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for _ in tqdm(range(repeats), desc="compile time"):
+            for variant, times in seconds.items():
+                torch._dynamo.reset()
+                model = Network(layers).bfloat16()
+                compiled, caches = torch.compile(model, backend=backend(variant)), model.new_caches(256)
+                x = torch.randn(1, 32, 512, dtype=torch.bfloat16)
+                begin = time.perf_counter()
+                for start in (0, 32, 64):
+                    compiled(x, caches, start)
+                times.append(time.perf_counter() - begin)
+    return {variant: statistics.median(times) for variant, times in seconds.items()}
+
+
+def call_microseconds(calls: int) -> dict[str, float]:
+    """Microseconds of one call of one layer on 8 tokens with 64 cached, where Python is all that counts; minima."""
+    runs = {}
+    for variant in ("BF16", "INT2"):
+        torch._dynamo.reset()
+        model = Network(1, heads=2).bfloat16()
+        compiled, caches = torch.compile(model, backend=backend(variant)), model.new_caches(256)
+        x = torch.randn(1, 8, 128, dtype=torch.bfloat16)
+        for start in (0, 32, 64, 64):
+            compiled(x, caches, start)
+        runs[variant] = (compiled, x, caches)
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in tqdm(range(calls), desc="overhead"):
+        for variant, (compiled, x, caches) in runs.items():
+            begin = time.perf_counter()
+            for _ in range(20):
+                compiled(x, caches, 64)
+            best[variant] = min(best[variant], (time.perf_counter() - begin) / 20 * 1e6)
+    return best
+
+
+def peak_bytes(variant: str, layers: int, tokens: int) -> tuple[int, int]:
+    """(largest resident set, resident set before the caches) of generating until the caches are full, in this process."""
+    model = Network(layers).bfloat16()
+    compiled = torch.compile(model, backend=backend(variant))
+    x = torch.randn(1, 1024, 512, dtype=torch.bfloat16)
+    small = model.new_caches(4096)
+    for start in (0, 1024, 2048):
+        compiled(x, small, start)  # compile on small caches first
+    del small
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    caches = model.new_caches(tokens)
+    for start in range(0, tokens, 1024):
+        compiled(x, caches, start)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4, help="layers of the network that is compiled")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens per cache where memory is measured")
+    parser.add_argument("--peak", choices=("BF16", "INT2"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    if args.peak:
+        json.dump(peak_bytes(args.peak, 8, args.tokens), sys.stdout)
+        return
+    compiled = compile_seconds(args.layers, args.repeats)
+    call = call_microseconds(60)
+    peak = {}
+    for variant in tqdm(("BF16", "INT2"), desc="peak memory"):
+        command = [sys.executable, "-m", "examples.cost", "--peak", variant, "--tokens", str(args.tokens)]
+        peak[variant] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    cache = 8 * 2 * args.tokens * 512 * 2
+    result = {
+        "compile_seconds": compiled,
+        "compile_ratio": compiled["INT2"] / compiled["BF16"],
+        "call_microseconds": call,
+        "call_overhead_microseconds": call["INT2"] - call["BF16"],
+        "cache_bytes_bf16": cache,
+        "peak_bytes": {variant: values[0] for variant, values in peak.items()},
+        "peak_growth_bytes": {variant: values[0] - values[1] for variant, values in peak.items()},
+    }
+    out = Path("out/cost.json")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
+    growth = result["peak_growth_bytes"]
+    print(f"compile time      BF16 {compiled['BF16']:.1f} s, INT2 {compiled['INT2']:.1f} s: {result['compile_ratio']:.2f}x")
+    print(f"a call of a layer BF16 {call['BF16']:.0f} µs, INT2 {call['INT2']:.0f} µs: "
+          f"{result['call_overhead_microseconds']:+.0f} µs")  # fmt: skip
+    print(f"peak memory above the model, caches of {cache / 2**20:.0f} MiB in BF16: "
+          f"BF16 {growth['BF16'] / 2**20:.0f} MiB, INT2 {growth['INT2'] / 2**20:.0f} MiB")  # fmt: skip
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
