@@ -13,8 +13,8 @@ from .errors import PackedCacheError
 from .geometry import Window, locate
 from .store import CHANNEL, Store
 
-# What Dynamo is told of where a window begins is that many tokens more: sizes 0 and 1 are constants to it, so that a slice
-# that begins at token 0 in one call and elsewhere in the next would be compiled twice.
+# Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are constants to it, so that a slice that
+# begins at token 0 in one call and elsewhere in the next would be compiled twice.
 MARGIN = 2
 
 
@@ -45,7 +45,7 @@ class PackedKV(torch.Tensor):
         self.offset = offset  # elements from where the tensor begins that the store replaces
         self._first_token = self._shadow = None
 
-    # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes are made
+    # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes become
     # dynamic one by one, while storage offsets that are equal are taken to be one symbol. Everything else that a graph
     # depends on is in the (constant) context.
 
