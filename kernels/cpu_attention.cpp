@@ -32,9 +32,8 @@ typedef uint16_t u16;
 typedef uint8_t u8;
 
 constexpr int KEYS = 512;         // keys per block
-constexpr int FEW_KEYS = 256;     // the same, with few query rows
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
-constexpr int ROWS = 32;          // query rows per matrix product
+constexpr int ROWS = 64;          // query rows per matrix product
 constexpr int TILE = 768;         // query rows per task at most: queries and outputs stay in the second-level cache
 constexpr float LOG2E = 1.44269504f;
 constexpr float INF = __builtin_inff();
@@ -461,12 +460,12 @@ template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s
 //   score = Σ_g step_g · (Σ_c q c / 2^bits + Σ_c q) + zero_g · Σ_c q - correction
 //   output_c = Σ_j (w_j step_j) c_j / 2^bits + Σ_j w_j (step_j + zero_j)
 
-// Codes of four tokens (j, j + quarter, …) and one channel in a word, [quarter][dim].
-template <int BITS>
+// Codes of four tokens (j, j + quarter, …) and one channel in a word, [quarter][dim]. LOW: bytes of the first plane, or 0.
+template <int BITS, int LOW>
 void quads_of_tokens(const u8* x, i64 stride, i64 dim, int n, int quarter, const u8* nothing, u32* __restrict words, u32* __restrict out) {
   constexpr int P = BITS == 3 ? 2 : BITS;
   constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
-  const i64 bytes = dim * BITS / 8, low = dim * P / 8, high = dim / 8;
+  const i64 bytes = dim * BITS / 8, low = LOW ? LOW : dim * P / 8, high = dim / 8;
   auto gather = [](const u8* y0, const u8* y1, const u8* y2, const u8* y3, i64 count, u8* __restrict to) {
     #pragma omp simd
     for (i64 b = 0; b < count; b++) to[4 * b] = y0[b], to[4 * b + 1] = y1[b], to[4 * b + 2] = y2[b], to[4 * b + 3] = y3[b];
@@ -585,7 +584,10 @@ struct FewRows {
   void add_values(const u8* codes, int n, int padded, float* step, float* zero, const float* weights, float* output) {
     const int quarter = padded / 4;
     const i64 size = dv / value_groups;
-    by_bits(a.values.bits, [&](auto bits) { quads_of_tokens<bits>(codes, a.values.codes_s, dv, n, quarter, s.nothing.data, s.words.data, s.quads.data); });
+    by_bits(a.values.bits, [&](auto bits) {
+      auto unpack = bits == 2 && dv == 128 ? quads_of_tokens<bits, 32> : quads_of_tokens<bits, 0>;  // a loop of two vectors wants a constant length
+      unpack(codes, a.values.codes_s, dv, n, quarter, s.nothing.data, s.words.data, s.quads.data);
+    });
     std::vector<float> unit(value_groups);
     for (i64 g = 0; g < value_groups; g++) {
       float *st = step + g * PITCH, *ze = zero + g * PITCH, largest = 0;
@@ -946,13 +948,12 @@ extern "C" int jkv_attention(const Args* args, double scale) {
   plan.repeat = a.heads / a.kv_heads;
   plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
   plan.few = plan.rows <= a.few && a.keys.bits < 8 && a.values.bits < 8 && !a.exact && a.keys.groups <= 8 && a.values.groups <= 8;
-  const int keys = plan.few ? FEW_KEYS : KEYS;
   i64 column = 0;
   for (i64 r = 0; r <= a.n_ranges; r++) {
     const bool current = r == a.n_ranges;
     const i64 start = current ? 0 : a.ranges[2 * r], stop = current ? a.current : a.ranges[2 * r + 1];
-    for (i64 j = start; j < stop; j += keys) {
-      const int n = min<i64>(keys, stop - j);
+    for (i64 j = start; j < stop; j += KEYS) {
+      const int n = min<i64>(KEYS, stop - j);
       plan.blocks.push_back({current, n, j, column});
       column += n;
     }

@@ -3,7 +3,7 @@
 The library is compiled once per source, flags, compiler, processor and torch version into a cache folder
 (`JKV_CACHE_DIR`, else `$XDG_CACHE_HOME/jkv_compile`, else `~/.cache/jkv_compile`; a temporary folder where that is not
 writable). It is built under a temporary name and renamed, so processes that start together may all build it, and none
-sees half a file. `python -m jkv_compile.kernels.cpu_cpp` builds it ahead of time.
+sees half a file. `main` builds it ahead of time, when the package is installed.
 
 The kernels call torch's `brgemm`, which is no public API: `load` compares them with `reference` before they are used.
 """
@@ -317,7 +317,8 @@ def _packed(codes: Tensor, scales: Tensor, bits: int, head_dim: int) -> tuple[in
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Build ahead of the first call, where there is a compiler."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         logger.info("CPU kernels: %s", build())
