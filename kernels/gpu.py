@@ -130,8 +130,8 @@ def attention(
     spans = [(a, b) for a, b in zip(ranges[::2], ranges[1::2]) if b > a]
     n_cached = sum(b - a for a, b in spans)
     if mask is not None:
-        mask = mask.expand(batch, heads, length, n_cached + n_current)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        mask = _aligned(mask, n_cached + n_current).expand(batch, heads, length, n_cached + n_current)
 
     rows = heads // kv_heads * length
     architecture = architecture_of(query.device)
@@ -140,6 +140,7 @@ def attention(
     meta, options = tile(architecture, head_dim, value_dim, _power_of_2(rows), query.dtype == torch.float32)
     meta = _variant(
         meta,
+        BLOCK_N=meta.BLOCK_N if mask is None else min(meta.BLOCK_N, 64),  # a tile of the mask needs registers too
         KEY_BITS=key_bits,
         VALUE_BITS=value_bits,
         KEY_GROUPS=groups,
@@ -309,6 +310,21 @@ def splits_of(programs: int, tiles: int, processors: int) -> int:
     if programs >= processors or tiles < 4:
         return 1
     return max(1, min(MAX_SPLITS, tiles // 2, math.ceil(2 * processors / programs)))
+
+
+def _aligned(mask: Tensor, columns: int) -> Tensor:
+    """The mask with its broadcast dimensions, in rows that start at multiples of 16 elements; copied only if need be.
+
+    Rows that cannot be loaded in vectors make Triton compute the whole softmax in the layout of the mask's loads, which
+    spills. A mask is small beside the scores it covers: as a rule all heads share it.
+    """
+    mask = mask.expand(*mask.shape[:-1], columns)
+    outer = [stride for size, stride in zip(mask.shape[:-1], mask.stride()) if size > 1]
+    if mask.stride(-1) == 1 and not any(stride % 16 for stride in outer) and mask.data_ptr() % 16 == 0:
+        return mask
+    padded = mask.new_empty(*mask.shape[:-1], _ceil_div(columns, 16) * 16)
+    padded[..., :columns] = mask
+    return padded[..., :columns]
 
 
 @functools.cache

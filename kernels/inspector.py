@@ -37,12 +37,15 @@ from .triton_merge import merge_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+
+SHOWN = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def compile_for(target: GPUTarget, kernel: Any, signature: dict[str, Any], const
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     aligned = [["tt.divisibility", 16]]
-    attributes = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    if "mask_strides" in names:  # the last is 1, which the JIT makes a constant
+        constants = {**constants, (names.index("mask_strides"), 3): 1}
+        types["mask_strides"] = ("i32", "i32", "i32", "constexpr")
     for i, name in enumerate(names):
         if "strides" in name:
             attributes |= {(i, j): aligned for j, kind in enumerate(types[name]) if kind == "i32"}
@@ -209,8 +215,10 @@ def _signature(kernel: Any, **types: Any) -> dict[str, Any]:
     return signature | {"softmax_scale": "fp32"} | types
 
 
-def _compile_attention(target: str, rows: int = 8192, head_dim: int = 128, group: int = 32, **meta: Any):
-    table, options = tile(target, head_dim, head_dim, rows, False)
+def _compile_attention(
+    target: str, rows: int = 8192, head_dim: int = 128, group: int = 32, dtype: str = "*bf16", **meta: Any
+):
+    table, options = tile(target, head_dim, head_dim, rows, dtype == "*fp32")
     groups = head_dim // group
     table = table._replace(
         KEY_GROUPS=groups, VALUE_GROUPS=groups, COLUMNS=max(16, 2 * triton.next_power_of_2(groups)), **meta
@@ -218,8 +226,9 @@ def _compile_attention(target: str, rows: int = 8192, head_dim: int = 128, group
     table = table._replace(PREPARED=ARCHITECTURES[target].prepared and table.CACHED != "none" and table.BLOCK_M >= 64)
     store = "*fp16" if table.CACHED == "dense" else "*u8"
     signature = _signature(
-        attention_kernel, p_key_store=store, p_value_store=store, p_key_scales="*fp16", p_value_scales="*fp16",
-        p_prepared="*fp16", p_bias="*fp32", p_mask="*u8", p_output="*fp32" if table.SPLIT else "*bf16", p_lse="*fp32",
+        attention_kernel, p_query=dtype, p_key=dtype, p_value=dtype,
+        p_key_store=store, p_value_store=store, p_key_scales="*fp16", p_value_scales="*fp16",
+        p_prepared="*fp16", p_bias="*fp32", p_mask="*u8", p_output="*fp32" if table.SPLIT else dtype, p_lse="*fp32",
     )  # fmt: skip
     return compile_for(TARGETS[target], attention_kernel, signature, {"META": table}, **options)
 
@@ -280,13 +289,16 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused_head_dim_64": (_compile_attention, {**_FUSED, "head_dim": 64}),
     "fused_head_dim_96": (_compile_attention, {**_FUSED, "head_dim": 96}),
     "fused_head_dim_256": (_compile_attention, {**_FUSED, "head_dim": 256}),
+    "fused_float32": (_compile_attention, {**_FUSED, "dtype": "*fp32"}),
+    "fused_float32_head_dim_256": (_compile_attention, {**_FUSED, "dtype": "*fp32", "head_dim": 256}),
     "fused_causal": (_compile_attention, {**_FUSED, "CAUSAL": True}),
-    "fused_mask": (_compile_attention, {**_FUSED, "MASK": "boolean"}),
+    "fused_mask": (_compile_attention, {**_FUSED, "MASK": "boolean", "BLOCK_N": 64}),
     "fused_two_ranges": (_compile_attention, {**_FUSED, "RANGES": 2}),
     "fused_exact": (_compile_attention, {**_FUSED, "CORRECTION": "exact"}),
     "unpack_once_head_dim_64": (_compile_attention, {**_DENSE, "head_dim": 64}),
     "unpack_once_head_dim_256": (_compile_attention, {**_DENSE, "head_dim": 256}),
     "unpack_once_causal": (_compile_attention, {**_DENSE, "CAUSAL": True}),
+    "decode_head_dim_256": (_compile_attention, {**_FUSED, "rows": 16, "head_dim": 256, "SPLIT": True}),
     "append_kv_3_bits": (_compile_append, {"KEY_BITS": 3}),
     "append_kv_head_dim_96": (_compile_append, {"head_dim": 96}),
 }
@@ -327,7 +339,7 @@ def table(records: Iterable[Record]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jkv_compile.kernels.inspector", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(SHOWN))
     parser.add_argument("--kernels", nargs="+", choices=[*KERNELS, *VARIANTS], default=list(KERNELS))
     parser.add_argument("--all", action="store_true", help="bit widths, head_dims, masks and more besides")
     parser.add_argument("--output", type=Path, default=Path("out/kernels.json"))

@@ -54,11 +54,12 @@ class Meta(NamedTuple):
 
 
 @triton.jit
-def _mask_scores(b_scores, p_mask_rows, m_row, i_column, m_column, stride_column, scale, MASK: tl.constexpr):
+def _mask_scores(b_scores, p_mask_rows, i_column, m_column, stride_column, scale, MASK: tl.constexpr,
+                 MASKED: tl.constexpr):  # fmt: skip
     """Scores in base 2 with the caller's mask applied; boolean masks come as bytes. p_mask_rows `[M]`."""
     b_scores = b_scores * scale
     p_mask = p_mask_rows[:, None] + i_column[None, :] * stride_column
-    b_mask = tl.load(p_mask, mask=m_row[:, None] & m_column[None, :], other=0)
+    b_mask = tl.load(p_mask, mask=m_column[None, :], other=0) if MASKED else tl.load(p_mask)
     if MASK == "boolean":
         b_scores = tl.where(b_mask != 0, b_scores, -float("inf"))
     else:
@@ -127,11 +128,11 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
         m_bias = m_row[:, None] & m_column[None, :]
         b_scores -= tl.load(p_bias_rows[:, None] + i_block[None, :], mask=m_bias, other=0.0)
     if META.MASK != "none":
-        b_scores = _mask_scores(b_scores, p_mask_rows, m_row, i_column, m_column, mask_column_stride, scale, META.MASK)
+        b_scores = _mask_scores(b_scores, p_mask_rows, i_column, m_column, mask_column_stride, scale, META.MASK, MASKED)
     if MASKED:
         b_scores = tl.where(m_column[None, :], b_scores, -float("inf"))
     b_weight, b_shrink, b_max, b_sum = _online_softmax(
-        b_scores, b_max, b_sum, 1.0 if META.MASK != "none" else scale, MASKED
+        b_scores, b_max, b_sum, 1.0 if META.MASK != "none" else scale, MASKED or META.MASK != "none"
     )
     if META.CACHED == "packed":
         b_value, _ = dequantize_tile(
@@ -148,14 +149,14 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
 def _current_tile(b_acc, b_max, b_sum, b_query, first, n_current, n_cached, i_last, p_keys, p_values, key_stride,
                   value_stride, rows, scale, META: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One block of full-precision keys, never corrected. i_last `[BLOCK_M]`: the last key a row may see."""
-    _, p_mask_rows, _, m_row, mask_column_stride, _ = rows
+    _, p_mask_rows, _, _, mask_column_stride, _ = rows
     i_column = first + tl.arange(0, META.BLOCK_N)
     m_column = i_column < n_current
     b_key = load_dense(p_keys + i_column * key_stride, m_column, META.HEAD_DIM, META.KEY_EIGHTH, MASKED)
     b_scores = dot(b_query, tl.trans(b_key), None, META.PRECISION)  # [BLOCK_M, BLOCK_N]
     if META.MASK != "none":
         b_scores = _mask_scores(
-            b_scores, p_mask_rows, m_row, n_cached + i_column, m_column, mask_column_stride, scale, META.MASK
+            b_scores, p_mask_rows, n_cached + i_column, m_column, mask_column_stride, scale, META.MASK, MASKED
         )
     if MASKED:
         m_visible = m_column[None, :]
@@ -163,7 +164,7 @@ def _current_tile(b_acc, b_max, b_sum, b_query, first, n_current, n_cached, i_la
             m_visible = m_visible & (i_column[None, :] <= i_last[:, None])
         b_scores = tl.where(m_visible, b_scores, -float("inf"))
     b_weight, b_shrink, b_max, b_sum = _online_softmax(
-        b_scores, b_max, b_sum, 1.0 if META.MASK != "none" else scale, MASKED
+        b_scores, b_max, b_sum, 1.0 if META.MASK != "none" else scale, MASKED or META.MASK != "none"
     )
     b_value = load_dense(p_values + i_column * value_stride, m_column, META.VALUE_DIM, META.VALUE_EIGHTH, MASKED)
     b_acc = dot(narrow(b_weight, b_value.dtype), b_value, b_acc * b_shrink[:, None], META.PRECISION)
@@ -182,10 +183,10 @@ def _rows_of_program(grid_heads, group, n_rows, n_query, META: tl.constexpr):
         i_block = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_block], tl.int32, is_pure=False, pack=1)
     i_row = i_block * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
     i_head = (tl.program_id(1) % grid_heads).to(tl.int64)
-    i_query = i_row
+    i_query = tl.minimum(i_row, n_rows - 1)  # rows beyond the last repeat it, and are not stored
     if META.GROUPED:
-        i_head = i_head * group + i_row // n_query  # [BLOCK_M]
-        i_query = i_row % n_query
+        i_head = i_head * group + i_query // n_query  # [BLOCK_M]
+        i_query = i_query % n_query
     return i_row < n_rows, i_head, i_query
 
 
@@ -265,24 +266,17 @@ def attention_kernel(
         if META.SPLIT:
             first = tl.minimum(i_split.to(tl.int32) * tiles_per_split * META.BLOCK_N, n_cached)
             stop = tl.minimum(first + tiles_per_split * META.BLOCK_N, n_cached)
-        full_stop = first if META.MASK != "none" else first + (stop - first) // META.BLOCK_N * META.BLOCK_N
-        if META.MASK == "none":
-            for i_first in tl.range(first, full_stop, META.BLOCK_N):
-                b_acc, b_max, b_sum = _cached_tile(
-                    b_acc, b_max, b_sum, b_query, b_query_columns, i_first, n_cached, key_store, value_store,
-                    rows, spans, scale, META, False,
-                )  # fmt: skip
-            if full_stop < stop:
-                b_acc, b_max, b_sum = _cached_tile(
-                    b_acc, b_max, b_sum, b_query, b_query_columns, full_stop, n_cached, key_store, value_store,
-                    rows, spans, scale, META, True,
-                )  # fmt: skip
-        else:
-            for i_first in tl.range(first, stop, META.BLOCK_N):
-                b_acc, b_max, b_sum = _cached_tile(
-                    b_acc, b_max, b_sum, b_query, b_query_columns, i_first, n_cached, key_store, value_store,
-                    rows, spans, scale, META, True,
-                )  # fmt: skip
+        full_stop = first + (stop - first) // META.BLOCK_N * META.BLOCK_N
+        for i_first in tl.range(first, full_stop, META.BLOCK_N):
+            b_acc, b_max, b_sum = _cached_tile(
+                b_acc, b_max, b_sum, b_query, b_query_columns, i_first, n_cached, key_store, value_store, rows, spans,
+                scale, META, False,
+            )  # fmt: skip
+        if full_stop < stop:
+            b_acc, b_max, b_sum = _cached_tile(
+                b_acc, b_max, b_sum, b_query, b_query_columns, full_stop, n_cached, key_store, value_store, rows,
+                spans, scale, META, True,
+            )  # fmt: skip
 
     if META.CURRENT:
         m_row, i_head, i_query = _rows_of_program(grid_heads, group, n_rows, n_query, META)
@@ -302,17 +296,15 @@ def attention_kernel(
             stop = tl.minimum(stop, tl.max(tl.where(m_row, i_last, -1)) + 1)
             full_stop = tl.minimum(stop, tl.min(tl.where(m_row, i_last, n_current)) + 1)
         full_stop = first + tl.maximum(full_stop - first, 0) // META.BLOCK_N * META.BLOCK_N
-        if META.MASK == "none":
-            for i_first in tl.range(first, full_stop, META.BLOCK_N):
-                b_acc, b_max, b_sum = _current_tile(
-                    b_acc, b_max, b_sum, b_query, i_first, n_current, n_cached, i_last, p_keys, p_values,
-                    key_strides[2], value_strides[2], rows, scale, META, False,
-                )  # fmt: skip
-            first = full_stop
-        for i_first in tl.range(first, stop, META.BLOCK_N, num_stages=1 if META.MASK == "none" else None):
+        for i_first in tl.range(first, full_stop, META.BLOCK_N):
             b_acc, b_max, b_sum = _current_tile(
-                b_acc, b_max, b_sum, b_query, i_first, n_current, n_cached, i_last, p_keys, p_values,
-                key_strides[2], value_strides[2], rows, scale, META, True,
+                b_acc, b_max, b_sum, b_query, i_first, n_current, n_cached, i_last, p_keys, p_values, key_strides[2],
+                value_strides[2], rows, scale, META, False,
+            )  # fmt: skip
+        for i_first in tl.range(full_stop, stop, META.BLOCK_N, num_stages=1):
+            b_acc, b_max, b_sum = _current_tile(
+                b_acc, b_max, b_sum, b_query, i_first, n_current, n_cached, i_last, p_keys, p_values, key_strides[2],
+                value_strides[2], rows, scale, META, True,
             )  # fmt: skip
 
     m_row, i_head, i_query = _rows_of_program(grid_heads, group, n_rows, n_query, META)

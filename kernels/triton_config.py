@@ -46,6 +46,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "sm_80": Architecture(stages=3, fence=True, shared_bytes=163 * 2**10, unpack_once_rows=2048),
+    "sm_86": Architecture(block_n=32, fence=True, unpack_once_rows=4096),  # and 8.9: sm_80's instructions, less shared memory
     "sm_90": Architecture(block_n=128, prepared=True, shared_bytes=227 * 2**10, unpack_once_rows=2048),
     "sm_100": Architecture(block_n=128, prepared=True, shared_bytes=227 * 2**10, unpack_once_rows=1024),
     "sm_120": Architecture(block_n=32, fence=True, unpack_once_rows=4096),
@@ -64,9 +65,8 @@ def architecture_of(device: torch.device) -> str:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         return name if name in ARCHITECTURES else "gfx942"
     capability = torch.cuda.get_device_capability(device)
-    return next(
-        name for least, name in ((12, "sm_120"), (10, "sm_100"), (9, "sm_90"), (0, "sm_80")) if capability[0] >= least
-    )
+    known = (((12, 0), "sm_120"), ((10, 0), "sm_100"), ((9, 0), "sm_90"), ((8, 6), "sm_86"))
+    return next((name for least, name in known if capability >= least), "sm_80")
 
 
 @functools.cache
@@ -89,16 +89,17 @@ def tile(architecture: str, head_dim: int, value_dim: int, rows: int, wide: bool
     arch = ARCHITECTURES[architecture]
     lanes = 8 * max(eighth_lanes(head_dim), eighth_lanes(value_dim))
     block_m, block_n, warps, stages = 128, arch.block_n, arch.warps, arch.stages
-    if lanes > 128 or wide:
-        block_m, block_n = 64 if lanes > 128 and architecture != "sm_90" else 128, min(block_n, 64)
-        warps, stages = arch.warps, 2
-    if wide:
-        block_m, block_n, stages = 64, 32, 1
+    if wide:  # three products for one, operands twice as large
+        block_m, block_n, stages = 32 if lanes <= 128 else 16, 32, 1
+    elif lanes > 128:  # the accumulator takes half of the registers, or the queries do (mma.sync)
+        block_m, block_n, stages = (128, 32, 2) if arch.prepared else (64, 32, 2) if warps == 4 else (32, 64, 2)
+    elif lanes > max(head_dim, value_dim):  # padded head_dim: steps are chosen lane by lane
+        block_n = min(block_n, 64)
     if architecture == "interpreter":
         block_m, block_n = 64, 64
     if rows < block_m:  # decode: few rows, many keys
-        block_m, warps = max(16, rows), 4
-        block_n = min(block_n, 64)
+        block_m, block_n = max(16, rows), min(block_n, 64)
+        warps = 4 if lanes <= 128 else warps
     meta = Meta(
         BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim, VALUE_DIM=value_dim, KEY_EIGHTH=eighth_lanes(head_dim),
         VALUE_EIGHTH=eighth_lanes(value_dim), PTX=arch.ptx, FENCE=arch.fence, PRECISION=arch.precision,

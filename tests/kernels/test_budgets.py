@@ -15,6 +15,8 @@ if triton.knobs.runtime.interpret:
 
 from jkv_compile.kernels import inspector  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # compilation shares the processor with whatever else runs
+
 PINNED = "3.7"
 KERNELS = ("plain", "fused", "unpack_once", "append_kv", "dequantize", "prepare", "merge", "decode")
 
