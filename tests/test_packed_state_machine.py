@@ -177,4 +177,4 @@ class PackedCacheMachine(RuleBasedStateMachine):
 
 
 TestPackedCacheMachine = PackedCacheMachine.TestCase
-TestPackedCacheMachine.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
+TestPackedCacheMachine.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
