@@ -29,7 +29,7 @@ SHAPES = (  # query rows, cached keys, current keys
     (1, 8192, 0), (1, 65536, 0), (4, 8192, 0), (16, 8192, 0), (64, 8192, 0), (512, 8192, 0), (1560, 16384, 0),
     (1560, 16384, 1560),
 )  # fmt: skip
-SLOW_PEER_SCORES = 16e6  # above so many scores the slow peers are left out
+SLOW_PEER_SCORES = 20e6  # above so many scores the slow peers are left out
 
 
 @dataclass

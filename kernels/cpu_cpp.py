@@ -255,8 +255,8 @@ class Kernels:
         output = query.new_empty((batch, length, heads, value.shape[3]))
         lse = torch.empty((batch, heads, length), dtype=torch.float32)
         mask_arguments: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+        columns = key.shape[2] + sum(ranges[1::2]) - sum(ranges[::2])
         if mask is not None:
-            columns = key.shape[2] + sum(ranges[1::2]) - sum(ranges[::2])
             mask = mask.expand(batch, heads, length, columns)
             mask_arguments = (mask.data_ptr(), DTYPES[mask.dtype], *mask.stride())
         arguments = (
@@ -265,7 +265,8 @@ class Kernels:
             *_packed(value_codes, value_scales, value_bits, value.shape[3]),
             key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3], key.shape[1], key.shape[2],
             *mask_arguments, causal, correction == "taylor", output.data_ptr(), lse.data_ptr(),
-            dtype == 0 or not self.half_precision, self.few_rows, torch.get_num_threads(), len(ranges) // 2, *ranges,
+            dtype == 0 or not self.half_precision, self.few_rows, _threads(query.numel() * columns // 64),
+            len(ranges) // 2, *ranges,
         )  # fmt: skip
         if self._attention((ctypes.c_int64 * len(arguments))(*arguments), scale):
             raise RuntimeError("jkv: torch's brgemm failed in the CPU attention kernel; set JKV_CPU_KERNEL=torch")
