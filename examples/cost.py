@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from jkv_compile import jkv_backend
 
+PEAK_LAYERS, PEAK_CHUNK = 48, 512
+
 
 class Layer(nn.Module):
     """Chunk-wise causal attention over a dict cache `[B, S, H, D]`, as Self-Forcing writes it."""
@@ -72,6 +74,7 @@ def backend(variant: str) -> Any:
 def compile_seconds(layers: int, repeats: int) -> dict[str, float]:
     """Seconds from `torch.compile` to the third chunk, after which nothing compiles any more; medians."""
     seconds: dict[str, list[float]] = {"BF16": [], "INT2": []}
+    torch.compile(Network(1).bfloat16())(torch.randn(1, 8, 512, dtype=torch.bfloat16), Network(1).new_caches(64), 0)
     with torch._inductor.config.patch(force_disable_caches=True):
         for _ in tqdm(range(repeats), desc="compile time"):
             for variant, times in seconds.items():
@@ -108,18 +111,20 @@ def call_microseconds(calls: int) -> dict[str, float]:
 
 
 def peak_bytes(variant: str, layers: int, tokens: int) -> tuple[int, int]:
-    """(largest resident set, resident set before the caches) of generating until the caches are full, in this process."""
+    """(largest resident set, the same before the caches) of generating until the caches are full, in this process."""
     model = Network(layers).bfloat16()
-    compiled = torch.compile(model, backend=backend(variant))
-    x = torch.randn(1, 1024, 512, dtype=torch.bfloat16)
-    small = model.new_caches(4096)
-    for start in (0, 1024, 2048):
-        compiled(x, small, start)  # compile on small caches first
-    del small
+    blocks = [torch.compile(layer, backend=backend(variant)) for layer in model.layers]
+    x = torch.randn(1, PEAK_CHUNK, 512, dtype=torch.bfloat16)
+
+    def generate(caches: list[dict[str, Tensor]], until: int) -> None:
+        for start in range(0, until, PEAK_CHUNK):
+            for block, cache in zip(blocks, caches):
+                block(x, cache, start)
+
+    generate(model.new_caches(tokens)[:1], 3 * PEAK_CHUNK)  # compile first: that has a peak of its own
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     caches = model.new_caches(tokens)
-    for start in range(0, tokens, 1024):
-        compiled(x, caches, start)
+    generate(caches, tokens)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before
 
 
@@ -127,13 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4, help="layers of the network that is compiled")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens per cache where memory is measured")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per cache where memory is measured")
     parser.add_argument("--peak", choices=("BF16", "INT2"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     if args.peak:
-        json.dump(peak_bytes(args.peak, 8, args.tokens), sys.stdout)
+        json.dump(peak_bytes(args.peak, PEAK_LAYERS, args.tokens), sys.stdout)
         return
     compiled = compile_seconds(args.layers, args.repeats)
     call = call_microseconds(60)
@@ -141,7 +146,7 @@ def main() -> None:
     for variant in tqdm(("BF16", "INT2"), desc="peak memory"):
         command = [sys.executable, "-m", "examples.cost", "--peak", variant, "--tokens", str(args.tokens)]
         peak[variant] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    cache = 8 * 2 * args.tokens * 512 * 2
+    cache = PEAK_LAYERS * 2 * args.tokens * 512 * 2
     result = {
         "compile_seconds": compiled,
         "compile_ratio": compiled["INT2"] / compiled["BF16"],
@@ -155,7 +160,9 @@ def main() -> None:
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     growth = result["peak_growth_bytes"]
-    print(f"compile time      BF16 {compiled['BF16']:.1f} s, INT2 {compiled['INT2']:.1f} s: {result['compile_ratio']:.2f}x")
+    print(
+        f"compile time     BF16 {compiled['BF16']:.1f} s, INT2 {compiled['INT2']:.1f} s: {result['compile_ratio']:.2f}x"
+    )
     print(f"a call of a layer BF16 {call['BF16']:.0f} µs, INT2 {call['INT2']:.0f} µs: "
           f"{result['call_overhead_microseconds']:+.0f} µs")  # fmt: skip
     print(f"peak memory above the model, caches of {cache / 2**20:.0f} MiB in BF16: "

@@ -1,10 +1,7 @@
-"""Unmodified autoregressive video models keep their K/V cache in 2 bits, with corrected attention (arXiv 2605.26266)."""
-
-from .compat import check_torch_version
-
-check_torch_version()
+"""Unmodified autoregressive video models keep their K/V cache in 2 bits, attention corrected (arXiv 2605.26266)."""
 
 from .backend import JKVBackend, jkv_backend
+from .compat import check_torch_version
 from .config import Config
 from .enable import enable
 from .errors import (
@@ -36,3 +33,5 @@ __all__ = [
     "materialize",
     "quantization_step",
 ]
+
+check_torch_version()

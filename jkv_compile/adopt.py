@@ -33,7 +33,9 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
         return "its memory is shared with NumPy, another library or another process"
     others = storage_holders(tensor) - 1 - views
     if others > 0:
-        return "another live tensor shares its memory" if others == 1 else f"{others} other live tensors share its memory"
+        return (
+            "another live tensor shares its memory" if others == 1 else f"{others} other live tensors share its memory"
+        )
     return None
 
 

@@ -106,7 +106,9 @@ class JKVBackend:
         report = plan.report
         if report.matches or not plan.attentions:
             if report.rejections:
-                warnings.warn(f"jkv: some attention was left in full precision\n{report}", NotRewrittenWarning, stacklevel=2)
+                warnings.warn(
+                    f"jkv: some attention was left in full precision\n{report}", NotRewrittenWarning, stacklevel=2
+                )
             return
         if self.config.strict:
             raise NoCachedAttentionError(

@@ -20,7 +20,9 @@ def check_torch_version() -> None:
         import warnings
 
         low, high = (".".join(map(str, v)) for v in TORCH_RANGE)
-        warnings.warn(f"jkv-compile is known to work with torch >= {low}, < {high}; this is {torch.__version__}", stacklevel=3)
+        warnings.warn(
+            f"jkv-compile is known to work with torch >= {low}, < {high}; this is {torch.__version__}", stacklevel=3
+        )
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -53,7 +55,9 @@ def storage_holders(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(storage._cdata) - 1  # less the Python object that asks
 
 
-def compile_inner(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str, mode: str | None, options: dict[str, Any]):
+def compile_inner(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str, mode: str | None, options: dict[str, Any]
+):
     """Compile a graph of plain tensors with the backend named `inner`; `mode` and `options` are Inductor's."""
     if inner == "eager":
         return gm.forward
@@ -94,7 +98,7 @@ _dynamic_inputs = 0
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator is written in terms of others; subclasses meet such operators whole in inference mode only."""
+    """Whether an operator is written in terms of others; subclasses meet those whole in inference mode only."""
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 

@@ -44,9 +44,13 @@ class Config:
                 "as in bits=(4, 2)"
             )
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 8:
-            raise ConfigurationError(f"group_size={self.group_size!r}: expected an int of at least 8 that divides head_dim")
+            raise ConfigurationError(
+                f"group_size={self.group_size!r}: expected an int of at least 8 that divides head_dim"
+            )
         if self.group_size % 8:
-            raise ConfigurationError(f"group_size={self.group_size}: expected a multiple of 8; 32, 64 and 128 are usual")
+            raise ConfigurationError(
+                f"group_size={self.group_size}: expected a multiple of 8; 32, 64 and 128 are usual"
+            )
         for name, value, allowed in (
             ("correction", self.correction, get_args(Correction)),
             ("inner", self.inner, get_args(Inner)),

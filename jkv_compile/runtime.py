@@ -28,10 +28,7 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
     rewritten = plan.rewritten
     assert rewritten is not None
     inputs, written, kept = rewritten.inputs, rewritten.written, rewritten.kept
-    if rewritten.has_extra_outputs:
-        finish = _finisher(plan)
-    else:
-        finish = None
+    finish = _finisher(plan) if rewritten.has_extra_outputs else None
 
     def call(*args: Any) -> Any:
         flat = []
@@ -96,7 +93,7 @@ def first_contact(
 ) -> Callable[..., Any]:
     """Adopt the plain caches among the arguments, then run the rewritten graph as it is.
 
-    Dynamo recompiles as soon as it sees the packed caches: this graph runs once per cache and is not worth a compilation.
+    Dynamo recompiles as soon as it sees packed caches: this graph runs once per cache and is not worth a compilation.
     Where the caches cannot be adopted after all, `otherwise` (the graph as it was) runs, and a warning says why.
     """
     rewritten = plan.rewritten

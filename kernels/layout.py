@@ -12,8 +12,8 @@ A packed cache of logical shape `[B, H, S, D]` (batch, key/value heads, tokens, 
       x̂ = zero' + (1 + c / 2^bits) · step',       Δ = step' / 2^bits,      zero point = zero' + step'
 
   (1 + c/2^bits is a float16 whose mantissa *is* the code.) Scales are token-contiguous: kernels load them as vectors.
-  In general scales are `[B, H, G, T, 2]` with one pair per `D / G` channels and `S / T` tokens: T = S above; per-channel
-  steps over blocks of tokens (KIVI) have G = D and T = S / block.
+  In general scales are `[B, H, G, T, 2]` with one pair per `D / G` channels and `S / T` tokens: T = S above;
+  per-channel steps over blocks of tokens (KIVI) have G = D and T = S / block.
 """
 
 from __future__ import annotations

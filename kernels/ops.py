@@ -79,7 +79,8 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
     """
     if start < 0 or start + source.shape[2] > codes.shape[2]:
         raise RuntimeError(
-            f"jkv::append: tokens {start}:{start + source.shape[2]} do not lie within the cache's {codes.shape[2]} tokens"
+            f"jkv::append: tokens {start}:{start + source.shape[2]} "
+            f"do not lie within the cache's {codes.shape[2]} tokens"
         )
     if source.numel():
         _kernels(codes.device).append(codes, scales, source, start, bits)
@@ -96,7 +97,7 @@ def append_kv(
     key_bits: int,
     value_bits: int,
 ) -> None:
-    """`append` for keys and values of the same tokens: one launch on a GPU. Nothing is written if either does not fit."""
+    """`append` for keys and values of the same tokens: one launch on a GPU. Nothing is written if one does not fit."""
     stop = start + key.shape[2]
     if start < 0 or stop > min(key_codes.shape[2], value_codes.shape[2]) or key.shape[:3] != value.shape[:3]:
         raise RuntimeError(
@@ -168,11 +169,11 @@ def attention(
 
     Args:
         query: `[B, H, L, D]`, float32, float16 or bfloat16; H a multiple of the key/value heads H_kv (grouped queries).
-        key_codes, key_scales, value_codes, value_scales: packed caches, H_kv heads; head_dims of keys and values may differ.
+        key_codes, key_scales, value_codes, value_scales: packed caches of H_kv heads; their head_dims may differ.
         ranges: `[start, stop, start, stop, …]`, the packed tokens to attend, in the mask's order.
         key, value: full-precision `[B, H_kv, N, D]` and `[B, H_kv, N, Dv]` in query's dtype; N may be 0.
         mask: None, or boolean (True is visible) or additive, broadcastable to `[B, H, L, cached + N]`.
-        causal: within the full-precision keys, query i sees key j only if j <= i + N - L; packed tokens are all visible.
+        causal: of the full-precision keys, query i sees key j only if j <= i + N - L; packed tokens are all visible.
         scale: softmax scale s.
         correction: "none", "taylor" or "exact".
 
@@ -247,7 +248,9 @@ def attention_active(
     key, value = (
         torch.cat((active[:, :, held].to(x.dtype), x), 2) for active, x in ((key_active, key), (value_active, value))
     )
-    if mask is not None and last < stop and mask.shape[-1] > 1:  # the mask's columns follow: packed, then full precision
+    if (
+        mask is not None and last < stop and mask.shape[-1] > 1
+    ):  # the mask's columns follow: packed, then full precision
         a, b, end = first - start, last - start, stop - start
         mask = torch.cat((mask[..., :a], mask[..., b:end], mask[..., a:b], mask[..., end:]), -1)
     return attention(

@@ -14,7 +14,6 @@ from ..adopt import Written, obstacle
 from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
-from ..packed import PackedKV
 from ..report import GraphReport, Match, Rejected
 from .attention_forms import as_attention
 from .printing import graph_text
@@ -99,10 +98,11 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
     plans = {h: _packed_plan(h) for h in packed}
     outcome = "packed"
     if not packed:
-        for outcome, is_cache in (("adopted", _gathers), ("watched", _may_persist)):
-            plans = _choose(tracking, is_cache, position, example_inputs, owners, config, report)
-            if plans:
-                break
+        outcome = "adopted"
+        plans = _choose(tracking, _gathers, position, example_inputs, owners, config, report)
+        if not plans:
+            outcome = "watched"
+            plans = _choose(tracking, _may_persist, position, example_inputs, owners, config, report)
     if not plans:
         plan = Plan("untouched", report, attentions)
         plan.symbols = _symbol_arguments(placeholders)
@@ -166,7 +166,7 @@ def _choose(
 
 
 def _gathers(attend: Attend, holder: Holder, written_elsewhere: bool) -> bool:
-    """A cache gathers tokens: it is written slice by slice, never as a whole (as what is computed once from a context)."""
+    """A cache gathers tokens: it is written slice by slice, never as a whole (as what a context gives once)."""
     return written_elsewhere or _looks_cached(holder)
 
 

@@ -1,7 +1,8 @@
 """Replaces caches by their packed components: writes become `jkv::append`, attention `jkv::attention`.
 
-Works on a copy of Dynamo's graph, which Dynamo goes on reading. What the callable around the compiled graph has to do is
-told by `Rewritten`: which components to pass, which outputs are windows on a cache, which ranges stay in full precision.
+Works on a copy of Dynamo's graph, which Dynamo goes on reading. What the callable around the compiled graph has to do
+is told by `Rewritten`: which components to pass, which outputs are windows on a cache, which ranges stay in full
+precision.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class CachePlan:
 
 @dataclass
 class OutputWindow:
-    """An output of the user's graph that is a view of a cache: where its size, stride and offset are among the outputs."""
+    """An output of the user's graph that is a view of a cache: where its geometry is among the outputs."""
 
     argument: int
     size: list[int]  # each an index into the compiled graph's outputs
@@ -87,14 +88,12 @@ def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def rewrite(gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str) -> Rewritten:
-    """Lower every use of the caches in `plans`; `gm` is changed, and must be the graph that `tracking` was made from."""
+    """Lower every use of the caches in `plans`; `gm` is changed; `tracking` must have been made from it."""
     return _Rewriter(gm, tracking, plans, correction).run()
 
 
 class _Rewriter:
-    def __init__(
-        self, gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str
-    ) -> None:
+    def __init__(self, gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str) -> None:
         self.gm, self.graph, self.plans, self.correction = gm, gm.graph, plans, correction
         self.symbols = Symbols(gm.graph)
         self.placeholders = list(gm.graph.find_nodes(op="placeholder"))
@@ -222,7 +221,10 @@ class _Rewriter:
         cached = [s for s in attend.key if isinstance(s.content, Cached)]
         if not cached:  # the first chunk: nothing is quantized yet
             args = [query, self._concatenate(keys), self._concatenate(values), call.mask, 0.0, call.is_causal]
-            grouped = example(query).shape[1] != example(attend.key[0].content.node).shape[attend.key[0].content.axes.index(1)]
+            grouped = (
+                example(query).shape[1]
+                != example(attend.key[0].content.node).shape[attend.key[0].content.axes.index(1)]
+            )
             result = self.graph.call_function(
                 torch.nn.functional.scaled_dot_product_attention, tuple(args),
                 {"scale": call.scale, "enable_gqa": bool(grouped)},
@@ -274,7 +276,9 @@ class _Rewriter:
         holder, plan, number = read.holder, self.plans[read.holder], self.symbols.node
         roles = self._roles(holder)
         codes, scales = self._packed(holder.node)
-        to_view = [roles[a] for a in read.window.axes if a is not None]  # canonical axis of each of the view's dimensions
+        to_view = [
+            roles[a] for a in read.window.axes if a is not None
+        ]  # canonical axis of each of the view's dimensions
         parts = []
         for segment in read.segments:
             if same(segment.length, 0):
@@ -305,7 +309,7 @@ class _Rewriter:
     # ---- the outer signature ----
 
     def _lower_output(self, output: Node) -> None:
-        """Outputs that are views of a cache are told by their geometry; ranges nobody here attends to are handed out."""
+        """Views of a cache are told by their geometry; ranges that nobody here attends to are handed out."""
         values = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
         windows = {r.argument: r for r in self.reads.get(output, [])}
         plain = [v for v in values if v not in windows]

@@ -1,10 +1,11 @@
 """Follows cache contents through a graph: who holds which tokens, what writes them, and what attention reads.
 
 One walk in program order. A `Holder` is a storage whose content along the token axis is known: a cache that enters the
-graph, or a copy (`contiguous`, `to`, `clone`, `cat`) of parts of one. Views need no rules of their own: `geometry.locate`
-reads their position off the fake tensors' metadata. What the walk sees is recorded as actions; nothing is changed here.
+graph, or a copy (`contiguous`, `to`, `clone`, `cat`) of parts of one. Views need no rules of their own:
+`geometry.locate` reads their position off the fake tensors' metadata. What the walk sees is recorded as actions;
+nothing is changed here.
 
-The way caches are written and read then falls out of the contents: tokens that the graph itself has written are `Fresh`,
+The way caches are written and read falls out of the contents: tokens that the graph itself has written are `Fresh`,
 all others are `Cached`, however the model spells it (slice write and slice read, concatenation, clone and edit, …).
 """
 
@@ -39,7 +40,9 @@ _CANNOT_FOLLOW = (Unsupported, UnknownPosition, GuardOnDataDependentSymNode)
 
 
 def _reason(error: Exception) -> str:
-    return "a position is not known before the data is" if isinstance(error, GuardOnDataDependentSymNode) else str(error)
+    return (
+        "a position is not known before the data is" if isinstance(error, GuardOnDataDependentSymNode) else str(error)
+    )
 
 
 @dataclass(eq=False)
@@ -161,7 +164,8 @@ class Tracker:
             self._add_cache(node, (owners or {}).get(node))
 
     def run(self) -> Tracking:
-        for self.time, node in enumerate(self.graph.nodes):
+        for time, node in enumerate(self.graph.nodes):
+            self.time = time
             if node.op in ("placeholder", "get_attr"):
                 continue
             try:
@@ -207,7 +211,7 @@ class Tracker:
                 yield holder
 
     def _content(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
-        """The window that a view shows of a holder, and what it holds, at positions counted from its own first token."""
+        """The window that a view shows of a holder, and what it holds, counted from its own first token."""
         window = locate(value.size(), value.stride(), offset(value), holder.shape, holder.strides)
         if window is None:
             raise Unsupported(f"the view of size {tuple(value.shape)} has steps or merged dimensions")
@@ -343,7 +347,7 @@ class Tracker:
             holder.writes.append((self.time, start, stop))
 
     def _check_current(self, content: Cached, length: int) -> None:
-        """Packed tokens are read where they are used, so nothing may have been written to them since they were copied."""
+        """Packed tokens are read where they are used: nothing may have been written to them since they were copied."""
         holder = self.holders[identity(example(content.cache))]
         for time, start, stop in holder.writes:
             if time > content.time and overlap((start, stop), (content.first, content.first + length)):
@@ -398,7 +402,7 @@ class Roles:
     """Which dimension of each plain input runs along tokens, from how the graph uses it.
 
     Followed backwards from the third dimension of attention's keys and values, through views, copies and
-    concatenations. An input that no attention of this graph reads is told by being written in slices along one dimension.
+    concatenations. An input that no attention of this graph reads is told by its being written in slices.
     """
 
     def __init__(self, graph: torch.fx.Graph) -> None:

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from jkv_compile.kernels import reference
 
 from jkv_compile import plan
+from jkv_compile.kernels import reference
 
 
 @pytest.mark.parametrize("name, gib", [("self-forcing", 5.6), ("krea-14b", 25.0), ("longcat-video", 21.8)])

@@ -14,7 +14,10 @@ class Projections(nn.Module):
     def __init__(self, heads: int = HEADS, head_dim: int = HEAD_DIM) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.qkv, self.out = nn.Linear(heads * head_dim, 3 * heads * head_dim), nn.Linear(heads * head_dim, heads * head_dim)
+        self.qkv, self.out = (
+            nn.Linear(heads * head_dim, 3 * heads * head_dim),
+            nn.Linear(heads * head_dim, heads * head_dim),
+        )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each `[B, n, H, D]`."""

@@ -129,7 +129,9 @@ def test_rolling_moves_packed_data_bit_for_bit() -> None:
     assert torch.equal(store.scales[:, :, :, 4:24], scales[:, :, :, 12:32])
 
 
-@pytest.mark.parametrize("model", [FixedPast("half"), KeysBesideValues(), MaskedBuffer()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model", [FixedPast("half"), KeysBesideValues(), MaskedBuffer()], ids=lambda m: type(m).__name__
+)
 def test_what_is_not_supported_yet_runs_as_written(model: torch.nn.Module) -> None:
     """Positions turned after the read, keys beside values in one tensor, masked whole buffers: full precision, right."""
     torch.manual_seed(0)
@@ -161,29 +163,41 @@ class TestGraphs(expecttest.TestCase):
         return "\n".join(line for line in lines if "jkv::" in line) + "\n"
 
     def test_rolling(self) -> None:
-        self.assertExpectedInline(self.graph(rolling, 7, index=1), """\
+        self.assertExpectedInline(
+            self.graph(rolling, 7, index=1),
+            """\
 jkv::move(l_cache_k__codes, l_cache_k__scales, add_2, 4, 20)
 jkv::move(l_cache_v__codes, l_cache_v__scales, add_2, 4, 20)
 jkv::append(l_cache_k__codes, l_cache_k__scales, permute, sub_5, 2)
 jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, sub_5, 2)
 attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 4, 4, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""")
+""",
+        )
 
     def test_fixed_past(self) -> None:
-        self.assertExpectedInline(self.graph(fixed_past), """\
+        self.assertExpectedInline(
+            self.graph(fixed_past),
+            """\
 attention_active_default = jkv::attention_active(q_1, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, 8, transpose, transpose_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""")
+""",
+        )
 
     def test_clone_edit_attend(self) -> None:
-        self.assertExpectedInline(self.graph(clone_edit(True)), """\
+        self.assertExpectedInline(
+            self.graph(clone_edit(True)),
+            """\
 attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, l_start_], permute, permute_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
 jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
 jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
-""")
+""",
+        )
 
     def test_composite(self) -> None:
-        self.assertExpectedInline(self.graph(composite), """\
+        self.assertExpectedInline(
+            self.graph(composite),
+            """\
 attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 4, sym_max, l_start_], permute, permute_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
 jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
 jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
-""")
+""",
+        )

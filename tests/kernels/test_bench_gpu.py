@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from jkv_compile.kernels import bench_gpu
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+
 from jkv_compile.kernels import reference  # registers the operators
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

@@ -88,9 +88,7 @@ def test_caches_are_packed_in_place_and_attended_closely(name: str) -> None:
     with context():
         cache, reference_cache = (model.new_cache(batch, 6 * CHUNK, dtype) for _ in range(2))  # type: ignore[operator]
         freed = watch_memory(plain_tensors(cache))
-        run_beside(
-            generate(compiled, eager, cache, reference_cache, batch, dtype, repeats), 6 * repeats, stable_from
-        )
+        run_beside(generate(compiled, eager, cache, reference_cache, batch, dtype, repeats), 6 * repeats, stable_from)
     tensors = plain_tensors(cache)
     assert all(is_packed(t) for t in tensors)
     assert freed()
@@ -242,7 +240,9 @@ class TestGraphs(expecttest.TestCase):
         return rewritten(backend, index=index)
 
     def test_slice_write_and_slice_read(self) -> None:
-        self.assertExpectedInline(self.graph(SelfAttention()), """\
+        self.assertExpectedInline(
+            self.graph(SelfAttention()),
+            """\
 q = linear.view(1, 8, 4, 64)
 view_1 = linear_1.view(1, 8, 2, 4, 64)
 unbind = view_1.unbind(2)
@@ -260,10 +260,13 @@ attention_default = jkv::attention(transpose_2, l_cache_k__codes, l_cache_k__sca
 transpose_3 = attention_default.transpose(1, 2)
 flatten = transpose_3.flatten(2)
 return (linear_2)
-""")
+""",
+        )
 
     def test_read_window(self) -> None:
-        self.assertExpectedInline(self.graph(SelfAttention(layout="bhsd", window=20)), """\
+        self.assertExpectedInline(
+            self.graph(SelfAttention(layout="bhsd", window=20)),
+            """\
 q = linear.view(1, 8, 4, 64)
 view_1 = linear_1.view(1, 8, 2, 4, 64)
 unbind = view_1.unbind(2)
@@ -281,10 +284,13 @@ attention_default = jkv::attention(transpose_2, l_cache_k__codes, l_cache_k__sca
 transpose_3 = attention_default.transpose(1, 2)
 flatten = transpose_3.flatten(2)
 return (linear_2)
-""")
+""",
+        )
 
     def test_write_before_a_break_hands_out_its_chunk(self) -> None:
-        self.assertExpectedInline(self.graph(BrokenAttention()), """\
+        self.assertExpectedInline(
+            self.graph(BrokenAttention()),
+            """\
 q = linear.view(1, 8, 4, 64)
 view_1 = linear_1.view(1, 8, 2, 4, 64)
 unbind = view_1.unbind(2)
@@ -300,10 +306,13 @@ clone = permute_2.clone(memory_format=torch.contiguous_format)
 permute_3 = v.permute([0, 2, 1, 3])
 clone_1 = permute_3.clone(memory_format=torch.contiguous_format)
 return (q, 1, add, 4, 64, 16384, 256, 64, 1, 0, 1, add, 4, 64, 16384, 256, 64, 1, 0, clone, l_start_, add, clone_1, l_start_, add)
-""")
+""",
+        )
 
     def test_attention_after_a_break_attends_the_active_chunk(self) -> None:
-        self.assertExpectedInline(self.graph(BrokenAttention(), index=1), """\
+        self.assertExpectedInline(
+            self.graph(BrokenAttention(), index=1),
+            """\
 transpose = l_q_.transpose(1, 2)
 add = add(-2, l_keys__first_token)
 add_1 = add(-2, s22)
@@ -314,4 +323,5 @@ attention_active_default = jkv::attention_active(transpose, l_keys__codes, l_key
 transpose_3 = attention_active_default.transpose(1, 2)
 flatten = transpose_3.flatten(2)
 return (linear)
-""")
+""",
+        )
