@@ -46,7 +46,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "sm_80": Architecture(stages=3, fence=True, shared_bytes=163 * 2**10, unpack_once_rows=2048),
-    "sm_86": Architecture(block_n=32, fence=True, unpack_once_rows=4096),  # and 8.9: sm_80's instructions, less shared memory
+    "sm_86": Architecture(block_n=32, fence=True, unpack_once_rows=4096),  # and 8.9: less shared memory
     "sm_90": Architecture(block_n=128, prepared=True, shared_bytes=227 * 2**10, unpack_once_rows=2048),
     "sm_100": Architecture(block_n=128, prepared=True, shared_bytes=227 * 2**10, unpack_once_rows=1024),
     "sm_120": Architecture(block_n=32, fence=True, unpack_once_rows=4096),
@@ -92,7 +92,7 @@ def tile(architecture: str, head_dim: int, value_dim: int, rows: int, wide: bool
     if wide:  # three products for one, operands twice as large
         block_m, block_n, stages = 32 if lanes <= 128 else 16, 32, 1
     elif lanes > 128:  # the accumulator takes half of the registers, or the queries do (mma.sync)
-        block_m, block_n, stages = (128, 32, 2) if arch.prepared else (64, 32, 2) if warps == 4 else (32, 64, 2)
+        block_m, block_n, stages = (128, 32, 2) if arch.prepared else (64, 32, 2) if warps == 4 else (32, 32, 2)
     elif lanes > max(head_dim, value_dim):  # padded head_dim: steps are chosen lane by lane
         block_n = min(block_n, 64)
     if architecture == "interpreter":
