@@ -96,7 +96,7 @@ def add_noise(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def roll_out(
-    model: CausalVideoTransformer, video: Tensor, prompt: int, generator: torch.Generator, steps: int = 4
+    model: CausalVideoTransformer, video: Tensor, prompt: int, generator: torch.Generator, steps: int = 2
 ) -> Tensor:
     """Continue the first ``prompt`` chunks of video [B, N, F, C, h, w] by the model itself; same shape and dtype."""
     caches = model.allocate_cache(video.shape[0], video.shape[1] * video.shape[2])
@@ -119,10 +119,10 @@ def flow_loss(model: CausalVideoTransformer, video: Tensor, history: Tensor, gen
         history: [B, N, F, C, h, w], what the model sees of earlier chunks: the truth, or its own rollout.
     """
     batch, chunks = video.shape[0], video.shape[1] - 1
-    # Most levels are the four that sampling visits; the others keep the model a flow in between.
-    visited = torch.tensor(timesteps(4)[:-1])[torch.randint(4, (batch, chunks), generator=generator)]
+    # Most levels are those of a four-step schedule, of which sampling visits the upper two; the others lie between.
+    scheduled = torch.tensor(timesteps(4)[:-1])[torch.randint(4, (batch, chunks), generator=generator)]
     between = 0.4 + 0.6 * torch.rand(batch, chunks, generator=generator)
-    level = torch.where(torch.rand(batch, chunks, generator=generator) < 0.8, visited, between)
+    level = torch.where(torch.rand(batch, chunks, generator=generator) < 0.8, scheduled, between)
     history_level = 0.4 * torch.rand(batch, chunks, generator=generator)
     history_level = history_level * (torch.rand(batch, chunks, generator=generator) < 0.3)
     seen = add_noise(history[:, :-1], history_level, generator)
@@ -220,8 +220,7 @@ def main() -> None:
         history = video
         if own:
             torch._foreach_copy_(list(player.parameters()), list(averaged.parameters()))
-            # Two sampling steps instead of four: the errors are of the same kind, at half the cost.
-            history = roll_out(player, video, int(torch.randint(1, 6, (), generator=generator)), generator, steps=2)
+            history = roll_out(player, video, int(torch.randint(1, 6, (), generator=generator)), generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = flow_loss(model, video, history, generator)
         loss.backward()

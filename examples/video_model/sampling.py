@@ -33,11 +33,13 @@ class Sampler:
         transformer: a ``CausalVideoTransformer``, or that module compiled.
         config: the transformer's sizes.
         caches: from ``CausalVideoTransformer.allocate_cache``.
-        steps: denoising steps per chunk.
+        steps: denoising steps per chunk. Two suffice for a continuation that its history all but determines, and
+            more of them let errors build up from chunk to chunk.
+        shift: see ``timesteps``.
     """
 
     def __init__(
-        self, transformer: Denoiser, config: ModelConfig, caches: list[KVCache], steps: int = 4, shift: float = 3.0
+        self, transformer: Denoiser, config: ModelConfig, caches: list[KVCache], steps: int = 2, shift: float = 9.0
     ) -> None:
         self.transformer, self.config, self.caches = transformer, config, caches
         self.timesteps = timesteps(steps, shift)
