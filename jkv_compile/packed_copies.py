@@ -63,7 +63,9 @@ def record_stream(source: PackedKV, stream: Any) -> None:
 @implements(aten.cat.default)
 def cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
     """A packed cache, where all packed parts have the same steps: they are copied bit for bit, plain ones quantized."""
-    first = next(p for p in parts if isinstance(p, PackedKV))
+    first = next((p for p in parts if isinstance(p, PackedKV) and p.numel()), None)
+    if first is None:
+        return NotImplemented
     window = whole_heads(first)
     dim %= first.dim()
     axis = None if window is None else window.axes[dim]

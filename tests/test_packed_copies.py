@@ -141,6 +141,14 @@ def test_cat_of_what_does_not_fit_is_plain(parts):
     assert torch.equal(got, torch.cat([materialize(v) for v in values], 1))
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_roll_of_a_cache_of_one_token_is_a_packed_copy(shift):
+    cache, plain = new_cache("bhsd", batch=1, tokens=1)
+    rolled = cache.roll(shift, 2)
+    assert isinstance(rolled, PackedKV)
+    assert_agrees(rolled, plain)
+
+
 def test_cat_of_wrong_shapes_says_so_as_torch_does():
     cache, _ = new_cache()
     with pytest.warns(PackedReadWarning), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
