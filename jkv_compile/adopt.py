@@ -60,7 +60,7 @@ def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views:
     del canonical
     for target in (*views, tensor):
         with torch.inference_mode(target.is_inference()):
-            packed = PackedKV(store, target.size(), target.stride(), target.storage_offset(), target.dtype)
+            packed = PackedKV(store, target.size(), target.stride(), int(target.storage_offset()), target.dtype)
         swap_attributes = packed.__dict__
         swap_implementation(target, packed)
         target.__dict__.update(swap_attributes)

@@ -99,6 +99,7 @@ class JKVBackend:
             inner = compile_plain(gm, list(example_inputs))
             state = self._state
             return watched_call(inner, plan, self.config, state.stores, state.written, state.seen)
+        assert plan.rewritten is not None
         return packed_call(plan, compile_plain(plan.rewritten.graph, plan.inner_inputs(example_inputs)))
 
     def _complain(self, plan: Plan) -> None:

@@ -90,7 +90,7 @@ def dynamic_input(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: 
     global _dynamic_inputs
     _dynamic_inputs += 1
     source = ConstantSource(f"jkv_active_{_dynamic_inputs}")
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(real, source=source, symbolic_context=context)
 
 

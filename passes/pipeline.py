@@ -196,7 +196,7 @@ def _written_ranges(tracking: Tracking, position: dict[Node, int], symbols: dict
     for write in tracking.writes:
         holder = write.holder
         if isinstance(write, Append) and holder.root is None and not holder.blockers and _looks_cached(holder):
-            positions = [p.node.expr for p in (write.start, write.stop) if isinstance(p, torch.SymInt)]
+            positions = [p.node.expr for p in (write.start, write.stop) if isinstance(p, torch.SymInt)]  # type: ignore[attr-defined]
             if all(s in symbols for p in positions for s in p.free_symbols):
                 ranges[holder.node] = WrittenRange(position[holder.node], write.start, write.stop)
     return list(ranges.values())

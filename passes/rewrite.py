@@ -206,9 +206,9 @@ class _Rewriter:
             self._call(ops.move.default, codes, scales, *args)
         elif isinstance(write, Fill):
             self._call(ops.fill.default, codes, scales, number(write.start), number(write.stop), float(write.value))
-        view = example(node)
-        if view is not None and node.users:  # in-place methods return what they write to
-            node.replace_all_uses_with(node.args[0])
+        target = node.args[0]
+        if node.users and isinstance(target, Node):  # in-place methods return what they write to
+            node.replace_all_uses_with(target)
         self.graph.erase_node(node)
 
     def _lower_attention(self, attend: Attend) -> None:
@@ -221,10 +221,7 @@ class _Rewriter:
         cached = [s for s in attend.key if isinstance(s.content, Cached)]
         if not cached:  # the first chunk: nothing is quantized yet
             args = [query, self._concatenate(keys), self._concatenate(values), call.mask, 0.0, call.is_causal]
-            grouped = (
-                example(query).shape[1]
-                != example(attend.key[0].content.node).shape[attend.key[0].content.axes.index(1)]
-            )
+            grouped = example(call.query).shape[1] != example(call.key).shape[1]
             result = self.graph.call_function(
                 torch.nn.functional.scaled_dot_product_attention, tuple(args),
                 {"scale": call.scale, "enable_gqa": bool(grouped)},
@@ -310,7 +307,7 @@ class _Rewriter:
 
     def _lower_output(self, output: Node) -> None:
         """Views of a cache are told by their geometry; ranges that nobody here attends to are handed out."""
-        values = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
+        values: list[Any] = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
         windows = {r.argument: r for r in self.reads.get(output, [])}
         plain = [v for v in values if v not in windows]
         extra: list[Any] = []

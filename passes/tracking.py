@@ -101,8 +101,8 @@ class Attend:
     value: list[Segment]
     key_cache: Holder
     value_cache: Holder
-    key_axes: tuple[int | None, ...]  # the cache's axis for each of the dimensions (batch, head, token, channel)
-    value_axes: tuple[int | None, ...]
+    key_axes: tuple[int, ...]  # the cache's axis for each of the dimensions (batch, head, token, channel)
+    value_axes: tuple[int, ...]
 
 
 @dataclass
@@ -148,7 +148,7 @@ def identity(value: Tensor) -> int:
 
 def offset(value: Tensor) -> int:
     """Where a tensor begins in its storage, or in the tensor that its packed store replaces."""
-    return value.offset if isinstance(value, PackedKV) else value.storage_offset()
+    return value.offset if isinstance(value, PackedKV) else value.storage_offset()  # type: ignore[return-value]
 
 
 class Tracker:
@@ -191,7 +191,7 @@ class Tracker:
                 return
             token_axis = self.roles.axes.get(node)
             if token_axis is not None and owner is not None:
-                window = locate(value.size(), value.stride(), value.storage_offset(), owner.shape, owner.stride())
+                window = locate(value.size(), value.stride(), offset(value), owner.shape, owner.stride())
                 token_axis = None if window is None else window.axes[token_axis]
             if token_axis is None:
                 return  # an ordinary input
@@ -387,15 +387,19 @@ class Tracker:
                 if isinstance(segment.content, Cached):
                     self._check_current(segment.content, segment.length)
             contents.append([s for s in segments if not same(s.start, s.stop)])
-            axes.append(
-                window.axes if holder.root is None
-                else tuple(None if a is None else holder.root_axes[a] for a in window.axes)
-            )  # fmt: skip
+            own = (
+                window.axes
+                if holder.root is None
+                else [None if a is None else holder.root_axes[a] for a in window.axes]
+            )
+            if None in own:
+                raise Unsupported("a dimension of its keys or values is none of the cache's")
+            axes.append(tuple(a for a in own if a is not None))
         _check_alike(*contents)
         kinds = [isinstance(s.content, Fresh) for s in contents[0]]
         if call.mask is not None and kinds != sorted(kinds):
             raise Unsupported("a mask, and cached tokens that follow the current chunk")
-        return Attend(call, *contents, key_holder.cache, value_holder.cache, *axes)
+        return Attend(call, contents[0], contents[1], key_holder.cache, value_holder.cache, axes[0], axes[1])
 
 
 class Roles:
@@ -432,8 +436,7 @@ class Roles:
             return
         base = self.first[identity(value)]
         window = self._locate(value, base)
-        axis = None if window is None else window.axes[dim]
-        if axis is None:
+        if window is None or (axis := window.axes[dim]) is None:
             return
         if base.op == "placeholder":
             shape = example(base).shape
@@ -468,7 +471,7 @@ def _is_dense(value: Tensor) -> bool:
         if not same(n, 1) and not same(stride, expected):
             return False
         expected = expected * n
-    return same(value.storage_offset(), 0)
+    return same(offset(value), 0)
 
 
 def _hint(n: int) -> int:
