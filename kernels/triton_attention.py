@@ -183,7 +183,8 @@ def _rows_of_program(grid_heads, group, n_rows, n_query, META: tl.constexpr):
         i_block = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_block], tl.int32, is_pure=False, pack=1)
     i_row = i_block * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
     i_head = (tl.program_id(1) % grid_heads).to(tl.int64)
-    i_query = tl.minimum(i_row, n_rows - 1)  # rows beyond the last repeat it, and are not stored
+    # Masks are loaded without a predicate on rows: those beyond the last repeat it, and are not stored.
+    i_query = tl.minimum(i_row, n_rows - 1) if META.MASK != "none" else i_row
     if META.GROUPED:
         i_head = i_head * group + i_query // n_query  # [BLOCK_M]
         i_query = i_query % n_query
