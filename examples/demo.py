@@ -56,6 +56,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     most = config.max_frames // config.chunk_frames - PROMPT_CHUNKS
     if not 1 <= args.chunks <= most:
         parser.error(f"--chunks {args.chunks}: expected 1 to {most}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: expected 0 to 2**63 - 1")
     if args.group_size < 1 or config.head_dim % args.group_size:
         parser.error(f"--group-size {args.group_size} does not divide this model's head_dim, {config.head_dim}")
     try:
