@@ -117,7 +117,9 @@ def implementations(shape: Shape, bits: int, group_size: int, device: torch.devi
     def ours(rows: int | None) -> Callable[[], Tensor]:
         def call() -> Tensor:
             ranges = [0, shape.cached]
-            return gpu.attention(query, *store, ranges, key, value, None, False, scale, bits, bits, "taylor")[0]
+            return gpu.attention(  # type: ignore[call-arg,arg-type]
+                query, *store, ranges, key, value, None, False, scale, bits, bits, "taylor"  # type: ignore[arg-type]
+            )[0]  # fmt: skip
 
         def forced() -> Tensor:
             assert rows is not None
@@ -222,8 +224,11 @@ def _plot(results: list[Result], path: Path, title: str) -> None:
     shapes, kinds = (list(dict.fromkeys(getattr(r, field) for r in results)) for field in ("shape", "implementation"))
     figure, axes = pyplot.subplots(figsize=(1.5 * len(shapes) + 4, 4), layout="constrained")
     for i, kind in enumerate(kinds):
-        points = [(shapes.index(r.shape), r.ratio_to_flash) for r in results if r.implementation == kind]
-        points = [(x + (i - len(kinds) / 2) * 0.11, y) for x, y in points if y is not None]
+        points = [
+            (shapes.index(r.shape) + (i - len(kinds) / 2) * 0.11, r.ratio_to_flash)
+            for r in results
+            if r.implementation == kind and r.ratio_to_flash is not None
+        ]
         axes.bar([x for x, _ in points], [y for _, y in points], width=0.1, label=kind)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xticks=range(len(shapes)), xticklabels=shapes, ylabel="time / flash on uncompressed bf16", title=title)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def append_kv(
 
 def _append(key_codes, key_scales, key, value_codes, value_scales, value, start, key_bits, value_bits, stores) -> None:
     batch, heads, length, head_dim = key.shape
+    if key_scales.shape[3] != key_codes.shape[2] or value_scales.shape[3] != value_codes.shape[2]:
+        raise RuntimeError(
+            f"append to a cache whose {key_codes.shape[2]} tokens share {key_scales.shape[3]} blocks of steps: "
+            "GPUs write one step per token; quantize whole blocks with kernels.reference.quantize(block=...) instead"
+        )
     if length == 0 or batch * heads == 0:
         return
     append_kernel[(_ceil_div(length, APPEND_BLOCK), batch * heads, stores)](
@@ -172,7 +178,7 @@ def _fused(meta: Meta, store, spans, arguments) -> None:
     query, key, value, mask, output, lse, scale, options = arguments
     parts = [spans[i : i + MAX_FUSED_RANGES] for i in range(0, len(spans), MAX_FUSED_RANGES)]
     if len(parts) == 1:
-        _launch(_variant(meta, RANGES=len(spans)), *arguments, store=store, spans=spans)
+        _launch(_variant(meta, RANGES=len(spans)), *arguments, store=store, spans=spans)  # type: ignore[misc]
         return
     batch, heads, length, _ = query.shape
     partial = query.new_empty(len(parts), batch, heads, length, meta.VALUE_DIM, dtype=torch.float32)
@@ -230,7 +236,7 @@ def _unpack_once(meta: Meta, store, spans, arguments, correction: str) -> None:
         slab = [t[:, own] for t in store]
         row = 0
         for start, stop in spans:
-            _dequantize(
+            _dequantize(  # type: ignore[call-arg]
                 *slab[:2], keys, *slab[2:], values, deltas, start, stop, row, meta.KEY_BITS, meta.VALUE_BITS, 2,
                 columns,
             )  # fmt: skip
@@ -328,7 +334,7 @@ def _aligned(mask: Tensor, columns: int) -> Tensor:
 
 
 @functools.cache
-def _variant(meta: Meta, **fields: object) -> Meta:
+def _variant(meta: Meta, **fields: Any) -> Meta:
     """`meta._replace`, remembered: it is asked for at every call, and costs as much as the rest of a launch."""
     return meta._replace(**fields)
 

@@ -75,7 +75,7 @@ def compile_for(target: GPUTarget, kernel: Any, signature: dict[str, Any], const
     aligned = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], Any] = {}
     if "mask_strides" in names:  # the last is 1, which the JIT makes a constant
-        constants = {**constants, (names.index("mask_strides"), 3): 1}
+        constants = {**constants, (names.index("mask_strides"), 3): 1}  # type: ignore[dict-item]
         types["mask_strides"] = ("i32", "i32", "i32", "constexpr")
     for i, name in enumerate(names):
         if "strides" in name:
