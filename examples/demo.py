@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def variants(bits: int, group_size: int, correction: str) -> list[Variant]:
     return chosen
 
 
-def measure(rollouts: dict[str, Rollout], videos: dict[str, Tensor], chunk_frames: int) -> dict[str, dict[str, object]]:
+def measure(rollouts: dict[str, Rollout], videos: dict[str, Tensor], chunk_frames: int) -> dict[str, dict[str, Any]]:
     """What ``metrics.json`` says of one clip, per variant; fidelity is to the BF16 rollout, over generated chunks."""
     prompt_frames = PROMPT_CHUNKS * chunk_frames
     reference = videos["BF16"][prompt_frames:]
@@ -137,7 +137,7 @@ def draw(name: str, truth: np.ndarray, videos: dict[str, np.ndarray], chunk_fram
     side_by_side({"ground truth": shown, **videos}, folder / f"{name}.mp4")
 
 
-def table(metrics: dict[str, dict[str, dict[str, object]]]) -> str:
+def table(metrics: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The closing table."""
     head = ("clip", "cache", "PSNR dB", "SSIM", "cache KiB", "ratio", "s/chunk", "mass on cache")
     lines = [head]
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
                     transformer, compiled, variant, backend, prompt, noise, on_chunk=bar.update
                 )
 
-    metrics: dict[str, dict[str, dict[str, object]]] = {}
+    metrics: dict[str, dict[str, dict[str, Any]]] = {}
     ground_truth: dict[str, float | None] = {}
     for clip, by_variant in rollouts.items():
         videos = {name: decode(autoencoder, rollout.latents) for name, rollout in by_variant.items()}

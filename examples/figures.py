@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,10 +84,10 @@ def run_rollouts(folder: Path, variants: list[Variant], seeds: int) -> None:
         store(path, generate(transformer, compiled, variant, backend, prompts[clip], draw_noise(config, CHUNKS, seed)))
 
 
-def compare(folder: Path, variants: list[Variant], seeds: int) -> list[dict[str, object]]:
+def compare(folder: Path, variants: list[Variant], seeds: int) -> list[dict[str, Any]]:
     """One record per variant, clip and seed."""
     _, autoencoder = load_models()
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for clip in CLIPS:
         for seed in range(seeds):
             videos, costs = {}, {}
@@ -122,7 +123,7 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
     return f"{fmean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
 
 
-def markdown(records: list[dict[str, object]]) -> str:
+def markdown(records: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over clips and seeds, and each clip's PSNR."""
     lines = [
         "| cache | ratio | PSNR dB | SSIM | attention mass, shift | " + " | ".join(CLIPS) + " |",

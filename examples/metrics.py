@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -18,7 +19,7 @@ class Fidelity:
     psnr: list[float]
     ssim: list[float]
 
-    def as_dict(self) -> dict[str, dict[str, object]]:
+    def as_dict(self) -> dict[str, dict[str, Any]]:
         """Per chunk and mean, with None (JSON null) in place of an infinite PSNR."""
         return {
             name: {"mean": finite(fmean(values)), "per_chunk": [finite(value) for value in values]}

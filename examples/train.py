@@ -12,8 +12,10 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -147,7 +149,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
 
 
-def atomic_save(state: dict[str, object], path: Path) -> None:
+def atomic_save(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint so that an interruption leaves the old or the new one, never half of it."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -194,7 +196,7 @@ def main() -> None:
     averaged = deepcopy(model).requires_grad_(False)
     player = deepcopy(averaged).to(torch.bfloat16)  # the averaged weights as inference has them, for rollouts
     if not args.no_compile:
-        Block.forward_train = torch.compile(Block.forward_train)
+        Block.forward_train = torch.compile(Block.forward_train)  # type: ignore[method-assign]
     optimizers = make_optimizers(model, args.lr)
     checkpoint, log, first = args.run / "checkpoint.pt", args.run / "loss.jsonl", 0
     if checkpoint.exists():
