@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,18 @@ def locate(
     """The window that a view `(size, stride, offset)` shows of a tensor with `shape` and `strides`.
 
     Returns:
-        None where the view is no box of the tensor: steps, expanded or merged dimensions.
+        None where the view is no box of the tensor (steps, expanded or merged dimensions), or where that cannot be told
+        before the data is known.
     """
+    try:
+        return _locate(size, stride, offset, shape, strides)
+    except GuardOnDataDependentSymNode:
+        return None
+
+
+def _locate(
+    size: Sequence[int], stride: Sequence[int], offset: int, shape: Sequence[int], strides: Sequence[int]
+) -> Window | None:
     ndim = len(shape)
     axes: list[int | None] = [None] * len(size)
     free = list(range(ndim))

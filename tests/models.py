@@ -94,3 +94,24 @@ class Network(nn.Module):
         for layer, layer_cache in zip(self.layers, cache):
             x = x + layer(x, layer_cache, start)
         return x
+
+
+class ItemAttention(SelfAttention):
+    """The position is held in a tensor, and read with `.item()`."""
+
+    def new_cache(self, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        return super().new_cache(batch, tokens, dtype) | {"end": torch.tensor(0)}
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        position = cache["end"].item()
+        cache["end"].fill_(position + x.shape[1])
+        return super().forward(x, cache, position)
+
+
+class TensorPositionAttention(ItemAttention):
+    """The position is held in a tensor, and slices are taken with it."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        position = cache["end"].clone()
+        cache["end"].fill_(position + x.shape[1])
+        return SelfAttention.forward(self, x, cache, position)  # type: ignore[arg-type]

@@ -15,7 +15,14 @@ from jkv_compile import NotRewrittenWarning, is_packed
 from jkv_compile.kernels import reference
 
 from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins, watch_memory
-from ..models import BrokenAttention, BufferAttention, Network, SelfAttention
+from ..models import (
+    BrokenAttention,
+    BufferAttention,
+    ItemAttention,
+    Network,
+    SelfAttention,
+    TensorPositionAttention,
+)
 
 CHUNK = 8
 
@@ -64,6 +71,7 @@ CASES: dict[str, tuple[nn.Module, dict[str, Any]]] = {
     "a break between write and attention": (BrokenAttention(), {}),
     "a break, inference mode": (BrokenAttention(), {"context": torch.inference_mode}),
     "a break, and a read window that moves": (BrokenAttention(window=20), {}),
+    "positions from an earlier graph's item()": (ItemAttention(), {}),
     "three writes of every chunk": (SelfAttention(), {"repeats": 3, "stable_from": 4}),
     "three writes of every chunk, with a break": (BrokenAttention(), {"repeats": 3, "stable_from": 4}),
     "dynamic shapes": (SelfAttention(), {"dynamic": True}),
@@ -137,6 +145,19 @@ def test_output_is_what_the_reference_computes(bits: Any, correction: str) -> No
                 )
                 assert relative_error(got, model.out(o.transpose(1, 2).flatten(2))) < 1e-5
             history.append((k, v))
+
+
+@pytest.mark.parametrize("capture_scalar_outputs", [False, True])
+def test_positions_that_only_data_tells_run_as_written(capture_scalar_outputs: bool) -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2)
+    model = TensorPositionAttention()
+    compiled, eager = twins(model, backend)
+    cache, reference_cache = model.new_cache(1, 64), model.new_cache(1, 64)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=capture_scalar_outputs):
+        for _ in range(3):
+            x = torch.randn(1, CHUNK, 256)
+            torch.testing.assert_close(compiled(x, cache, 0), eager(x, reference_cache, 0))
 
 
 def test_memory_ratio_counts_every_byte() -> None:
