@@ -15,11 +15,13 @@ from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
 from ..report import GraphReport, Match, Rejected
+from .actions import Append, Attend, Holder, Tracking
 from .attention_forms import as_attention
+from .nodes import example
 from .printing import graph_text
 from .rewrite import CachePlan, Rewritten, copy_graph, rewrite
 from .segments import Cached, Fresh
-from .tracking import Append, Attend, Holder, Tracker, Tracking, example
+from .tracking import Tracker
 
 
 @dataclass

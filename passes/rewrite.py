@@ -17,9 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..geometry import constant, same
 from ..packed import PackedKV
+from .actions import Append, Attend, Fill, Holder, Move, Read, Tracking
+from .nodes import example, identity, is_in_place, offset
 from .segments import Cached, Fresh, Segment
 from .symbols import Symbols
-from .tracking import Append, Attend, Fill, Holder, Move, Read, Tracking, example, identity, is_in_place, offset
 
 ops = torch.ops.jkv
 Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token"]

@@ -11,9 +11,7 @@ all others are `Cached`, however the model spells it (slice write and slice read
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +21,11 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
+from .actions import Append, Attend, Fill, Holder, Move, Read, Rejection, Tracking
 from .attention_forms import AttentionCall, as_attention
+from .nodes import CONCATENATIONS, as_write, copied, example, identity, is_dense, mutates, name_of, offset
+from .roles import Roles
 from .segments import Cached, Fresh, Segment, UnknownPosition, cut, equal, overlap, overwrite, shift
-
-COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
-CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
-
-_IN_PLACE_FUNCTIONS = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ior}
 
 
 class Unsupported(Exception):
@@ -43,112 +39,6 @@ def _reason(error: Exception) -> str:
     return (
         "a position is not known before the data is" if isinstance(error, GuardOnDataDependentSymNode) else str(error)
     )
-
-
-@dataclass(eq=False)
-class Holder:
-    """A storage that holds tokens of a cache. Axes are those of `shape`; caches that are packed have canonical ones."""
-
-    node: Node
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    token_axis: int
-    root: Holder | None  # the cache that a copy was (first) taken from; None for a cache itself
-    root_axes: tuple[int | None, ...] = ()  # of a copy: the root's axis for each of its own
-    segments: list[Segment] = field(default_factory=list)
-    writes: list[tuple[int, int, int]] = field(default_factory=list)  # (time, start, stop)
-    packed: bool = False
-    blockers: list[str] = field(default_factory=list)
-
-    @property
-    def cache(self) -> Holder:
-        return self.root or self
-
-
-@dataclass
-class Append:
-    node: Node
-    holder: Holder
-    start: int
-    stop: int
-    value: Node
-    axes: tuple[int | None, ...]
-
-
-@dataclass
-class Move:
-    node: Node
-    holder: Holder
-    source: int
-    destination: int
-    length: int
-
-
-@dataclass
-class Fill:
-    node: Node
-    holder: Holder
-    start: int
-    stop: int
-    value: float
-
-
-@dataclass
-class Attend:
-    call: AttentionCall
-    key: list[Segment]
-    value: list[Segment]
-    key_cache: Holder
-    value_cache: Holder
-    key_axes: tuple[int, ...]  # the cache's axis for each of the dimensions (batch, head, token, channel)
-    value_axes: tuple[int, ...]
-
-
-@dataclass
-class Read:
-    """`consumer` uses `argument`, a view of a cache, as an ordinary tensor."""
-
-    consumer: Node
-    argument: Node
-    holder: Holder
-    window: Window
-    segments: list[Segment]
-
-
-@dataclass
-class Rejection:
-    """An attention that could not be lowered, and why."""
-
-    node: Node
-    reason: str
-    caches: list[Holder]
-
-
-@dataclass
-class Tracking:
-    """What the walk saw, in program order."""
-
-    caches: list[Holder]
-    copies: list[Holder]
-    writes: list[Append | Move | Fill]
-    attends: list[Attend]
-    reads: list[Read]
-    rejections: list[Rejection]
-
-
-def example(node: Any) -> Any:
-    return node.meta.get("example_value") if isinstance(node, Node) else node
-
-
-def identity(value: Tensor) -> int:
-    """The same for all tensors of a graph that share memory."""
-    return id(value._store.codes) if isinstance(value, PackedKV) else value.untyped_storage()._cdata
-
-
-def offset(value: Tensor) -> int:
-    """Where a tensor begins in its storage, or in the tensor that its packed store replaces."""
-    return value.offset if isinstance(value, PackedKV) else value.storage_offset()  # type: ignore[return-value]
 
 
 class Tracker:
@@ -187,7 +77,7 @@ class Tracker:
             holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True)
         else:
             shaped = value if owner is None else owner
-            if shaped.dim() != 4 or (owner is None and not _is_dense(value)):
+            if shaped.dim() != 4 or (owner is None and not is_dense(value)):
                 return
             token_axis = self.roles.axes.get(node)
             if token_axis is not None and owner is not None:
@@ -237,7 +127,7 @@ class Tracker:
         elif node.op == "output":
             for argument in node.all_input_nodes:
                 self._read(node, argument)
-        elif (write := _as_write(node)) is not None:
+        elif (write := as_write(node)) is not None:
             self._write(node, *write)
         elif self._is_view(node):
             pass
@@ -253,16 +143,16 @@ class Tracker:
             return isinstance(value, (list, tuple)) and any(
                 isinstance(v, Tensor) and identity(v) in self.holders for v in value
             )
-        if any(_mutates(node, argument) for argument in node.all_input_nodes):
-            raise Unsupported(f"`{_name(node)}` changes it in place")
+        if any(mutates(node, argument) for argument in node.all_input_nodes):
+            raise Unsupported(f"`{name_of(node)}` changes it in place")
         return True
 
     def _read(self, consumer: Node, argument: Node) -> None:
         holder, value = self._holder(argument), example(argument)
         if holder is None or holder.root is not None:
             return
-        if _mutates(consumer, argument):
-            raise Unsupported(f"`{_name(consumer)}` changes it in place")
+        if mutates(consumer, argument):
+            raise Unsupported(f"`{name_of(consumer)}` changes it in place")
         window, segments = self._content(value, holder)
         self.result.reads.append(Read(consumer, argument, holder, window, segments))
 
@@ -272,7 +162,7 @@ class Tracker:
         if not isinstance(value, Tensor):
             return False
         concatenated = node.target in CONCATENATIONS
-        parts = _copied(node)
+        parts = copied(node)
         source = next((h for p in parts if (h := self._holder(p)) is not None), None)
         if source is None or value.dim() != example(parts[0]).dim() or value.device != example(parts[0]).device:
             return False
@@ -402,82 +292,6 @@ class Tracker:
         return Attend(call, contents[0], contents[1], key_holder.cache, value_holder.cache, axes[0], axes[1])
 
 
-class Roles:
-    """Which dimension of each plain input runs along tokens, from how the graph uses it.
-
-    Followed backwards from the third dimension of attention's keys and values, through views, copies and
-    concatenations. An input that no attention of this graph reads is told by its being written in slices.
-    """
-
-    def __init__(self, graph: torch.fx.Graph) -> None:
-        self.first: dict[int, Node] = {}  # storage -> the node that first holds it
-        self.axes: dict[Node, int] = {}  # by input
-        written: dict[Node, set[int]] = {}
-        for node in graph.nodes:
-            if isinstance(value := example(node), Tensor):
-                self.first.setdefault(identity(value), node)
-            write = _as_write(node)
-            if write is not None and (base := self.first.get(identity(write[0]))) is not None:
-                window = self._locate(write[0], base)
-                shape = example(base).shape
-                partial = {a for a in range(len(shape)) if window is not None and not window.covers(shape, a)}
-                written.setdefault(base, set()).update(partial)
-        for node in graph.nodes:
-            if (call := as_attention(node)) is not None:
-                self._follow(call.key, 2)
-                self._follow(call.value, 2)
-        for base, partial in written.items():
-            if len(partial) == 1:
-                self.axes.setdefault(base, partial.pop())
-
-    def _follow(self, node: Any, dim: int) -> None:
-        value = example(node)
-        if not isinstance(value, Tensor) or isinstance(value, PackedKV) or dim >= value.dim():
-            return
-        base = self.first[identity(value)]
-        window = self._locate(value, base)
-        if window is None or (axis := window.axes[dim]) is None:
-            return
-        if base.op == "placeholder":
-            shape = example(base).shape
-            left = [a for a in range(len(shape)) if not window.covers(shape, a)]
-            self.axes.setdefault(base, left[0] if same(value.shape[dim], 1) and len(left) == 1 else axis)
-        else:
-            for part in _copied(base):
-                self._follow(part, axis)
-
-    def _locate(self, value: Tensor, base: Node) -> Window | None:
-        whole = example(base)
-        if isinstance(whole, PackedKV):
-            return None
-        return locate(
-            value.size(), value.stride(), value.storage_offset() - whole.storage_offset(), whole.shape, whole.stride()
-        )
-
-
-def _copied(node: Node) -> list[Node]:
-    """What a node copies (several tensors, where it concatenates); empty where it is no copy."""
-    if node.op == "call_function" and node.target in CONCATENATIONS and isinstance(node.args[0], (list, tuple)):
-        return list(node.args[0])  # type: ignore[arg-type]
-    if _name(node) in COPIES and node.args and isinstance(node.args[0], Node):
-        return [node.args[0]]
-    return []
-
-
-def _is_dense(value: Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps, in whatever order of dimensions."""
-    expected = 1
-    for n, stride in sorted(zip(value.shape, value.stride()), key=lambda d: (_hint(d[1]), _hint(d[0]))):
-        if not same(n, 1) and not same(stride, expected):
-            return False
-        expected = expected * n
-    return same(offset(value), 0)
-
-
-def _hint(n: int) -> int:
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
-
-
 def _renamed(content: Cached | Fresh, axes: tuple[int | None, ...]) -> Cached | Fresh:
     """Fresh values with their dimensions named after the dimensions of a view with these `axes`."""
     if isinstance(content, Cached):
@@ -496,67 +310,3 @@ def _check_alike(key: list[Segment], value: list[Segment]) -> None:
     )
     if not alike:
         raise Unsupported("keys and values hold different ranges of cached tokens")
-
-
-def _name(node: Node) -> str:
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return getattr(target, "__name__", str(target))
-
-
-def _mutates(consumer: Node, argument: Node) -> bool:
-    """Whether a node writes to one of its arguments."""
-    target = consumer.target
-    if target in _IN_PLACE_FUNCTIONS:
-        return consumer.args[0] is argument
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return True  # its body may write; it is not looked into
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
-    if isinstance(target, torch._ops.OpOverload):
-        writes = [a.is_write for a in target._schema.arguments]
-        return any(a is argument and w for a, w in zip(consumer.args, writes))
-    return (is_in_place(consumer) and consumer.args[0] is argument) or consumer.kwargs.get("out") is argument
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether a node is named as PyTorch names what changes its first argument."""
-    name = _name(node)
-    return bool(node.args) and name.endswith("_") and not name.endswith("__")
-
-
-def _as_write(node: Node) -> tuple[Tensor, Node, Any] | None:
-    """(the view that is written, the node it belongs to, the value: a node or a number), where a node is a write."""
-    if node.op not in ("call_function", "call_method") or not node.args:
-        return None
-    base = node.args[0]
-    target = example(base)
-    if not isinstance(base, Node) or not isinstance(target, Tensor):
-        return None
-    if node.target is operator.setitem:
-        index = torch.fx.node.map_arg(node.args[1], example)
-        if any(isinstance(i, Tensor) for i in (index if isinstance(index, tuple) else (index,))):
-            return None
-        return _indexed(target, index), base, node.args[2]
-    name = _name(node)
-    if name == "copy_":
-        return target, base, node.args[1]
-    if name == "zero_":
-        return target, base, 0.0
-    if name == "fill_" and not isinstance(node.args[1], Node):
-        return target, base, node.args[1]
-    return None
-
-
-def _indexed(target: Tensor, index: Any) -> Tensor:
-    """`target[index]` on fake tensors, without guarding on more than Dynamo already has."""
-    from ..compat import fake_mode_of
-
-    mode = fake_mode_of(target._store.codes if isinstance(target, PackedKV) else target)
-    if mode is None:
-        return target[index]
-    with mode:
-        return target[index]
