@@ -1,15 +1,17 @@
-"""What the packed cache costs besides quality: compile time, Python overhead per call, peak memory.
+"""What the packed cache costs besides quality: compile time, overhead per call, memory.
 
     python -m examples.cost
 
 Compile time and overhead are ratios and differences against plain `torch.compile`, taken side by side in one process;
-peak memory is the largest resident set of a process of its own for each variant.
+memory is the resident set of a process of its own for each variant (Linux), caches full. The model itself allocates its
+caches in full precision, before this package sees them: that moment has the same peak in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from jkv_compile import jkv_backend
 
-PEAK_LAYERS, PEAK_CHUNK = 48, 512
+MEMORY_LAYERS, MEMORY_CHUNK = 48, 512
 
 
 class Layer(nn.Module):
@@ -110,22 +112,25 @@ def call_microseconds(calls: int) -> dict[str, float]:
     return best
 
 
-def peak_bytes(variant: str, layers: int, tokens: int) -> tuple[int, int]:
-    """(largest resident set, the same before the caches) of generating until the caches are full, in this process."""
+def resident_bytes(variant: str, layers: int, tokens: int) -> int:
+    """How much larger this process is with all layers' caches full than before they were allocated."""
     model = Network(layers).bfloat16()
     blocks = [torch.compile(layer, backend=backend(variant)) for layer in model.layers]
-    x = torch.randn(1, PEAK_CHUNK, 512, dtype=torch.bfloat16)
+    x = torch.randn(1, MEMORY_CHUNK, 512, dtype=torch.bfloat16)
 
     def generate(caches: list[dict[str, Tensor]], until: int) -> None:
-        for start in range(0, until, PEAK_CHUNK):
+        for start in range(0, until, MEMORY_CHUNK):
             for block, cache in zip(blocks, caches):
                 block(x, cache, start)
 
-    generate(model.new_caches(tokens)[:1], 3 * PEAK_CHUNK)  # compile first: that has a peak of its own
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    generate(Network(1).new_caches(tokens), 3 * MEMORY_CHUNK)  # compile first: that takes memory of its own
+    before = resident()
     caches = model.new_caches(tokens)
     generate(caches, tokens)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before
+    return resident() - before
 
 
 def main() -> None:
@@ -133,40 +138,41 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers of the network that is compiled")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per cache where memory is measured")
-    parser.add_argument("--peak", choices=("BF16", "INT2"), help=argparse.SUPPRESS)
+    parser.add_argument("--resident", choices=("BF16", "INT2"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    if args.peak:
-        json.dump(peak_bytes(args.peak, PEAK_LAYERS, args.tokens), sys.stdout)
+    if args.resident:
+        json.dump(resident_bytes(args.resident, MEMORY_LAYERS, args.tokens), sys.stdout)
         return
     compiled = compile_seconds(args.layers, args.repeats)
     call = call_microseconds(60)
-    peak = {}
-    for variant in tqdm(("BF16", "INT2"), desc="peak memory"):
-        command = [sys.executable, "-m", "examples.cost", "--peak", variant, "--tokens", str(args.tokens)]
-        peak[variant] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    cache = PEAK_LAYERS * 2 * args.tokens * 512 * 2
+    memory = {}
+    for variant in tqdm(("BF16", "INT2"), desc="memory"):
+        command = [sys.executable, "-m", "examples.cost", "--resident", variant, "--tokens", str(args.tokens)]
+        # glibc keeps freed blocks below a threshold that it raises by itself: fix it, so that what is freed goes back.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        memory[variant] = json.loads(done.stdout)
+    cache = MEMORY_LAYERS * 2 * args.tokens * 512 * 2
     result = {
         "compile_seconds": compiled,
         "compile_ratio": compiled["INT2"] / compiled["BF16"],
         "call_microseconds": call,
         "call_overhead_microseconds": call["INT2"] - call["BF16"],
         "cache_bytes_bf16": cache,
-        "peak_bytes": {variant: values[0] for variant, values in peak.items()},
-        "peak_growth_bytes": {variant: values[0] - values[1] for variant, values in peak.items()},
+        "resident_bytes": memory,
     }
     out = Path("out/cost.json")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
-    growth = result["peak_growth_bytes"]
+    ratio, overhead = result["compile_ratio"], result["call_overhead_microseconds"]
+    print(f"compile time      BF16 {compiled['BF16']:.1f} s, INT2 {compiled['INT2']:.1f} s: {ratio:.2f}x")
+    print(f"a call of a layer BF16 {call['BF16']:.0f} µs, INT2 {call['INT2']:.0f} µs: {overhead:+.0f} µs")
     print(
-        f"compile time     BF16 {compiled['BF16']:.1f} s, INT2 {compiled['INT2']:.1f} s: {result['compile_ratio']:.2f}x"
+        f"resident memory for caches of {cache / 2**20:.0f} MiB in BF16: "
+        f"BF16 {memory['BF16'] / 2**20:.0f} MiB, INT2 {memory['INT2'] / 2**20:.0f} MiB"
     )
-    print(f"a call of a layer BF16 {call['BF16']:.0f} µs, INT2 {call['INT2']:.0f} µs: "
-          f"{result['call_overhead_microseconds']:+.0f} µs")  # fmt: skip
-    print(f"peak memory above the model, caches of {cache / 2**20:.0f} MiB in BF16: "
-          f"BF16 {growth['BF16'] / 2**20:.0f} MiB, INT2 {growth['INT2'] / 2**20:.0f} MiB")  # fmt: skip
     print(f"written to {out}")
 
 
