@@ -52,7 +52,9 @@ def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views:
     """
     canonical = tensor.detach().permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
-    store = Store.empty(canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device)
+    store = Store.empty(
+        canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device, config.quantizer
+    )
     for start in range(0, canonical.shape[2], BLOCK):
         block = canonical[:, :, start : start + BLOCK]
         if block.any():  # an empty store reads as zeros already

@@ -126,16 +126,17 @@ def jkv_backend(
     correction: str = "taylor",
     inner: str = "inductor",
     strict: bool = False,
+    quantizer: str = "rtn",
 ) -> JKVBackend:
     """A backend that keeps K/V caches packed: `torch.compile(model, backend=jkv_backend(bits=2))`.
 
     Arguments are those of `Config`. Raises `ConfigurationError` where one has a value that cannot work.
     """
-    return JKVBackend(Config(bits, group_size, correction, inner, strict))  # type: ignore[arg-type]
+    return JKVBackend(Config(bits, group_size, correction, inner, strict, quantizer))  # type: ignore[arg-type]
 
 
 _named: dict[Config, JKVBackend] = {}  # backends used by name: what one graph leaves behind, the next must find
-_SETTINGS = ("bits", "group_size", "correction", "inner", "strict")
+_SETTINGS = ("bits", "group_size", "correction", "inner", "strict", "quantizer")
 
 
 def jkv(

@@ -7,8 +7,10 @@ from typing import Literal, get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS
+from .kernels.quantizers import QUANTIZERS
 
 Correction = Literal["taylor", "exact", "none"]
+Quantizer = Literal["rtn", "quarot"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 
@@ -21,6 +23,8 @@ class Config:
         group_size: channels that share a step and a zero point; a multiple of 8 that divides head_dim.
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
             "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "exact" (Σ_c log(sinh α_c / α_c); slower), or "none".
+        quantizer: "rtn" rounds keys and values as they are, to the grid between a group's least and greatest channel;
+            "quarot" rotates them by a Hadamard matrix first, and queries and results with them (arXiv 2404.00456).
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
 
@@ -33,6 +37,7 @@ class Config:
     correction: Correction = "taylor"
     inner: Inner = "inductor"
     strict: bool = False
+    quantizer: Quantizer = "rtn"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -53,6 +58,7 @@ class Config:
             )
         for name, value, allowed in (
             ("correction", self.correction, get_args(Correction)),
+            ("quantizer", self.quantizer, QUANTIZERS),
             ("inner", self.inner, get_args(Inner)),
             ("strict", self.strict, (True, False)),
         ):

@@ -70,14 +70,16 @@ class PackedKV(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         store = self._store
-        return ["codes", "scales", "first_token"], (store.shape, store.strides, store.dtype, store.bits, self.dtype)
+        return ["codes", "scales", "first_token"], (
+            store.shape, store.strides, store.dtype, store.bits, store.quantizer, self.dtype,
+        )  # fmt: skip
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, dtype = context
-        store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"])
+        shape, strides, store_dtype, bits, quantizer, dtype = context
+        store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * strides[2] + rest, dtype)
         packed._first_token = inner["first_token"]
@@ -133,7 +135,7 @@ class PackedKV(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return (
             f"PackedKV(size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, bits={self._store.bits}, "
-            f"group_size={self._store.group_size})"
+            f"group_size={self._store.group_size}, quantizer={self._store.quantizer!r})"
         )
 
     # ---- what torch would do with memory that is not there ----

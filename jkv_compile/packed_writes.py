@@ -153,8 +153,8 @@ def packed_origin(source: Tensor, target: PackedKV, window: Window) -> Window | 
 
 def same_steps(one: Store, other: Store) -> bool:
     """Whether codes of two caches mean the same, and lie on the same device."""
-    return (one.bits, one.group_size, one.shape[CHANNEL], one.codes.device.type) == (
-        other.bits, other.group_size, other.shape[CHANNEL], other.codes.device.type,
+    return (one.bits, one.group_size, one.quantizer, one.shape[CHANNEL], one.codes.device.type) == (
+        other.bits, other.group_size, other.quantizer, other.shape[CHANNEL], other.codes.device.type,
     )  # fmt: skip
 
 

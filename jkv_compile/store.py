@@ -14,6 +14,7 @@ from torch import Tensor
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .errors import PackedCacheError
 from .kernels import layout, reference
+from .kernels.quantizers import QUANTIZERS, rotates
 
 _ops = torch.ops.jkv
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what `jkv::append` takes
@@ -41,16 +42,24 @@ class Store:
         strides: strides, in canonical order, of the tensor that this replaces: views are located by them.
         dtype: what the cache reads as.
         codes, scales: as `kernels.layout` describes.
+        quantizer: what a token goes through before it is quantized, see `kernels.quantizers`.
 
     Boxes are told by their first index and their length per axis, (batch, head, token, channel). Packed data knows no
     part of a head: boxes that are written, moved or copied must span all channels, which callers see to.
     """
 
     def __init__(
-        self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, bits: int, codes: Tensor, scales: Tensor
+        self,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+        bits: int,
+        codes: Tensor,
+        scales: Tensor,
+        quantizer: str = "rtn",
     ) -> None:
         self.shape, self.strides, self.dtype, self.bits = tuple(shape), tuple(strides), dtype, bits
-        self.codes, self.scales = codes, scales
+        self.codes, self.scales, self.quantizer = codes, scales, quantizer
         self.active: Active | None = None
         self._family: weakref.WeakSet[Store] | None = None
 
@@ -63,6 +72,7 @@ class Store:
         bits: int,
         group_size: int,
         device: torch.device,
+        quantizer: str = "rtn",
     ) -> Store:
         """A store that reads as zeros."""
         batch, heads, tokens, head_dim = shape
@@ -71,7 +81,7 @@ class Store:
                 batch, heads, tokens, layout.packed_width(head_dim, bits), dtype=torch.uint8, device=device
             )
             scales = torch.zeros(batch, heads, head_dim // group_size, tokens, 2, dtype=torch.float16, device=device)
-        return cls(shape, strides, dtype, bits, codes, scales)
+        return cls(shape, strides, dtype, bits, codes, scales, quantizer)
 
     # ---- accounting ----
 
@@ -113,7 +123,7 @@ class Store:
         batch, heads, tokens, _ = source.shape
         codes, scales = self._box(starts, (batch, heads))
         self.active = None
-        _ops.append(codes, scales, _as_float(source), starts[TOKEN], self.bits)
+        _ops.append(codes, scales, self._rotated(_as_float(source)), starts[TOKEN], self.bits)
         if keep_active and (batch, heads) == self.shape[:2] and tokens:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -124,8 +134,7 @@ class Store:
     ) -> None:
         """Write `source`, to be quantized or packed as this is, to some indices of one axis of a box."""
         if isinstance(source, Tensor):
-            shape = tuple(source.shape)
-            quantized = Store.empty(shape, self.strides, self.dtype, self.bits, self.group_size, self.codes.device)
+            quantized = self._like(tuple(source.shape), self.strides)
             quantized.write(source, (0, 0, 0, 0), keep_active=False)
             source = quantized
         for target, new, dim in zip(self._whole_box(starts, lengths), (source.codes, source.scales), _dims(axis)):
@@ -135,23 +144,27 @@ class Store:
     def fill(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> None:
         """Set a box to a number: exactly where float16 holds it, as zero and all small integers."""
         codes, scales = self._whole_box(starts, lengths)
-        value = self._storable(value)
-        codes.zero_()
-        scales[..., 0] = 0
-        scales[..., 1] = value
+        codes_of_value, scales_of_value = self._constant(value)
+        codes.copy_(codes_of_value.expand_as(codes))
+        scales.copy_(scales_of_value.expand_as(scales))
         self._drop_active(starts[TOKEN], starts[TOKEN] + lengths[TOKEN])
 
     def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
         """Set the tokens of a box where `mask`, bool `[b, h, n]`, is True to a number, as `fill` does."""
         codes, scales = self._whole_box(starts, mask.shape)
-        value, mask = self._storable(value), mask.to(self.codes.device)
-        codes.masked_fill_(mask.unsqueeze(-1), 0)
-        scales[..., 0].masked_fill_(mask.unsqueeze(2), 0)
-        scales[..., 1].masked_fill_(mask.unsqueeze(2), value)
+        codes_of_value, scales_of_value = self._constant(value)
+        mask = mask.to(self.codes.device)
+        codes.copy_(torch.where(mask.unsqueeze(-1), codes_of_value, codes))
+        scales.copy_(torch.where(mask[:, :, None, :, None], scales_of_value, scales))
         self._drop_active(starts[TOKEN], starts[TOKEN] + mask.shape[2])
 
     def move(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Copy a box of another store (or of this one) bit for bit; the boxes may overlap."""
+        """Copy a box of another store (or of this one) bit for bit; the boxes may overlap.
+
+        Raises:
+            PackedCacheError: codes of the other store mean something else here.
+        """
+        self._check_meaning(other)
         n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
         if other is self and tuple(source[:2]) == tuple(starts[:2]):
             codes, scales = self._box(starts, lengths)
@@ -168,14 +181,14 @@ class Store:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
         codes, scales = self._box(starts, lengths)
         start, stop = starts[TOKEN], starts[TOKEN] + lengths[TOKEN]
-        out = _ops.dequantize(codes, scales, start, stop, self.bits, dtype)
+        out = self._rotated(_ops.dequantize(codes, scales, start, stop, self.bits, dtype))
         held = self._active_in(starts, lengths)
         if held is not None:
             out[:, :, held.start : held.stop] = held.data
         return out[..., starts[CHANNEL] : starts[CHANNEL] + lengths[CHANNEL]]
 
     def quantization_step(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Δ of a box, float32 `[b, h, n, G]`; zero where the range written last is held in full precision."""
+        """Δ of a box as stored, float32 `[b, h, n, G]`; zero where the range written last is held in full precision."""
         _, scales = self._whole_box(starts, lengths)
         delta = reference.quantization_step(scales, self.bits)
         held = self._active_in(starts, lengths)
@@ -210,7 +223,7 @@ class Store:
             codes, scales = (
                 t.index_select(dim, index) for t, dim in zip(self._whole_box(starts, lengths), _dims(axis))
             )
-            new = Store(shape, strides, self.dtype, self.bits, codes, scales)
+            new = Store(shape, strides, self.dtype, self.bits, codes, scales, self.quantizer)
             held = self._active_in(starts, lengths)
             if held is not None and axis != TOKEN:
                 new.active = Active(held.data.index_select(axis, index), held.start, held.stop)
@@ -241,7 +254,8 @@ class Store:
     def map(self, change: Callable[[Tensor], Tensor]) -> Store:
         """A new store with every tensor of this one changed: moved to a device, pinned, copied."""
         with torch.inference_mode(False):
-            new = Store(self.shape, self.strides, self.dtype, self.bits, change(self.codes), change(self.scales))
+            codes, scales = change(self.codes), change(self.scales)
+            new = Store(self.shape, self.strides, self.dtype, self.bits, codes, scales, self.quantizer)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
         new.join(self._family)
@@ -250,14 +264,38 @@ class Store:
     def __reduce__(self) -> tuple[Any, ...]:
         held = self.active
         active = None if held is None else (held.data, held.start, held.stop)
-        return rebuild_store, (self.shape, self.strides, self.dtype, self.bits, self.codes, self.scales, active)
+        layout = self.shape, self.strides, self.dtype, self.bits
+        return rebuild_store, (*layout, self.codes, self.scales, active, self.quantizer)
 
     # ---- pieces ----
 
     def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
-        new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.codes.device)
+        device = self.codes.device
+        new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, device, self.quantizer)
         new.join(self._family)
         return new
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """A tensor `[b, h, n, D]` in the basis of the stored channels, or back from it."""
+        return _ops.rotate(x) if rotates(self.quantizer) else x
+
+    def _check_meaning(self, other: Store) -> None:
+        mine, theirs = ((s.bits, s.group_size, s.quantizer) for s in (self, other))
+        if mine != theirs:
+            raise PackedCacheError(
+                f"codes of a packed cache of (bits, group_size, quantizer) {theirs} cannot be copied into one of "
+                f"{mine}; write jkv_compile.materialize(source) instead"
+            )
+
+    def _constant(self, value: float) -> tuple[Tensor, Tensor]:
+        """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
+        value = self._storable(value)
+        codes, scales = torch.zeros_like(self.codes[:1, :1, :1]), torch.zeros_like(self.scales[:1, :1, :, :1])
+        if value and rotates(self.quantizer):
+            _ops.fill_rotated(codes, scales, 0, 1, self.bits, value)
+        else:
+            scales[..., 1] = value
+        return codes, scales
 
     def _box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Codes and scales of the given batch entries and heads, all tokens; views."""
@@ -307,12 +345,14 @@ def rebuild_store(
     codes: Tensor,
     scales: Tensor,
     active: tuple[Tensor, int, int] | None,
+    quantizer: str = "rtn",
 ) -> Store:
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
     batch, heads, tokens, head_dim = shape
     groups = scales.shape[2] if scales.dim() == 5 else 0
     fits = (
         bits in layout.SUPPORTED_BITS
+        and quantizer in QUANTIZERS
         and codes.dtype == torch.uint8
         and scales.dtype == torch.float16
         and tuple(codes.shape) == (batch, heads, tokens, layout.packed_width(head_dim, bits))
@@ -323,10 +363,11 @@ def rebuild_store(
     )
     if not fits:
         raise PackedCacheError(
-            f"a saved packed cache of shape {tuple(shape)} at {bits} bits does not fit its data: codes {codes.dtype} "
-            f"{list(codes.shape)}, scales {scales.dtype} {list(scales.shape)}"
+            f"a saved packed cache of shape {tuple(shape)} at {bits} bits, quantizer {quantizer!r}, "
+            f"does not fit its data: codes {codes.dtype} {list(codes.shape)}, "
+            f"scales {scales.dtype} {list(scales.shape)}"
         )
-    store = Store(shape, strides, dtype, bits, codes, scales)
+    store = Store(shape, strides, dtype, bits, codes, scales, quantizer)
     if active is not None:
         data, start, stop = active
         if tuple(data.shape) != (batch, heads, stop - start, head_dim) or not 0 <= start <= stop <= tokens:

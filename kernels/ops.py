@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, quantizers
 
 library = torch.library.Library("jkv", "DEF")
 _TAGS = (torch.Tag.flexible_layout,)  # kernels take any strides: Inductor need not copy inputs into a layout
@@ -51,6 +51,12 @@ library.define(
     "Tensor key_active, Tensor key_active_range, Tensor value_active, Tensor value_active_range, "
     "SymInt start, SymInt stop, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
     "int key_bits, int value_bits, str correction) -> Tensor",
+    tags=_TAGS,
+)
+
+library.define("rotate(Tensor x) -> Tensor", tags=_TAGS)
+library.define(
+    "fill_rotated(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, int bits, float value) -> ()",
     tags=_TAGS,
 )
 
@@ -304,6 +310,8 @@ for _name, _kernel, _fake in (
     ("fill", fill, lambda *_: None),
     ("dequantize_active", dequantize_active, _dequantize_active_fake),
     ("attention_active", attention_active, _attention_active_fake),
+    ("rotate", quantizers.rotate, torch.empty_like),
+    ("fill_rotated", quantizers.fill_rotated, lambda *_: None),
 ):
     for _key in ("CPU", "CUDA"):
         library.impl(_name, _without_autocast(_kernel), _key)

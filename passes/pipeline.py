@@ -133,7 +133,7 @@ def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Wr
 
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
-    return CachePlan((0, 1, 2, 3), store.bits, store.group_size)
+    return CachePlan((0, 1, 2, 3), store.bits, store.group_size, store.quantizer)
 
 
 def _choose(
@@ -163,7 +163,7 @@ def _choose(
                 pair, (attend.key_axes, attend.value_axes), (config.key_bits, config.value_bits)
             ):
                 config.check_head_dim(int(holder.shape[axes[3]]))
-                plans[holder] = CachePlan(axes, bits, config.group_size)
+                plans[holder] = CachePlan(axes, bits, config.group_size, config.quantizer)
     return plans
 
 

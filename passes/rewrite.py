@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..geometry import constant, same
+from ..kernels.quantizers import rotates
 from ..packed import PackedKV
 from .actions import Append, Attend, Fill, Holder, Move, Read, Tracking
 from .nodes import example, identity, is_in_place, offset
@@ -33,6 +34,7 @@ class CachePlan:
     axes: tuple[int, ...]
     bits: int
     group_size: int
+    quantizer: str
 
 
 @dataclass
@@ -184,6 +186,14 @@ class _Rewriter:
         axes = self.plans[holder].axes
         return tuple(axes.index(a) for a in range(4))
 
+    def _fill(self, write: Fill, plan: CachePlan, codes: Node, scales: Node) -> None:
+        number, value = self.symbols.node, float(write.value)
+        tokens = codes, scales, number(write.start), number(write.stop)
+        if value and rotates(plan.quantizer):
+            self._call(ops.fill_rotated.default, *tokens, plan.bits, value)
+        else:
+            self._call(ops.fill.default, *tokens, value)
+
     def _concatenate(self, parts: list[Node]) -> Node:
         return parts[0] if len(parts) == 1 else self._call(torch.cat, parts, 2)
 
@@ -201,12 +211,13 @@ class _Rewriter:
             roles = self._roles(write.holder)
             fresh = Fresh(write.value, write.axes, 0)
             value = self._canonical(fresh, write.stop - write.start, roles, example(write.value).dtype)
+            value = self._rotated(value, plan)
             self._call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
         elif isinstance(write, Move):
             args = number(write.source), number(write.destination), number(write.length)
             self._call(ops.move.default, codes, scales, *args)
         elif isinstance(write, Fill):
-            self._call(ops.fill.default, codes, scales, number(write.start), number(write.stop), float(write.value))
+            self._fill(write, plan, codes, scales)
         target = node.args[0]
         if node.users and isinstance(target, Node):  # in-place methods return what they write to
             node.replace_all_uses_with(target)
@@ -241,17 +252,31 @@ class _Rewriter:
         key_plan, value_plan = self.plans[attend.key_cache], self.plans[attend.value_cache]
         components = [*self._packed(attend.key_cache.node), *self._packed(attend.value_cache.node)]
         ranges = [number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
-        key = self._concatenate(keys) if keys else self._no_tokens(query, attend.key_cache)
-        value = self._concatenate(values) if values else self._no_tokens(query, attend.value_cache)
+        query = self._rotated(query, key_plan)
+        key = self._rotated(self._concatenate(keys), key_plan) if keys else self._no_tokens(query, attend.key_cache)
+        value = (
+            self._rotated(self._concatenate(values), value_plan)
+            if values
+            else self._no_tokens(query, attend.value_cache)
+        )
         mask = self._causal_mask(attend) if call.is_causal else call.mask
         settings = (mask, False, call.scale, key_plan.bits, value_plan.bits, self.correction)
         if len(cached) == 1 and not attend.key_cache.writes and not attend.value_cache.writes:
-            active = [
-                self._component(cache.node, kind)
-                for cache in (attend.key_cache, attend.value_cache) for kind in ("active", "active_range")
-            ]  # fmt: skip
-            return self._call(ops.attention_active.default, query, *components, *active, *ranges, key, value, *settings)
-        return self._call(ops.attention.default, query, *components, ranges, key, value, *settings)
+            active = [*self._active(attend.key_cache), *self._active(attend.value_cache)]
+            args = (*components, *active, *ranges, key, value, *settings)
+            result = self._call(ops.attention_active.default, query, *args)
+        else:
+            result = self._call(ops.attention.default, query, *components, ranges, key, value, *settings)
+        return self._rotated(result, value_plan)
+
+    def _rotated(self, value: Node, plan: CachePlan) -> Node:
+        """A tensor `[…, D]` in the basis that a cache is stored in, or back from it: a rotation that is its inverse."""
+        return self._call(ops.rotate.default, value) if rotates(plan.quantizer) else value
+
+    def _active(self, cache: Holder) -> tuple[Node, Node]:
+        """What a cache holds in full precision, in the basis that it is stored in, and its range."""
+        held = self._component(cache.node, "active")
+        return self._rotated(held, self.plans[cache]), self._component(cache.node, "active_range")
 
     def _no_tokens(self, query: Node, cache: Holder) -> Node:
         """Zero tokens of a cache's heads, where no key is in full precision."""
@@ -290,8 +315,9 @@ class _Rewriter:
             if holder.writes:
                 parts.append(self._call(ops.dequantize.default, codes, scales, *args))
             else:
-                active = [self._component(holder.node, kind) for kind in ("active", "active_range")]
+                active = self._active(holder)
                 parts.append(self._call(ops.dequantize_active.default, codes, scales, *active, *args))
+            parts[-1] = self._rotated(parts[-1], plan)
         node = self._concatenate(parts)
         order = [to_view[i] for i in range(len(to_view))]
         dropped = [r for r in range(4) if r not in order]

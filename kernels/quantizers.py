@@ -1,0 +1,67 @@
+"""What a token goes through before it is quantized, and after it is dequantized.
+
+`rtn` quantizes tokens as they are. `quarot` rotates each head's channels first (QuaRot, arXiv 2404.00456): a Hadamard
+matrix spreads a few large channels over all of them, so that the groups' ranges shrink, and the rounding errors become
+the independent noise that the Jensen correction (arXiv 2605.26266) assumes. A rotation leaves scores alone,
+(Hq)·(Hk) = q·k, so attention runs on rotated queries and keys; what it returns of rotated values is rotated back.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .layout import pack
+
+QUANTIZERS = ("rtn", "quarot")
+
+
+def rotates(quantizer: str) -> bool:
+    """Whether what is stored are rotated channels."""
+    return quantizer == "quarot"
+
+
+def rotate(x: Tensor) -> Tensor:
+    """`x` `[…, D]` times an orthonormal Hadamard matrix, along its last dimension; its own inverse.
+
+    D need not be a power of two: runs of as many channels as the largest power of two that divides it are rotated, each
+    by itself. Computed in float32; returns x's dtype, and memory laid out as `torch.empty_like` does.
+    """
+    head_dim = x.shape[-1]
+    matrix = _hadamard(_order(head_dim), x.device)
+    rotated = x.float().unflatten(-1, (-1, len(matrix))) @ matrix
+    return torch.empty_like(x).copy_(rotated.flatten(-2))
+
+
+def fill_rotated(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float) -> None:
+    """Set tokens `start … stop - 1` of a rotated cache so that, rotated back, all channels are `value`.
+
+    A constant token, rotated, is value · √order in the first channel of each block and zero elsewhere: the grid's two
+    ends, and the zero is exact.
+    """
+    if not 0 <= start <= stop <= codes.shape[2]:
+        raise RuntimeError(f"jkv::fill_rotated: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+    head_dim, levels = codes.shape[-1] * 8 // bits, 2**bits
+    order = _order(head_dim)
+    token = torch.zeros(head_dim, dtype=torch.uint8, device=codes.device)
+    token[::order] = levels - 1
+    codes[:, :, start:stop] = pack(token, bits)
+    step = (token.view(scales.shape[2], -1).amax(-1) > 0) * (value * order**0.5 * levels / (levels - 1))  # [G]
+    scales[:, :, :, start:stop] = torch.stack((step, -step), -1).unsqueeze(1).to(scales.dtype)
+
+
+def _order(head_dim: int) -> int:
+    """The largest power of two that divides head_dim."""
+    return head_dim & -head_dim
+
+
+@functools.cache
+def _hadamard(order: int, device: torch.device) -> Tensor:
+    """Sylvester's matrix of a power of two: ±1/√order, negative where row and column share an odd number of bits."""
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < order:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        return (matrix * order**-0.5).to(device)

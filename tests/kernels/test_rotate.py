@@ -1,0 +1,62 @@
+"""The rotation of the `quarot` quantizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jkv_compile.kernels import reference
+from jkv_compile.kernels.quantizers import rotate
+
+
+def test_four_channels_by_hand():
+    rotated = rotate(torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 2, 3, 4]]))
+    torch.testing.assert_close(
+        rotated, torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5], [5.0, -1.0, -2.0, 0.0]])
+    )
+
+
+@pytest.mark.parametrize("head_dim", [8, 48, 64, 96, 128])
+def test_rotation_keeps_scores_and_is_its_own_inverse(head_dim):
+    query, key = torch.randn(2, 3, 5, head_dim), torch.randn(2, 3, 7, head_dim)
+    scores = rotate(query) @ rotate(key).transpose(-1, -2)
+    torch.testing.assert_close(scores, query @ key.transpose(-1, -2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate(rotate(key)), key)
+    assert (rotate(key) - key).abs().max() > 1
+
+
+@pytest.mark.parametrize("head_dim, block", [(96, 32), (48, 16), (64, 64)])
+def test_rotation_mixes_blocks_of_the_largest_power_of_two_that_divides_head_dim(head_dim, block):
+    first_channel = torch.zeros(head_dim)
+    first_channel[0] = 1
+    torch.testing.assert_close(rotate(first_channel)[:block], torch.full((block,), block**-0.5))
+    assert (rotate(first_channel)[block:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_and_memory_layout_are_those_of_the_input(dtype):
+    x = torch.randn(2, 5, 3, 64).to(dtype).transpose(1, 2)
+    rotated = torch.ops.jkv.rotate(x)
+    assert rotated.dtype == dtype and rotated.stride() == x.stride()
+    error = (rotated.double() - rotate(x.double().float())).abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps * rotated.abs().max()
+
+
+def test_rotation_in_inference_mode_leaves_no_inference_tensor_behind():
+    with torch.inference_mode():
+        torch.ops.jkv.rotate(torch.randn(2, 512))
+    x = torch.randn(2, 512, requires_grad=True)
+    rotate(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_large_channel_costs_less_after_rotation():
+    """Why it is there: one channel ten times the others widens its group's step for all of them."""
+    torch.manual_seed(0)
+    key = torch.randn(1, 2, 64, 64)
+    key[..., 3] *= 10
+
+    def error(x, back=lambda t: t):
+        return (back(reference.dequantize(*reference.quantize(x, 2, 32), 2)) - key).square().mean().item()
+
+    assert error(rotate(key), rotate) < 0.75 * error(key)

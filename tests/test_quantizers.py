@@ -1,0 +1,140 @@
+"""Packed caches whose channels are rotated before they are quantized: they behave like any other, and never mix."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from jkv_compile import Config, PackedCacheError, PackedKV, materialize, quantization_step
+from jkv_compile.adopt import adopt
+from jkv_compile.kernels import reference
+from jkv_compile.kernels.quantizers import rotate
+from jkv_compile.store import rebuild_store
+
+from .caches import AXES, GROUP, assert_same_bits, packed_data
+
+
+def new_cache(
+    quantizer: str = "quarot", bits: int = 2, layout: str = "bshd", tokens: int = 12
+) -> tuple[Tensor, Tensor]:
+    plain = torch.randn(2, tokens, 3, 64) if layout == "bshd" else torch.randn(2, 3, tokens, 64)
+    cache = plain.clone()
+    adopt(cache, AXES[layout], bits, Config(bits=bits, group_size=GROUP, quantizer=quantizer))  # type: ignore[arg-type]
+    return cache, plain
+
+
+def quantized(plain: Tensor, bits: int = 2) -> Tensor:
+    """What a rotated cache of `[B, S, H, D]` reads as, written out."""
+    rotated = rotate(plain.transpose(1, 2))
+    return rotate(reference.dequantize(*reference.quantize(rotated, bits, GROUP), bits)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("layout", AXES)
+@pytest.mark.parametrize("bits, bound", [(2, 0.4), (4, 0.1), (8, 0.005)])
+def test_adopted_values_read_back_in_their_own_basis(layout, bits, bound):
+    cache, plain = new_cache(bits=bits, layout=layout)
+    assert (materialize(cache) - plain).norm() < bound * plain.norm()
+
+
+def test_reads_are_what_the_reference_computes():
+    cache, plain = new_cache()
+    torch.testing.assert_close(materialize(cache), quantized(plain))
+    torch.testing.assert_close(materialize(cache[:, 3:7, 1:2]), quantized(plain)[:, 3:7, 1:2])
+    torch.testing.assert_close(materialize(cache[..., 5:9]), quantized(plain)[..., 5:9])
+
+
+def test_what_was_written_last_reads_exactly_and_the_rest_is_rotated():
+    cache, plain = new_cache()
+    new = torch.randn(2, 4, 3, 64)
+    cache[:, 4:8] = new
+    assert torch.equal(materialize(cache[:, 4:8]), new)
+    cache[:, 8:9] = 0
+    torch.testing.assert_close(materialize(cache[:, :4]), quantized(plain)[:, :4])
+    cache[:, 9:10] = new[:, :1]
+    torch.testing.assert_close(materialize(cache[:, 4:8]), quantized(new))
+
+
+def test_steps_are_those_of_the_rotated_channels():
+    cache, plain = new_cache()
+    _, scales = reference.quantize(rotate(plain.transpose(1, 2)), 2, GROUP)
+    torch.testing.assert_close(quantization_step(cache), reference.quantization_step(scales, 2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 100.0])
+def test_fills_read_as_the_constant(value, bits):
+    """Zero exactly; others to the precision of float16, which holds the rotated token."""
+    cache, _ = new_cache(bits=bits)
+    cache[:, 2:5].fill_(value)
+    mask = torch.zeros(1, 12, 1, 1, dtype=torch.bool)
+    mask[:, 9] = True
+    cache.masked_fill_(mask, value)
+    for part in (cache[:, 2:5], cache[:, 9:10]):
+        read = materialize(part)
+        assert (read - value).abs().max() <= abs(value) * 2.0**-10
+        assert value or torch.equal(read, torch.zeros_like(read))
+
+
+def test_copies_moves_and_rolls_keep_every_bit():
+    cache, _ = new_cache()
+    before = packed_data(cache)
+    for same in (cache.clone(), copy.deepcopy(cache), cache[:, torch.arange(12)]):
+        assert same._store.quantizer == "quarot"
+        assert_same_bits(packed_data(same), before)
+    rolled = torch.cat((cache[:, 4:], cache[:, :4]), 1)
+    assert_same_bits(packed_data(rolled), (before[0].roll(-4, 2), before[1].roll(-4, 3)))
+    cache[:, 0:4] = cache[:, 8:12]
+    assert_same_bits(packed_data(cache[:, 0:4]), (before[0][:, :, 8:], before[1][:, :, :, 8:]))
+
+
+def test_plain_parts_of_a_concatenation_are_rotated_as_well():
+    cache, plain = new_cache()
+    new = torch.randn(2, 2, 3, 64)
+    joined = torch.cat((cache, new), 1)
+    assert torch.equal(materialize(joined)[:, 12:], new)
+    joined[:, 13:] = 0
+    torch.testing.assert_close(materialize(joined)[:, :12], quantized(plain))
+    torch.testing.assert_close(materialize(joined)[:, 12:13], quantized(new)[:, :1])
+
+
+def test_scattered_writes_are_rotated():
+    cache, plain = new_cache()
+    new = torch.randn(2, 2, 3, 64)
+    cache[:, torch.tensor([7, 2])] = new
+    torch.testing.assert_close(materialize(cache)[:, [7, 2]], quantized(new))
+    torch.testing.assert_close(materialize(cache)[:, 8:], quantized(plain)[:, 8:])
+
+
+def test_saved_caches_keep_their_quantizer():
+    cache, _ = new_cache()
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded, PackedKV) and loaded._store.quantizer == "quarot"
+    assert torch.equal(materialize(loaded), materialize(cache))
+
+
+def test_a_file_with_an_unknown_quantizer_is_refused():
+    store = new_cache()[0]._store  # type: ignore[attr-defined]
+    with pytest.raises(PackedCacheError, match="quantizer 'ternary'"):
+        rebuild_store(store.shape, store.strides, store.dtype, 2, store.codes, store.scales, None, "ternary")
+
+
+def test_caches_of_different_quantizers_never_exchange_codes():
+    rotated, _ = new_cache("quarot")
+    other, _ = new_cache("rtn")
+    read = materialize(other)
+    rotated[:, 0:4] = other[:, 0:4]  # dequantized, rotated, quantized again: its values, not its codes
+    assert torch.equal(materialize(rotated[:, 0:4]), read[:, 0:4])
+    rotated[:, 3:4] = 0
+    torch.testing.assert_close(materialize(rotated[:, 0:3]), quantized(read)[:, 0:3])
+    joined = torch.cat((rotated, other), 1)
+    assert not isinstance(joined, PackedKV)
+    torch.testing.assert_close(joined, torch.cat((materialize(rotated), read), 1))
+    with pytest.raises(PackedCacheError, match=r"\(2, 32, 'rtn'\) cannot be copied into one of \(2, 32, 'quarot'\)"):
+        rotated._store.move(other._store, (0, 0, 0, 0), (0, 0, 0, 0), (2, 3, 4, 64))  # type: ignore[attr-defined]
