@@ -1,7 +1,8 @@
 """Which CPU kernels run: the C++ ones of `cpu_cpp` where they can be built and compute the right thing, or `cpu_torch`.
 
 `JKV_CPU_KERNEL=cpp` insists on the former (an error if they cannot be had), `JKV_CPU_KERNEL=torch` on the latter. The
-choice is made at the first call and logged once.
+choice is made at the first call and logged once. From then on the operators of `ops` reach the C++ kernels without
+Python, and these functions only for what those do not take.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ def kernels() -> Kernels | None:
         return None
     try:
         loaded = load()
+        loaded.install()
     except BuildError as error:
         if choice == "cpp":
             raise
@@ -44,30 +47,30 @@ def kernels() -> Kernels | None:
     return loaded
 
 
+def _run(name: str, *arguments: Any) -> Any:
+    """By the C++ kernel, where it takes these arguments."""
+    cpp = kernels()
+    if cpp is not None:
+        try:
+            return getattr(cpp, name)(*arguments)
+        except NotImplementedError:
+            pass
+    return getattr(cpu_torch, name)(*arguments)
+
+
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
     """As `ops.append`."""
-    cpp = kernels()
-    if cpp is not None and cpp.supports_append(codes, scales, bits):
-        cpp.append(codes, scales, source, start, bits)
-    else:
-        cpu_torch.append(codes, scales, source, start, bits)
+    _run("append", codes, scales, source, start, bits)
 
 
 def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
     """As `ops.move`."""
-    cpp = kernels()
-    if cpp is not None and scales.shape[3] == codes.shape[2]:
-        cpp.move(codes, scales, source, destination, length)
-    else:
-        cpu_torch.move(codes, scales, source, destination, length)
+    _run("move", codes, scales, source, destination, length)
 
 
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
     """As `ops.dequantize`."""
-    cpp = kernels()
-    if cpp is not None and cpp.supports_cache(codes, scales, bits):
-        return cpp.dequantize(codes, scales, start, stop, bits, dtype)
-    return cpu_torch.dequantize(codes, scales, start, stop, bits, dtype)
+    return _run("dequantize", codes, scales, start, stop, bits, dtype)
 
 
 def attention(
@@ -96,7 +99,4 @@ def attention(
         query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
         value_bits, correction,
     )  # fmt: skip
-    cpp = kernels()
-    if cpp is not None and cpp.supports_attention(*arguments):
-        return cpp.attention(*arguments)
-    return cpu_torch.attention(*arguments)
+    return _run("attention", *arguments)

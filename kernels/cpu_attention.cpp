@@ -8,105 +8,24 @@
 // Plain loops and one library function, `at::native::cpublas::brgemm`, which is exported but not public API: cpu_cpp.py
 // checks the numbers when it loads this file. NaN and infinity propagate: never compile with -ffinite-math-only or -ffast-math.
 #include <ATen/native/CPUBlas.h>
-#include <omp.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <numeric>
-#include <vector>
+
+#include "cpu_kernels.h"
 
 namespace {
 
 namespace blas = at::native::cpublas;
-using std::max;
-using std::min;
-typedef int64_t i64;
-typedef int32_t i32;
-typedef uint32_t u32;
-typedef uint16_t u16;
-typedef uint8_t u8;
 
 constexpr int KEYS = 512;         // keys per block
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
 constexpr int ROWS = 64;          // query rows per matrix product
 constexpr int TILE = 768;         // query rows per task at most: queries and outputs stay in the second-level cache
 constexpr float LOG2E = 1.44269504f;
-constexpr float INF = __builtin_inff();
 
-enum Dtype : i64 { FLOAT32, FLOAT16, BFLOAT16, BOOL };
-
-struct Packed {  // a packed cache; strides in elements; one scale pair per dim / groups channels and `block` tokens
-  const u8* codes;
-  i64 codes_b, codes_h, codes_s;
-  const u16* scales;
-  i64 scales_b, scales_h, scales_g, scales_s, bits, groups, dim, block;
-};
-struct Plain {  // [B, H, L, D] in full precision, D contiguous
-  const char* data;
-  i64 b, h, s;
-};
-struct Args {
-  Plain query;
-  i64 dtype, batch, heads, length;
-  Packed keys, values;
-  Plain key, value;
-  i64 kv_heads, current;
-  const char* mask;
-  i64 mask_dtype, mask_b, mask_h, mask_l, mask_k;
-  i64 causal, correction;
-  char* output;  // [B, L, H, Dv]
-  float* lse;    // [B, H, L]
-  i64 exact, few, threads, n_ranges;  // few: up to how many rows share the integer path
-  i64 ranges[];
-};
-
-inline float as_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
-inline u32 as_bits(float f) { u32 u; memcpy(&u, &f, 4); return u; }
-
-inline float load(u16 h, std::integral_constant<i64, FLOAT16>) {
-  u32 u = as_bits(as_float((h & 0x7fffu) << 13) * 0x1p112f);
-  u = (h & 0x7c00) == 0x7c00 ? u | 0x7f800000u : u;
-  return as_float(u | (u32)(h & 0x8000) << 16);
-}
-inline float load(u16 h, std::integral_constant<i64, BFLOAT16>) { return as_float((u32)h << 16); }
-inline float load(float f, std::integral_constant<i64, FLOAT32>) { return f; }
-inline float half(u16 h) { return load(h, std::integral_constant<i64, FLOAT16>()); }
-
-// Round to nearest even, NaN kept.
-inline u16 to_bfloat16(float f) {
-  u32 u = as_bits(f);
-  return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-inline u16 to_half(float f) { return c10::Half(f).x; }
 // Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
 inline u32 pair(float low, float high) { return (as_bits(low) + 0x8000) >> 16 | ((as_bits(high) + 0x8000) & 0xffff0000u); }
-
-template <i64 DTYPE> struct Element { typedef u16 type; };
-template <> struct Element<FLOAT32> { typedef float type; };
-template <i64 DTYPE> float get(const char* data, i64 i) {
-  return load(((const typename Element<DTYPE>::type*)data)[i], std::integral_constant<i64, DTYPE>());
-}
-inline void put(char* data, i64 i, float f, i64 dtype) {
-  if (dtype == FLOAT32) ((float*)data)[i] = f;
-  else ((u16*)data)[i] = dtype == FLOAT16 ? to_half(f) : to_bfloat16(f);
-}
-template <class F> void by_dtype(i64 dtype, F f) {
-  if (dtype == FLOAT32) f(std::integral_constant<i64, FLOAT32>());
-  else if (dtype == FLOAT16) f(std::integral_constant<i64, FLOAT16>());
-  else f(std::integral_constant<i64, BFLOAT16>());
-}
-template <class F> void by_bits(i64 bits, F f) {
-  if (bits == 2) f(std::integral_constant<int, 2>());
-  else if (bits == 3) f(std::integral_constant<int, 3>());
-  else if (bits == 4) f(std::integral_constant<int, 4>());
-  else f(std::integral_constant<int, 8>());
-}
-inline i64 width_of(i64 dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2; }
 
 template <class T> struct Buffer {  // grows, is never cleared, lives as long as its thread
   T* data = nullptr;
@@ -124,26 +43,6 @@ template <class T> struct Buffer {  // grows, is never cleared, lives as long as
 };
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
-
-// 2^-bits-spaced float in [1, 2) with the code in byte i of x as its leading mantissa bits: 1 + c / 2^bits.
-template <int BITS> inline float one_plus(u32 x, int i) {
-  return as_float(((x >> 8 * i << (23 - BITS)) & (((1u << BITS) - 1) << (23 - BITS))) | 0x3f800000u);
-}
-
-// Codes of one token, unpacked to a byte per channel.
-template <int BITS> inline void unpack_row(const u8* __restrict x, i64 dim, u8* __restrict out) {
-  constexpr int P = BITS == 3 ? 2 : BITS, M = (1 << P) - 1;
-  const i64 n = dim * P / 8;
-  for (int i = 0; i < 8 / P; i++) {
-    #pragma omp simd
-    for (i64 b = 0; b < n; b++) out[i * n + b] = x[b] >> (i * P) & M;
-  }
-  if (BITS == 3)
-    for (int i = 0; i < 8; i++) {
-      #pragma omp simd
-      for (i64 b = 0; b < dim / 8; b++) out[i * (dim / 8) + b] |= (x[n + b] >> i & 1) << 2;
-    }
-}
 
 // [n][WIDTH] to [WIDTH][PITCH]. All columns at once and a constant width let the compiler do it with shuffles.
 template <int WIDTH> void transpose(const u8* x, int n, u32* __restrict out) {
@@ -357,7 +256,7 @@ float exponentiate(int groups, const float* s, const float* c, const float* x, f
   }
 }
 
-void apply_mask(const Args& a, const char* mask, float* s, float factor, int n) {
+void apply_mask(const AttentionCall& a, const char* mask, float* s, float factor, int n) {
   if (a.mask_dtype == BOOL) {
     if (a.mask_k == 1) {
       #pragma omp simd
@@ -378,16 +277,15 @@ void apply_mask(const Args& a, const char* mask, float* s, float factor, int n) 
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-struct Block {
-  bool current;
+struct Block {  // keys of a span
+  const Span* span;
   int n;
-  i64 start, column;
+  i64 start, column, row;
 };
 
 struct Plan {
   std::vector<Block> blocks;
   i64 repeat, rows, tile, tiles, splits, units;
-  float scale;
   bool few;
   float *partial_output, *partial_top, *partial_sum;  // [units][tile][Dv], [units][tile] twice, where keys are split
 };
@@ -400,22 +298,23 @@ struct Scratch {
   Buffer<u16> both;
 };
 
-template <class Op> void load_current(const Args& a, const Plan&, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
+template <class Op> void load_current(const AttentionCall& a, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
   const i64 dim = a.keys.dim, dv = a.values.dim, width = width_of(a.dtype), pitch = dv + 16;
   const int half_n = padded / 2;
   typename Op::word *keys = (typename Op::word*)s.keys.data, *values = (typename Op::word*)s.values.data;
-  const char* k = a.key.data + (b * a.key.b + h * a.key.h + block.start * a.key.s) * width;
-  const char* v = a.value.data + (b * a.value.b + h * a.value.h + block.start * a.value.s) * width;
+  const Plain &key = block.span->key, &value = block.span->value;
+  const char* k = key.data + (b * key.b + h * key.h + block.start * key.s) * width;
+  const char* v = value.data + (b * value.b + h * value.h + block.start * value.s) * width;
   by_dtype(a.dtype, [&](auto dtype) {
     for (int j0 = 0; j0 < block.n; j0 += 16)  // 16 keys at a time: whole cache lines of the destination
       for (i64 w = 0; w < dim / 4; w++)
         for (int j = j0; j < min(j0 + 16, block.n); j++) {
-          const i64 i = j * a.key.s + 4 * w;
+          const i64 i = j * key.s + 4 * w;
           Op::key4(keys + 4 / Op::STACK * w * PITCH, j, get<dtype>(k, i), get<dtype>(k, i + 1), get<dtype>(k, i + 2), get<dtype>(k, i + 3));
         }
     for (int j = 0; j < half_n; j++) {
       const bool in0 = j < block.n, in1 = j + half_n < block.n;
-      const i64 i0 = in0 ? j * a.value.s : 0, i1 = in1 ? (j + half_n) * a.value.s : 0;
+      const i64 i0 = in0 ? j * value.s : 0, i1 = in1 ? (j + half_n) * value.s : 0;
       #pragma omp simd
       for (i64 c = 0; c < dv; c++) {
         const float x = get<dtype>(v, i0 + c), y = get<dtype>(v, i1 + c);
@@ -425,19 +324,19 @@ template <class Op> void load_current(const Args& a, const Plan&, Scratch& s, i6
   });
 }
 
-void load_block_scales(const Args& a, const Plan& plan, Scratch& s, i64 b, i64 h, const Block& block) {
+void load_block_scales(const AttentionCall& a, Scratch& s, i64 b, i64 h, const Block& block) {
   const Packed &k = a.keys, &v = a.values;
-  load_scales(k, k.scales + b * k.scales_b + h * k.scales_h, block.start, block.n, plan.scale * LOG2E, s.key_step.data, s.key_zero.data,
+  load_scales(k, k.scales + b * k.scales_b + h * k.scales_h, block.start, block.n, a.scale * LOG2E, s.key_step.data, s.key_zero.data,
               s.key_square.data);
   load_scales(v, v.scales + b * v.scales_b + h * v.scales_h, block.start, block.n, 1.f, s.value_step.data, s.value_zero.data, nullptr);
 }
 
-template <class Op> void load_cached(const Args& a, const Plan& plan, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
+template <class Op> void load_cached(const AttentionCall& a, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
   const Packed &k = a.keys, &v = a.values;
   typename Op::word *keys = (typename Op::word*)s.keys.data, *values = (typename Op::word*)s.values.data;
   const u8* kc = k.codes + b * k.codes_b + h * k.codes_h + block.start * k.codes_s;
   const u8* vc = v.codes + b * v.codes_b + h * v.codes_h + block.start * v.codes_s;
-  load_block_scales(a, plan, s, b, h, block);
+  load_block_scales(a, s, b, h, block);
   by_bits(k.bits, [&](auto bits) {
     unpack_quads<bits>(kc, k.codes_s, k.dim, block.n, s.words.data, s.quads.data);
     expand_keys<Op, bits>(s.quads.data, k.dim, k.dim / k.groups, block.n, s.key_step.data, s.key_zero.data, keys);
@@ -499,7 +398,7 @@ struct FewScratch {
 };
 
 struct FewRows {
-  const Args& a;
+  const AttentionCall& a;
   const Plan& plan;
   FewScratch& s;
   const int rows;
@@ -627,7 +526,7 @@ struct FewRows {
   }
 };
 
-template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
+template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 unit) {
   static thread_local Scratch s;
   const i64 task = unit / plan.splits, split = unit % plan.splits;
   const i64 row0 = task % plan.tiles * plan.tile, head = task / plan.tiles % a.kv_heads, batch = task / plan.tiles / a.kv_heads;
@@ -648,7 +547,7 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
   float* norm = s.norm.get(padded_rows * max<i64>(groups, 1));
 
   const i64 levels = 1 << a.keys.bits;
-  const float jensen = plan.scale * plan.scale * LOG2E / 24 / (levels * levels);
+  const float jensen = a.scale * a.scale * LOG2E / 24 / (levels * levels);
   i64 last_query = 0;  // of this tile
   by_dtype(a.dtype, [&](auto dtype) {
     for (int r = 0; r < rows; r++) {
@@ -675,18 +574,20 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
   const i64 first = plan.blocks.size() * split / plan.splits, last = plan.blocks.size() * (split + 1) / plan.splits;
   for (i64 index = first; index < last; index++) {
     const Block& block = plan.blocks[index];
-    const i64 diagonal = a.current - a.length - block.start;  // key j of the block is visible to query i if j <= i + diagonal
-    if (block.current && a.causal && last_query + diagonal < 0) continue;
+    const bool current = !block.span->packed;
+    const i64 diagonal = a.current - a.length - block.row;  // key j of the block is visible to query i if j <= i + diagonal
+    if (current && a.causal && last_query + diagonal < 0) continue;
     const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
-    const bool integers = Op::STACK == 2 && plan.few && !block.current;
-    if (n < padded && !integers) memset(keys, 0, dim / Op::STACK * PITCH * sizeof(*keys));
-    if (block.current) load_current<Op>(a, plan, s, batch, head, block, padded);
-    else if (integers) load_block_scales(a, plan, s, batch, head, block);
-    else load_cached<Op>(a, plan, s, batch, head, block, padded);
+    const bool integers = Op::STACK == 2 && plan.few && !current;
+    if (n < padded && !integers)
+      for (i64 w = 0; w < dim / Op::STACK; w++) memset(keys + w * PITCH + n, 0, (padded - n) * sizeof(*keys));
+    if (current) load_current<Op>(a, s, batch, head, block, padded);
+    else if (integers) load_block_scales(a, s, batch, head, block);
+    else load_cached<Op>(a, s, batch, head, block, padded);
     if (n < padded)
       for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
 
-    const int biased = block.current || integers ? 0 : groups;
+    const int biased = current || integers ? 0 : groups;
     float lowest[4], highest[4];  // of step'² in the block
     for (int g = 0; g < min(biased, 4); g++) {
       const float* x = s.key_square.data + g * PITCH;
@@ -706,9 +607,9 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
       for (int r = 0; r < used; r++) {
         const int row = m0 + r;
         float* x = scores + r * PITCH;
-        float factor = block.current ? plan.scale * LOG2E : 1.f;
+        float factor = current ? a.scale * LOG2E : 1.f;
         std::fill(x + n, x + padded, -INF);
-        if (block.current && a.causal) {
+        if (current && a.causal) {
           const i64 visible = min<i64>(max<i64>((row0 + row) % a.length + diagonal + 1, 0), n);
           std::fill(x + visible, x + n, -INF);
         }
@@ -767,12 +668,12 @@ template <class Op> void attend(const Args& a, const Plan& plan, i64 unit) {
     by_dtype(a.dtype, [&](auto dtype) {
       for (i64 c = 0; c < dv; c++) put(a.output, at + c, output[r * dv + c] * inverse, dtype);
     });
-    a.lse[(batch * a.heads + h) * a.length + i] = (top[r] + log2f(sum[r])) / LOG2E;
+    if (a.lse) a.lse[(batch * a.heads + h) * a.length + i] = (top[r] + log2f(sum[r])) / LOG2E;
   }
 }
 
 // Joins the results of a task whose keys were split.
-void merge(const Args& a, const Plan& plan, i64 task) {
+void merge(const AttentionCall& a, const Plan& plan, i64 task) {
   const i64 dv = a.values.dim, row0 = task % plan.tiles * plan.tile;
   const i64 head = task / plan.tiles % a.kv_heads, batch = task / plan.tiles / a.kv_heads;
   std::vector<float> row(dv);
@@ -789,175 +690,20 @@ void merge(const Args& a, const Plan& plan, i64 task) {
     const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
     const i64 at = ((batch * a.length + i) * a.heads + h) * dv;
     for (i64 c = 0; c < dv; c++) put(a.output, at + c, row[c] / sum, a.dtype);
-    a.lse[(batch * a.heads + h) * a.length + i] = (top + log2f(sum)) / LOG2E;
+    if (a.lse) a.lse[(batch * a.heads + h) * a.length + i] = (top + log2f(sum)) / LOG2E;
   }
-}
-
-// ---- append, dequantize, move ---------------------------------------------------------------------------------------
-
-constexpr int BATCH = 4096;  // values quantized at a time
-
-struct Quantizer {
-  float values[BATCH], low[BATCH], high[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];
-  u32 magnitude[BATCH];
-  i32 wide_codes[BATCH];
-  u8 codes[BATCH];
-};
-
-template <int BITS> void pack_row(const u8* __restrict codes, i64 dim, u8* __restrict out) {
-  constexpr int P = BITS == 3 ? 2 : BITS;
-  const i64 n = dim * P / 8;
-  if (BITS == 8) {
-    memcpy(out, codes, n);
-    return;
-  }
-  #pragma omp simd
-  for (i64 b = 0; b < n; b++) {
-    u32 byte = codes[b] & ((1 << P) - 1);
-    for (int i = 1; i < 8 / P; i++) byte |= (codes[i * n + b] & ((1 << P) - 1)) << (i * P);
-    out[b] = byte;
-  }
-  if (BITS == 3)
-    for (i64 b = 0; b < dim / 8; b++) {
-      u32 byte = 0;
-      for (int i = 0; i < 8; i++) byte |= (u32)(codes[i * (dim / 8) + b] >> 2) << i;
-      out[n + b] = byte;
-    }
-}
-
-// Quantizes tokens as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
-// One step after the other for a batch of groups: each step is short, and would wait for the one before it.
-template <i64 DTYPE>
-void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed& cache, u8* out, u16* scales, Quantizer& q) {
-  const int levels = 1 << cache.bits;
-  const i64 dim = cache.dim, groups = cache.groups, size = dim / groups;
-  for (i64 t = 0; t < tokens; t++) {
-    float* values = q.values + t * dim;
-    #pragma omp simd
-    for (i64 c = 0; c < dim; c++) values[c] = get<DTYPE>(source, t * source_s + c);
-  }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float* x = q.values + g * size;
-    float low = INF, high = -INF;
-    u32 largest = 0;  // magnitude, as bits: NaN and infinity are the largest
-    #pragma omp simd reduction(min : low) reduction(max : high, largest)
-    for (i64 c = 0; c < size; c++) {
-      const u32 magnitude = as_bits(x[c]) & 0x7fffffff;
-      low = x[c] < low ? x[c] : low;
-      high = x[c] > high ? x[c] : high;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    q.low[g] = low, q.high[g] = high, q.magnitude[g] = largest;
-  }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float low = q.low[g], range = q.high[g] - low;
-    const bool finite = q.magnitude[g] < 0x7f800000 && std::isfinite(range);
-    const u16 step = finite ? to_half(min(range * (float)(levels / (levels - 1.)), 65504.f)) : 0x7e00;
-    const u16 zero = finite ? to_half(max(min(low - half(step), 65504.f), -65504.f)) : 0x7e00;
-    u16* p = scales + g % groups * cache.scales_g + g / groups * cache.scales_s;
-    p[0] = step, p[1] = zero;
-    q.delta[g] = half(step) / levels, q.origin[g] = half(zero) + half(step), q.inverse[g] = 1 / q.delta[g];
-  }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float *x = q.values + g * size, delta = q.delta[g], origin = q.origin[g], inverse = q.inverse[g];
-    i32* codes = q.wide_codes + g * size;
-    if (!(delta > 0)) {
-      std::fill(codes, codes + size, 0);
-      continue;
-    }
-    const float most = levels - 1;
-    float closest = 0;  // to a tie: there, and only there, a product with the inverse may round otherwise than the quotient
-    #pragma omp simd reduction(max : closest)
-    for (i64 c = 0; c < size; c++) {
-      const float v = (x[c] - origin) * inverse, r = std::nearbyintf(v), distance = std::fabs(v - r);
-      closest = distance > closest ? distance : closest;
-      const float at_least = r < 0.f ? 0.f : r;
-      codes[c] = (i32)(at_least > most ? most : at_least);
-    }
-    if (closest > .5f - 1e-6f * levels) {
-      #pragma omp simd
-      for (i64 c = 0; c < size; c++) {
-        const float r = std::nearbyintf((x[c] - origin) / delta), at_least = r < 0.f ? 0.f : r;
-        codes[c] = (i32)(at_least > most ? most : at_least);
-      }
-    }
-  }
-  #pragma omp simd
-  for (i64 i = 0; i < tokens * dim; i++) q.codes[i] = q.wide_codes[i];
-  by_bits(cache.bits, [&](auto bits) {
-    for (i64 t = 0; t < tokens; t++) pack_row<bits>(q.codes + t * dim, dim, out + t * cache.codes_s);
-  });
-}
-
-struct AppendArgs {
-  Packed cache;  // block == 1
-  Plain source;
-  i64 dtype, batch, heads, tokens, start, threads;
-};
-
-struct DequantizeArgs {
-  Packed cache;
-  char* output;  // [B, H, tokens, D]
-  i64 dtype, batch, heads, tokens, start, threads;
-};
-
-struct MoveArgs {
-  Packed cache;
-  i64 batch, heads, source, destination, tokens, threads;
-};
-
-template <int BITS> void dequantize_token(const Packed& c, const u8* codes, const u16* scales, i64 token, u8* row, float* values) {
-  unpack_row<BITS>(codes, c.dim, row);
-  const i64 size = c.dim / c.groups;
-  for (i64 g = 0; g < c.groups; g++) {
-    const u16* p = scales + g * c.scales_g + token / c.block * c.scales_s;
-    const float step = half(p[0]), zero = half(p[1]);
-    #pragma omp simd
-    for (i64 i = g * size; i < (g + 1) * size; i++) values[i] = zero + one_plus<BITS>(row[i], 0) * step;
-  }
-}
-
-// Runs f(0) … f(n - 1) on some threads; false if one of them threw.
-template <class F> bool parallel(i64 n, i64 threads, F f) {
-  std::atomic<bool> ok{true};
-  #pragma omp parallel num_threads(int(min(n, threads))) if (threads > 1 && n > 1)
-  {
-    try {
-      #pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < n; i++) {
-        try {
-          f(i);
-        } catch (...) {
-          ok = false;
-        }
-      }
-      blas::brgemm_release(true);
-    } catch (...) {
-      ok = false;
-    }
-  }
-  return ok;
 }
 
 }  // namespace
 
-extern "C" int jkv_attention(const Args* args, double scale) {
-  const Args& a = *args;
+bool run(const AttentionCall& a) {
   Plan plan;
-  plan.scale = scale;
   plan.repeat = a.heads / a.kv_heads;
   plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
   plan.few = plan.rows <= a.few && a.keys.bits < 8 && a.values.bits < 8 && !a.exact && a.keys.groups <= 8 && a.values.groups <= 8;
-  i64 column = 0;
-  for (i64 r = 0; r <= a.n_ranges; r++) {
-    const bool current = r == a.n_ranges;
-    const i64 start = current ? 0 : a.ranges[2 * r], stop = current ? a.current : a.ranges[2 * r + 1];
-    for (i64 j = start; j < stop; j += KEYS) {
-      const int n = min<i64>(KEYS, stop - j);
-      plan.blocks.push_back({current, n, j, column});
-      column += n;
-    }
-  }
+  for (const Span& span : a.spans)
+    for (i64 j = span.start; j < span.stop; j += KEYS)
+      plan.blocks.push_back({&span, (int)min<i64>(KEYS, span.stop - j), j, span.column + j - span.start, span.row + j - span.start});
   plan.tiles = (plan.rows + TILE - 1) / TILE;
   plan.tile = ((plan.rows + plan.tiles - 1) / plan.tiles + ROWS - 1) / ROWS * ROWS;
   plan.tiles = (plan.rows + plan.tile - 1) / plan.tile;
@@ -973,78 +719,8 @@ extern "C" int jkv_attention(const Args* args, double scale) {
     plan.partial_top = plan.partial_output + plan.units * plan.tile * a.values.dim;
     plan.partial_sum = plan.partial_top + plan.units * plan.tile;
   }
-  bool ok = parallel(plan.units, a.threads, [&](i64 unit) { a.exact ? attend<Float32>(a, plan, unit) : attend<Bfloat16>(a, plan, unit); });
-  if (ok && plan.splits > 1) ok = parallel(tasks, a.threads, [&](i64 task) { merge(a, plan, task); });
-  return ok ? 0 : 1;
-}
-
-// Tokens of all heads are handed out in chunks of about 64 KiB.
-static i64 chunk_of(i64 dim) { return max<i64>(1, 32768 / dim); }
-
-extern "C" int jkv_append(const AppendArgs* args) {
-  const AppendArgs& a = *args;
-  const Packed& cache = a.cache;
-  const i64 chunk = chunk_of(cache.dim), chunks = (a.tokens + chunk - 1) / chunk;
-  return !parallel(a.batch * a.heads * chunks, a.threads, [&](i64 task) {
-    const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
-    static thread_local Quantizer quantizer;
-    by_dtype(a.dtype, [&](auto dtype) {
-      const i64 batch = BATCH / cache.dim, stop = min(first + chunk, a.tokens);
-      for (i64 t = first; t < stop; t += batch)
-        quantize_tokens<dtype>(a.source.data + (b * a.source.b + h * a.source.h + t * a.source.s) * width_of(dtype), a.source.s, min(batch, stop - t),
-                               cache, (u8*)cache.codes + b * cache.codes_b + h * cache.codes_h + (a.start + t) * cache.codes_s,
-                               (u16*)cache.scales + b * cache.scales_b + h * cache.scales_h + (a.start + t) * cache.scales_s, quantizer);
-    });
-  });
-}
-
-extern "C" int jkv_dequantize(const DequantizeArgs* args) {
-  const DequantizeArgs& a = *args;
-  const Packed& cache = a.cache;
-  const i64 chunk = chunk_of(cache.dim), chunks = (a.tokens + chunk - 1) / chunk;
-  return !parallel(a.batch * a.heads * chunks, a.threads, [&](i64 task) {
-    const i64 b = task / chunks / a.heads, h = task / chunks % a.heads, first = task % chunks * chunk;
-    const u8* codes = cache.codes + b * cache.codes_b + h * cache.codes_h;
-    const u16* scales = cache.scales + b * cache.scales_b + h * cache.scales_h;
-    static thread_local Quantizer row;
-    for (i64 t = first; t < min(first + chunk, a.tokens); t++) {
-      by_bits(cache.bits, [&](auto bits) {
-        dequantize_token<bits>(cache, codes + (a.start + t) * cache.codes_s, scales, a.start + t, row.codes, row.values);
-      });
-      const i64 at = ((b * a.heads + h) * a.tokens + t) * cache.dim;
-      by_dtype(a.dtype, [&](auto dtype) {
-        #pragma omp simd
-        for (i64 c = 0; c < cache.dim; c++) put(a.output, at + c, row.values[c], dtype);
-      });
-    }
-  });
-}
-
-// Bit for bit, also where the ranges overlap.
-extern "C" int jkv_move(const MoveArgs* args) {
-  const MoveArgs& a = *args;
-  const Packed& c = a.cache;
-  return !parallel(a.batch * a.heads, a.threads, [&](i64 task) {
-    const i64 b = task / a.heads, h = task % a.heads, width = c.dim * c.bits / 8;
-    u8* codes = (u8*)c.codes + b * c.codes_b + h * c.codes_h;
-    if (c.codes_s == width) {
-      memmove(codes + a.destination * width, codes + a.source * width, a.tokens * width);
-    } else {
-      for (i64 t = 0; t < a.tokens; t++) {
-        const i64 i = a.destination < a.source ? t : a.tokens - 1 - t;
-        memmove(codes + (a.destination + i) * c.codes_s, codes + (a.source + i) * c.codes_s, width);
-      }
-    }
-    for (i64 g = 0; g < c.groups; g++) {
-      u16* scales = (u16*)c.scales + b * c.scales_b + h * c.scales_h + g * c.scales_g;
-      if (c.scales_s == 2) {
-        memmove(scales + 2 * a.destination, scales + 2 * a.source, a.tokens * 4);
-      } else {
-        for (i64 t = 0; t < a.tokens; t++) {
-          const i64 i = a.destination < a.source ? t : a.tokens - 1 - t;
-          memmove(scales + (a.destination + i) * c.scales_s, scales + (a.source + i) * c.scales_s, 4);
-        }
-      }
-    }
-  });
+  auto release = [] { blas::brgemm_release(true); };
+  bool ok = parallel(plan.units, a.threads, [&](i64 unit) { a.exact ? attend<Float32>(a, plan, unit) : attend<Bfloat16>(a, plan, unit); }, release);
+  if (ok && plan.splits > 1) ok = parallel(tasks, a.threads, [&](i64 task) { merge(a, plan, task); }, [] {});
+  return ok;
 }

@@ -1,6 +1,6 @@
-"""Builds, checks and calls the C++ kernels of `cpu_attention.cpp`.
+"""Builds, checks and installs the C++ kernels: `cpu_attention.cpp`, `cpu_store.cpp` and `cpu_operators.cpp`.
 
-The library is compiled once per source, flags, compiler, processor and torch version into a cache folder
+The library is compiled once per source, flags, processor and torch version into a cache folder
 (`JKV_CACHE_DIR`, else `$XDG_CACHE_HOME/jkv_compile`, else `~/.cache/jkv_compile`; a temporary folder where that is not
 writable). It is built under a temporary name and renamed, so processes that start together may all build it, and none
 sees half a file. `main` builds it ahead of time, when the package is installed.
@@ -19,26 +19,30 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import reference
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_attention.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = {  # and how hard to optimise: torch's headers are long, and calls are short
+    FOLDER / "cpu_attention.cpp": "-O3",
+    FOLDER / "cpu_store.cpp": "-O3",
+    FOLDER / "cpu_operators.cpp": "-O1",
+}
+HEADER = FOLDER / "cpu_kernels.h"
 FLAGS = (
-    "-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
+    "-std=c++20", "-march=native", "-fopenmp", "-fPIC",
     # Allowed to assume: nobody reads errno, traps, or the sign of zero. Not that NaN and infinity do not occur.
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
 )  # fmt: skip
 X86_FLAGS = ("-mprefer-vector-width=512",)
 
 FEW_ROWS = 16
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}  # as `enum Dtype`
 
 
 class BuildError(RuntimeError):
@@ -72,21 +76,34 @@ def cache_folder() -> Path:
 def library_path() -> Path:
     """Where the compiled library of this source, compiler, processor and torch belongs."""
     # The compiler is no part of the key: a machine without one may use what was built when there was one.
-    key = "\n".join((SOURCE.read_text(), *FLAGS, *X86_FLAGS, _processor(), torch.__version__))
-    return cache_folder() / f"cpu_attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    sources = (path.read_text() for path in (*SOURCES, HEADER))
+    key = "\n".join((*sources, *SOURCES.values(), *FLAGS, *X86_FLAGS, _processor(), torch.__version__))
+    return cache_folder() / f"cpu_kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def _compile(target: Path) -> None:
     root = Path(torch.__file__).parent
     flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    command = [
-        _compiler(), *flags, str(SOURCE), "-o", str(target), f"-I{root / 'include'}", f"-L{root / 'lib'}",
-        "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}",
-    ]  # fmt: skip
-    logger.info("compiling the CPU kernels: %s", " ".join(command))
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise BuildError(f"compiling {SOURCE.name} failed: {result.stderr.strip()[-2000:]}")
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in SOURCES]
+        _run_together(
+            [compiler, *flags, level, "-c", str(source), "-o", out, f"-I{root / 'include'}"]
+            for (source, level), out in zip(SOURCES.items(), objects)
+        )
+        libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}")
+        _run_together([[compiler, *flags, "-shared", *objects, "-o", str(target), *libraries]])
+
+
+def _run_together(commands: Iterable[list[str]]) -> None:
+    processes = []
+    for command in commands:
+        logger.info("compiling the CPU kernels: %s", " ".join(command))
+        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate()[1] for process in processes]
+    for process, error in zip(processes, errors):
+        if process.returncode:
+            raise BuildError(f"compiling the CPU kernels failed: {error.strip()[-2000:]}")
 
 
 def build() -> Path:
@@ -137,21 +154,51 @@ def load() -> Kernels:
 
 
 class Kernels:
-    """The loaded library.
+    """The loaded library: the operators of `ops`, for CPU tensors, in C++.
+
+    `append`, `append_kv`, `move`, `fill`, `dequantize`, `attention` and `attention_active` take the arguments of the
+    operators. They raise NotImplementedError where they do not take them, with which `jkv::` operators would go to
+    Python: the exact correction, steps per block of tokens in an append, dtypes and layouts that nothing produces.
+    `attention` also returns the log-sum-exp `[B, H, L]` in float32.
 
     Attributes:
         half_precision: whether bf16 products work here; if not, everything runs in float32.
         few_rows: up to how many query rows per key/value head take the path with integer products; 0 where those fail.
+
+    Raises:
+        BuildError: torch does not take the operators.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._attention, self._append, self._dequantize, self._move = (
-            getattr(library, f"jkv_{name}") for name in ("attention", "append", "dequantize", "move")
-        )
-        self._attention.argtypes = (ctypes.c_void_p, ctypes.c_double)
-        for function in (self._append, self._dequantize, self._move):
-            function.argtypes = (ctypes.c_void_p,)
-        self.few_rows, self.half_precision = FEW_ROWS, True
+        for function in (library.jkv_define, library.jkv_install):
+            function.restype = ctypes.c_char_p
+        library.jkv_configure.argtypes = (ctypes.c_int64, ctypes.c_bool)
+        self._library = library
+        self._check(library.jkv_define())
+        operators = torch.ops.jkv_cpp
+        self.append, self.append_kv = operators.append.default, operators.append_kv.default
+        self.move, self.fill = operators.move.default, operators.fill.default
+        self.dequantize = operators.dequantize.default
+        self.attention, self.attention_active = operators.attention.default, operators.attention_active.default
+        self.configure(FEW_ROWS, half_precision=True)
+
+    @staticmethod
+    def _check(error: bytes | None) -> None:
+        if error:
+            raise BuildError(f"torch does not take the C++ kernels: {error.decode()}")
+
+    def configure(self, few_rows: int, half_precision: bool) -> None:
+        """Set which products are used, by the whole process."""
+        self.few_rows, self.half_precision = few_rows, half_precision
+        self._library.jkv_configure(few_rows, half_precision)
+
+    def install(self) -> None:
+        """From now on the dispatcher calls these for CPU tensors, and they call Python for what they do not take.
+
+        Raises:
+            BuildError: it cannot be done.
+        """
+        self._check(self._library.jkv_install())
 
     def choose_products(self) -> None:
         """Find out by example which products work here, and keep to those.
@@ -159,12 +206,12 @@ class Kernels:
         Raises:
             BuildError: not even the float32 ones do.
         """
-        self.few_rows, self.half_precision = FEW_ROWS, True
+        self.configure(FEW_ROWS, half_precision=True)
         if not self.agrees_with_reference(torch.bfloat16):
-            self.few_rows = 0
-            self.half_precision = self.agrees_with_reference(torch.bfloat16)
+            self.configure(0, half_precision=True)
+            self.configure(0, half_precision=self.agrees_with_reference(torch.bfloat16))
         if not self.agrees_with_reference(torch.float32):
-            raise BuildError(f"{SOURCE.name}, as compiled, does not compute what the reference does on this machine")
+            raise BuildError("what was compiled does not compute what the reference does on this machine")
 
     def agrees_with_reference(self, dtype: torch.dtype) -> bool:
         """A numeric probe with every kind of product and both phases. Leaves torch's random state alone."""
@@ -187,135 +234,6 @@ class Kernels:
             if not (error < (1e-4 if dtype == torch.float32 else 2e-2) and torch.equal(mine, codes)):
                 return False
         return True
-
-    @staticmethod
-    def supports_cache(codes: Tensor, scales: Tensor, bits: int) -> bool:
-        """Planes must be whole 32-bit words, and the bytes of a token lie together."""
-        head_dim = codes.shape[3] * 8 // bits
-        words = head_dim % (32 if bits == 3 else 32 // bits) == 0 and head_dim <= 1024
-        return words and codes.stride(3) == 1 and scales.stride(4) == 1
-
-    @classmethod
-    def supports_append(cls, codes: Tensor, scales: Tensor, bits: int) -> bool:
-        """One pair of scales per token."""
-        return scales.shape[3] == codes.shape[2] and cls.supports_cache(codes, scales, bits)
-
-    @classmethod
-    def supports_attention(
-        cls,
-        query: Tensor,
-        key_codes: Tensor,
-        key_scales: Tensor,
-        value_codes: Tensor,
-        value_scales: Tensor,
-        ranges: list[int],
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        key_bits: int,
-        value_bits: int,
-        correction: str,
-    ) -> bool:
-        """Whether `attention` takes these arguments; there must be a query and a key."""
-        return (
-            correction in ("none", "taylor")
-            and scale > 0
-            and cls.supports_cache(key_codes, key_scales, key_bits)
-            and cls.supports_cache(value_codes, value_scales, value_bits)
-            and query.dtype == key.dtype == value.dtype
-            and query.dtype in DTYPES
-            and (mask is None or mask.dtype in DTYPES)
-            and query.numel() > 0
-            and (key.shape[2] > 0 or any(a < b for a, b in zip(ranges[::2], ranges[1::2])))
-        )
-
-    def attention(
-        self,
-        query: Tensor,
-        key_codes: Tensor,
-        key_scales: Tensor,
-        value_codes: Tensor,
-        value_scales: Tensor,
-        ranges: list[int],
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        key_bits: int,
-        value_bits: int,
-        correction: str,
-    ) -> tuple[Tensor, Tensor]:
-        """As `ops.attention` for "none" and "taylor"; also returns the log-sum-exp `[B, H, L]` in float32."""
-        batch, heads, length, head_dim = query.shape
-        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-        dtype = DTYPES[query.dtype]
-        output = query.new_empty((batch, length, heads, value.shape[3]))
-        lse = torch.empty((batch, heads, length), dtype=torch.float32)
-        mask_arguments: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
-        columns = key.shape[2] + sum(ranges[1::2]) - sum(ranges[::2])
-        if mask is not None:
-            mask = mask.expand(batch, heads, length, columns)
-            mask_arguments = (mask.data_ptr(), DTYPES[mask.dtype], *mask.stride())
-        arguments = (
-            query.data_ptr(), *query.stride()[:3], dtype, batch, heads, length,
-            *_packed(key_codes, key_scales, key_bits, head_dim),
-            *_packed(value_codes, value_scales, value_bits, value.shape[3]),
-            key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3], key.shape[1], key.shape[2],
-            *mask_arguments, causal, correction == "taylor", output.data_ptr(), lse.data_ptr(),
-            dtype == 0 or not self.half_precision, self.few_rows, _threads(query.numel() * columns // 64),
-            len(ranges) // 2, *ranges,
-        )  # fmt: skip
-        if self._attention((ctypes.c_int64 * len(arguments))(*arguments), scale):
-            raise RuntimeError("jkv: torch's brgemm failed in the CPU attention kernel; set JKV_CPU_KERNEL=torch")
-        return output.transpose(1, 2), lse
-
-    def append(self, codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
-        """As `ops.append`."""
-        batch, heads, tokens, head_dim = source.shape
-        source = source if source.stride(3) == 1 else source.contiguous()
-        _run(self._append, (
-            *_packed(codes, scales, bits, head_dim), source.data_ptr(), *source.stride()[:3], DTYPES[source.dtype],
-            batch, heads, tokens, start, _threads(source.numel()),
-        ))  # fmt: skip
-
-    def dequantize(self, codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
-        """As `ops.dequantize`."""
-        batch, heads, _, width = codes.shape
-        output = codes.new_empty((batch, heads, stop - start, width * 8 // bits), dtype=dtype)
-        _run(self._dequantize, (
-            *_packed(codes, scales, bits, width * 8 // bits), output.data_ptr(), DTYPES[dtype],
-            batch, heads, stop - start, start, _threads(output.numel()),
-        ))  # fmt: skip
-        return output
-
-    def move(self, codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
-        """As `ops.move`; one pair of scales per token."""
-        batch, heads, _, width = codes.shape
-        _run(self._move, (
-            *_packed(codes, scales, 8, width), batch, heads, source, destination, length,
-            _threads(batch * heads * length * width),
-        ))  # fmt: skip
-
-
-def _run(function: Callable[..., int], arguments: Sequence[int]) -> None:
-    if function((ctypes.c_int64 * len(arguments))(*arguments)):
-        raise RuntimeError("jkv: a CPU kernel failed; JKV_CPU_KERNEL=torch selects the pure-torch path")
-
-
-def _threads(elements: int) -> int:
-    """Waking a thread takes as long as a few thousand elements."""
-    return 1 if elements < 32768 else torch.get_num_threads()
-
-
-def _packed(codes: Tensor, scales: Tensor, bits: int, head_dim: int) -> tuple[int, ...]:
-    """The fields of `struct Packed`."""
-    return (
-        codes.data_ptr(), *codes.stride()[:3], scales.data_ptr(), *scales.stride()[:4], bits, scales.shape[2], head_dim,
-        codes.shape[2] // scales.shape[3],
-    )  # fmt: skip
 
 
 def main() -> None:

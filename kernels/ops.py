@@ -67,7 +67,9 @@ def _kernels(device: torch.device):
         from . import gpu
 
         return gpu
-    return cpu
+    if device.type == "cpu":
+        return cpu
+    raise NotImplementedError(f"jkv:: operators have no kernels for {device.type} tensors")
 
 
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
@@ -313,6 +315,6 @@ for _name, _kernel, _fake in (
     ("rotate", quantizers.rotate, torch.empty_like),
     ("fill_rotated", quantizers.fill_rotated, lambda *_: None),
 ):
-    for _key in ("CPU", "CUDA"):
-        library.impl(_name, _without_autocast(_kernel), _key)
+    # For every device; where there are kernels in C++ (`cpu_cpp`), they take precedence once they are installed.
+    library.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"jkv::{_name}", _fake, lib=library)

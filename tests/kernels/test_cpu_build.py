@@ -27,6 +27,7 @@ call = (x, codes, scales, codes, scales, [0, 70], x, x, None, False, 0.125, 2, 2
 expected, _ = reference.attention(*call)
 assert (torch.ops.jkv.attention(*call) - expected).norm() < 2e-2 * expected.norm()
 torch.ops.jkv.move(codes, scales, 3, 7, 20)
+assert torch._C._dispatch_has_kernel_for_dispatch_key("jkv::append", "CPU") == (cpu.kernels() is not None)
 print("result:", "torch" if cpu.kernels() is None else "cpp")
 """
 
@@ -157,5 +158,8 @@ def test_without_integer_products_few_rows_take_the_general_path(monkeypatch, bu
         cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: not self.few_rows and agrees(self, dtype)
     )
     kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
-    kernels.choose_products()
-    assert kernels.few_rows == 0 and kernels.half_precision
+    try:
+        kernels.choose_products()
+        assert kernels.few_rows == 0 and kernels.half_precision
+    finally:
+        kernels.configure(cpu_cpp.FEW_ROWS, half_precision=True)

@@ -1,0 +1,160 @@
+// What the CPU kernels' source files share: argument structures, number formats, threads.
+// Plain loops that the compiler vectorises. NaN and infinity propagate: never compile with -ffinite-math-only or -ffast-math.
+#pragma once
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+typedef int64_t i64;
+typedef int32_t i32;
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef uint8_t u8;
+
+enum Dtype : i64 { FLOAT32, FLOAT16, BFLOAT16, BOOL };
+
+// A packed cache (layout.py); strides in elements; one pair of scales per dim / groups channels and `block` tokens.
+struct Packed {
+  u8* codes;
+  i64 codes_b, codes_h, codes_s;
+  u16* scales;
+  i64 scales_b, scales_h, scales_g, scales_s, bits, groups, dim, block;
+};
+struct Plain {  // [B, H, L, D] in full precision, D contiguous
+  const char* data;
+  i64 b, h, s;
+};
+// Keys and values to attend: tokens of the packed cache or, where `packed` is false, rows of `key` and `value`.
+struct Span {
+  bool packed;
+  i64 start, stop;
+  i64 column;       // of the mask, of its first key
+  Plain key, value;
+  i64 row;          // its first key among all full-precision ones, for the causal mask
+};
+struct AttentionCall {
+  Plain query;
+  i64 dtype, batch, heads, length;
+  Packed keys, values;
+  i64 kv_heads;
+  std::vector<Span> spans;
+  i64 current;  // full-precision keys
+  const char* mask;
+  i64 mask_dtype, mask_b, mask_h, mask_l, mask_k;
+  bool causal, correction;
+  float scale;
+  char* output;  // [B, L, H, Dv]
+  float* lse;    // [B, H, L] log-sum-exp of the scores, or null
+  i64 threads;
+  bool exact;  // float32 products
+  i64 few;     // up to how many query rows per key/value head take integer products
+};
+struct AppendCall {
+  Packed cache;  // block == 1
+  Plain source;
+  i64 dtype, batch, heads, tokens, start, threads;
+};
+struct DequantizeCall {
+  Packed cache;
+  char* output;  // [B, H, tokens, D]
+  i64 dtype, batch, heads, tokens, start, threads;
+};
+struct MoveCall {
+  Packed cache;
+  i64 batch, heads, source, destination, tokens, threads;
+};
+struct FillCall {
+  Packed cache;  // block == 1
+  i64 batch, heads, start, stop;
+  u16 step, zero;
+};
+
+// False where a library function that they rely on failed.
+bool run(const AttentionCall&);
+bool run(const AppendCall&);
+bool run(const DequantizeCall&);
+bool run(const MoveCall&);
+bool run(const FillCall&);
+
+namespace {
+
+using std::max;
+using std::min;
+constexpr float INF = __builtin_inff();
+
+inline float as_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
+inline u32 as_bits(float f) { u32 u; memcpy(&u, &f, 4); return u; }
+
+inline float load(u16 h, std::integral_constant<i64, FLOAT16>) {
+  u32 u = as_bits(as_float((h & 0x7fffu) << 13) * 0x1p112f);
+  u = (h & 0x7c00) == 0x7c00 ? u | 0x7f800000u : u;
+  return as_float(u | (u32)(h & 0x8000) << 16);
+}
+inline float load(u16 h, std::integral_constant<i64, BFLOAT16>) { return as_float((u32)h << 16); }
+inline float load(float f, std::integral_constant<i64, FLOAT32>) { return f; }
+inline float half(u16 h) { return load(h, std::integral_constant<i64, FLOAT16>()); }
+
+// Round to nearest even, NaN kept.
+inline u16 to_bfloat16(float f) {
+  u32 u = as_bits(f);
+  return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+inline u16 to_half(float f) { return c10::Half(f).x; }
+
+template <i64 DTYPE> struct Element { typedef u16 type; };
+template <> struct Element<FLOAT32> { typedef float type; };
+template <i64 DTYPE> inline float get(const char* data, i64 i) {
+  return load(((const typename Element<DTYPE>::type*)data)[i], std::integral_constant<i64, DTYPE>());
+}
+inline void put(char* data, i64 i, float f, i64 dtype) {
+  if (dtype == FLOAT32) ((float*)data)[i] = f;
+  else ((u16*)data)[i] = dtype == FLOAT16 ? to_half(f) : to_bfloat16(f);
+}
+template <class F> inline void by_dtype(i64 dtype, F f) {
+  if (dtype == FLOAT32) f(std::integral_constant<i64, FLOAT32>());
+  else if (dtype == FLOAT16) f(std::integral_constant<i64, FLOAT16>());
+  else f(std::integral_constant<i64, BFLOAT16>());
+}
+template <class F> inline void by_bits(i64 bits, F f) {
+  if (bits == 2) f(std::integral_constant<int, 2>());
+  else if (bits == 3) f(std::integral_constant<int, 3>());
+  else if (bits == 4) f(std::integral_constant<int, 4>());
+  else f(std::integral_constant<int, 8>());
+}
+inline i64 width_of(i64 dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2; }
+
+// 2^-bits-spaced float in [1, 2) with the code in byte i of x as its leading mantissa bits: 1 + c / 2^bits.
+template <int BITS> inline float one_plus(u32 x, int i) {
+  return as_float(((x >> 8 * i << (23 - BITS)) & (((1u << BITS) - 1) << (23 - BITS))) | 0x3f800000u);
+}
+
+// Runs f(0) … f(n - 1) on some threads, and finish() on each of them; false if one of them threw.
+template <class F, class Finish> inline bool parallel(i64 n, i64 threads, F f, Finish finish) {
+  std::atomic<bool> ok{true};
+  #pragma omp parallel num_threads(int(max<i64>(min(n, threads), 1))) if (threads > 1 && n > 1)
+  {
+    try {
+      #pragma omp for schedule(dynamic, 1)
+      for (i64 i = 0; i < n; i++) {
+        try {
+          f(i);
+        } catch (...) {
+          ok = false;
+        }
+      }
+      finish();
+    } catch (...) {
+      ok = false;
+    }
+  }
+  return ok;
+}
+
+}  // namespace
