@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {
     **{f"jkv_compile/{p.name}": p for p in (ROOT / "jkv_compile").glob("*.py")},
     **{f"jkv_compile/passes/{p.name}": p for p in (ROOT / "passes").glob("*.py")},
-    **{f"jkv_compile/kernels/{p.name}": p for pattern in ("*.py", "*.cpp", "*.h") for p in (ROOT / "kernels").glob(pattern)},
+    **{
+        f"jkv_compile/kernels/{p.name}": p
+        for pattern in ("*.py", "*.cpp", "*.h")
+        for p in (ROOT / "kernels").glob(pattern)
+    },
 }
 
 
