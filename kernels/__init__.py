@@ -1,3 +1,5 @@
 """Operators on packed caches: `ops` defines them, `layout` says where bits lie, `reference` what is computed."""
 
-from . import ops as ops
+from . import ops as ops  # isort: skip  (defines the library that the others add to)
+from . import dense as dense
+from . import indexed as indexed

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..geometry import Window
 from .attention_forms import AttentionCall
-from .segments import Segment
+from .segments import Fresh, Segment
 
 
 @dataclass(eq=False)
@@ -25,7 +25,10 @@ class Holder:
     root_axes: tuple[int | None, ...] = ()  # of a copy: the root's axis for each of its own
     segments: list[Segment] = field(default_factory=list)
     writes: list[tuple[int, int, int]] = field(default_factory=list)  # (time, start, stop)
+    scattered: bool = False  # some of them are to places that only the data tells
+    repeats: int = 1  # of a copy: how often each head of the root stands in it
     packed: bool = False
+    roles: tuple[int, ...] = ()  # of a cache: its axis for (batch, head, token, channel), as far as its shape tells
     blockers: list[str] = field(default_factory=list)
 
     @property
@@ -39,6 +42,18 @@ class Append:
     holder: Holder
     start: int
     stop: int
+    value: Node
+    axes: tuple[int | None, ...]
+    first: int = 0  # the value's first token that is written
+
+
+@dataclass
+class Scatter:
+    """Tokens are written at places that a tensor holds."""
+
+    node: Node
+    holder: Holder
+    positions: Node
     value: Node
     axes: tuple[int | None, ...]
 
@@ -71,6 +86,27 @@ class Attend:
     key_axes: tuple[int, ...]  # the cache's axis for each of the dimensions (batch, head, token, channel)
     value_axes: tuple[int, ...]
 
+    @property
+    def gathers(self) -> bool:
+        """Whether keys of this graph are attended together with cached ones."""
+        return any(isinstance(s.content, Fresh) for s in self.key)
+
+
+@dataclass
+class Dense:
+    """Attention that the packed kernels cannot do: its keys and values are dequantized, and what the model does to them
+    between cache and attention runs as it is."""
+
+    call: AttentionCall
+    key_caches: list[Holder]
+    value_caches: list[Holder]
+    gathers: bool  # keys of this graph are attended together with cached ones
+    reason: str
+
+    @property
+    def caches(self) -> list[Holder]:
+        return [*self.key_caches, *(c for c in self.value_caches if c not in self.key_caches)]
+
 
 @dataclass
 class Read:
@@ -98,7 +134,8 @@ class Tracking:
 
     caches: list[Holder]
     copies: list[Holder]
-    writes: list[Append | Move | Fill]
+    writes: list[Append | Scatter | Move | Fill]
     attends: list[Attend]
+    dense: list[Dense]
     reads: list[Read]
     rejections: list[Rejection]

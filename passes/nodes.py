@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,8 +87,22 @@ def is_in_place(node: Node) -> bool:
     return bool(node.args) and name.endswith("_") and not name.endswith("__")
 
 
-def as_write(node: Node) -> tuple[Tensor, Node, Any] | None:
-    """(the view that is written, the node it belongs to, the value: a node or a number), where a node is a write."""
+@dataclass(frozen=True)
+class Write:
+    """A node that changes part of a tensor: `target` is a view of the part that `value` (a node or a number) goes to.
+
+    Where `positions` is a node, the places along dimension `dim` of `target` are those that a tensor holds.
+    """
+
+    target: Tensor
+    base: Node
+    value: Any
+    positions: Node | None = None
+    dim: int = 0
+
+
+def as_write(node: Node) -> Write | None:
+    """What a node writes, where it is a write."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     base = node.args[0]
@@ -95,17 +110,67 @@ def as_write(node: Node) -> tuple[Tensor, Node, Any] | None:
     if not isinstance(base, Node) or not isinstance(target, Tensor):
         return None
     if node.target is operator.setitem:
-        index = torch.fx.node.map_arg(node.args[1], example)
-        if any(isinstance(i, Tensor) for i in (index if isinstance(index, tuple) else (index,))):
-            return None
-        return _indexed(target, index), base, node.args[2]
+        return _item_write(node, base, target)
     name = name_of(node)
     if name == "copy_":
-        return target, base, node.args[1]
+        return Write(target, base, node.args[1])
     if name == "zero_":
-        return target, base, 0.0
+        return Write(target, base, 0.0)
     if name == "fill_" and not isinstance(node.args[1], Node):
-        return target, base, node.args[1]
+        return Write(target, base, node.args[1])
+    if name == "index_copy_" and len(node.args) == 4 and isinstance(node.args[2], Node):
+        dim, positions, value = node.args[1:]
+        return Write(target, base, value, positions, dim % target.dim())  # type: ignore[operator, arg-type]
+    return None
+
+
+def _item_write(node: Node, base: Node, target: Tensor) -> Write | None:
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    tensors = [i for i, part in enumerate(index) if isinstance(example(part), Tensor)]
+    if not tensors:
+        return Write(_indexed(target, torch.fx.node.map_arg(node.args[1], example)), base, node.args[2])
+    (dim, *others), rest = tensors, [part for part in index if part != slice(None)]
+    positions = index[dim]
+    if others or len(rest) != 1 or example(positions).dim() != 1 or example(positions).dtype == torch.bool:
+        return None
+    place = _literal(positions)
+    if place is not None:  # a tensor written out in the model's source: the place is known
+        start = place if place >= 0 else target.shape[dim] + place
+        shown = (*[slice(None)] * dim, slice(start, start + 1))
+        return Write(_indexed(target, shown), base, node.args[2])
+    return Write(target, base, node.args[2], positions, dim)
+
+
+def _literal(node: Node) -> int | None:
+    """The number that `torch.tensor([number])` holds."""
+    values = node.args[0] if node.target is torch.tensor and node.args else None
+    single = isinstance(values, (list, tuple)) and len(values) == 1 and isinstance(values[0], int)
+    return values[0] if single else None  # type: ignore[index, return-value]
+
+
+def repeated(node: Node) -> tuple[Tensor, Node, int, int] | None:
+    """(view without repetition, the node it belongs to, dimension, how often), where each index of one is repeated.
+
+    `repeat_interleave`, or `expand` on a dimension put in for it and `reshape` (as grouped queries are often spelled).
+    """
+    value, source = example(node), node.args[0] if node.args else None
+    shown = example(source)
+    if not isinstance(value, Tensor) or not isinstance(source, Node) or not isinstance(shown, Tensor):
+        return None
+    if name_of(node) == "repeat_interleave":
+        arguments = {**dict(zip(("repeats", "dim"), node.args[1:])), **node.kwargs}
+        times, dim = arguments.get("repeats"), arguments.get("dim")
+        return (shown, source, dim % shown.dim(), times) if isinstance(times, int) and isinstance(dim, int) else None
+    if name_of(node) not in ("reshape", "flatten"):
+        return None
+    if value.dim() != shown.dim() - 1 or value.requires_grad:
+        return None
+    for dim in range(1, shown.dim()):
+        times = shown.shape[dim]
+        kept = [*shown.shape[:dim], *shown.shape[dim + 1 :]]
+        merged = [n * times if i == dim - 1 else n for i, n in enumerate(kept)]
+        if shown.stride(dim) == 0 and isinstance(times, int) and all(same(a, b) for a, b in zip(merged, value.shape)):
+            return _indexed(shown, (*[slice(None)] * dim, 0)), source, dim - 1, times
     return None
 
 

@@ -15,12 +15,14 @@ from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
 from ..report import GraphReport, Match, Rejected
-from .actions import Append, Attend, Holder, Tracking
+from .actions import Append, Attend, Dense, Holder, Tracking
 from .attention_forms import as_attention
+from .canonicalise import canonicalise
 from .nodes import example
+from .pieces import CachePlan
 from .printing import graph_text
-from .rewrite import CachePlan, Rewritten, copy_graph, rewrite
-from .segments import Cached, Fresh
+from .rewrite import Rewritten, copy_graph, rewrite
+from .segments import Cached
 from .tracking import Tracker
 
 
@@ -78,15 +80,17 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         ConfigurationError: groups do not tile the head_dim of a cache that would be packed.
     """
     copied, _ = copy_graph(gm)
+    left = canonicalise(copied.graph)
     placeholders = list(copied.graph.find_nodes(op="placeholder"))
     position = {p: i for i, p in enumerate(placeholders)}
     owners = _owners(placeholders, example_inputs, written)
     tracking = Tracker(copied.graph, {placeholders[i]: owner for i, owner in owners.items()}).run()
-    attentions = sum(as_attention(n) is not None for n in copied.graph.nodes)
-    report = GraphReport(len(copied.graph.nodes), "untouched", before=graph_text(copied.graph))
+    attentions = len(left) + sum(as_attention(n) is not None for n in copied.graph.nodes)
+    report = GraphReport(len(gm.graph.nodes), "untouched", before=graph_text(gm.graph))
     report.rejections = [
         Rejected(source_line(r.node), r.reason) for r in tracking.rejections if any(_looks_cached(c) for c in r.caches)
     ]
+    report.rejections += [Rejected(source_line(attention.node), attention.reason) for attention in left]
 
     packed = [h for h in tracking.caches if h.packed]
     blocked = [h for h in packed if h.blockers]
@@ -112,8 +116,13 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         return plan
     report.outcome = outcome
     report.caches = [h.node.name for h in plans]
-    report.matches = [_match(a) for a in tracking.attends if a.key_cache in plans and a.value_cache in plans]
     rewritten = rewrite(copied, tracking, plans, config.correction)
+    report.matches = [_match(a) for a in tracking.attends if a.key_cache in plans and a.value_cache in plans]
+    report.matches += [
+        _match_dense(d, rewritten.uncorrected[d.call.node])
+        for d in tracking.dense
+        if d.call.node in rewritten.uncorrected
+    ]
     report.after = graph_text(rewritten.graph.graph)
     plan = Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
     plan.first_tokens = {position[h.node]: example(h.node).first_token.shape[0] for h in packed}
@@ -138,7 +147,7 @@ def _packed_plan(holder: Holder) -> CachePlan:
 
 def _choose(
     tracking: Tracking,
-    is_cache: Callable[[Attend, Holder, bool], bool],
+    is_cache: Callable[[Attend | Dense, Holder, bool], bool],
     position: dict[Node, int],
     example_inputs: Sequence[Any],
     owners: dict[int, Tensor],
@@ -147,40 +156,45 @@ def _choose(
 ) -> dict[Holder, CachePlan]:
     """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for."""
     plans: dict[Holder, CachePlan] = {}
-    for attend in tracking.attends:
-        pair = (attend.key_cache, attend.value_cache)
-        if not all(is_cache(attend, h, position[h.node] in owners) for h in pair):
+    for action in [*tracking.attends, *tracking.dense]:
+        if isinstance(action, Attend):
+            keys, values = [(action.key_cache, action.key_axes)], [(action.value_cache, action.value_axes)]
+        else:
+            keys, values = ([(h, h.roles) for h in caches] for caches in (action.key_caches, action.value_caches))
+        caches = [*keys, *values]
+        if not all(is_cache(action, h, position[h.node] in owners) for h, _ in caches):
             continue
-        for holder in pair:
+        for holder, _ in caches:
             value = example_inputs[position[holder.node]]
             owner = owners.get(position[holder.node], value)
             reason = next(iter(holder.blockers), None) or obstacle(owner, views=int(owner is not value))
             if reason is not None:
-                report.rejections.append(Rejected(source_line(attend.call.node), f"{holder.node.name}: {reason}"))
+                report.rejections.append(Rejected(source_line(action.call.node), f"{holder.node.name}: {reason}"))
                 break
         else:
-            for holder, axes, bits in zip(
-                pair, (attend.key_axes, attend.value_axes), (config.key_bits, config.value_bits)
-            ):
-                config.check_head_dim(int(holder.shape[axes[3]]))
-                plans[holder] = CachePlan(axes, bits, config.group_size, config.quantizer)
+            for pairs, bits in ((keys, config.key_bits), (values, config.value_bits)):
+                for holder, axes in pairs:
+                    config.check_head_dim(int(holder.shape[axes[3]]))
+                    plans.setdefault(holder, CachePlan(axes, bits, config.group_size, config.quantizer))
     return plans
 
 
-def _gathers(attend: Attend, holder: Holder, written_elsewhere: bool) -> bool:
+def _gathers(action: Attend | Dense, holder: Holder, written_elsewhere: bool) -> bool:
     """A cache gathers tokens: it is written slice by slice, never as a whole (as what a context gives once)."""
     return written_elsewhere or _looks_cached(holder)
 
 
-def _may_persist(attend: Attend, holder: Holder, written_elsewhere: bool) -> bool:
+def _may_persist(action: Attend | Dense, holder: Holder, written_elsewhere: bool) -> bool:
     """Attended together with tokens of this graph: the past, if it is still there in a later call."""
-    return any(isinstance(s.content, Fresh) for s in attend.key)
+    return action.gathers
 
 
 def _looks_cached(holder: Holder) -> bool:
     if holder.packed:
         return True
-    return any(not same(stop - start, holder.shape[holder.token_axis]) for _, start, stop in holder.writes)
+    return holder.scattered or any(
+        not same(stop - start, holder.shape[holder.token_axis]) for _, start, stop in holder.writes
+    )
 
 
 def _symbol_arguments(placeholders: list[Node]) -> dict[Any, int]:
@@ -213,6 +227,12 @@ def _match(attend: Attend) -> Match:
         ", ".join(f"[{s.content.first}, {s.content.first + s.length})" for s in cached) or "none yet",
         " + ".join(str(s.length) for s in current) or "0",
     )
+
+
+def _match_dense(dense: Dense, uncorrected: str) -> Match:
+    lowering = f"dequantized, not corrected: {uncorrected}" if uncorrected else f"reconstructed: {dense.reason}"
+    current = "some" if dense.gathers else "0"
+    return Match(source_line(dense.call.node), lowering, ", ".join(h.node.name for h in dense.caches), current)
 
 
 def source_line(node: Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.fx import Node
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
 from .attention_forms import as_attention
-from .nodes import as_write, copied, example, identity
+from .nodes import as_write, copied, example, identity, name_of
+
+_ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "addcmul", "lerp", "where", "mul_", "add_", "sub_"}
 
 
 class Roles:
@@ -24,15 +27,18 @@ class Roles:
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.first: dict[int, Node] = {}  # storage -> the node that first holds it
         self.axes: dict[Node, int] = {}  # by input
+        self.followed: set[Node] = set()
         written: dict[Node, set[int]] = {}
         for node in graph.nodes:
             if isinstance(value := example(node), Tensor):
                 self.first.setdefault(identity(value), node)
             write = as_write(node)
-            if write is not None and (base := self.first.get(identity(write[0]))) is not None:
-                window = self._locate(write[0], base)
+            if write is not None and (base := self.first.get(identity(write.target))) is not None:
+                window = self._locate(write.target, base)
                 shape = example(base).shape
                 partial = {a for a in range(len(shape)) if window is not None and not window.covers(shape, a)}
+                if window is not None and write.positions is not None and window.axes[write.dim] is not None:
+                    partial = {window.axes[write.dim]}  # type: ignore[arg-type]
                 written.setdefault(base, set()).update(partial)
         for node in graph.nodes:
             if (call := as_attention(node)) is not None:
@@ -48,15 +54,53 @@ class Roles:
             return
         base = self.first[identity(value)]
         window = self._locate(value, base)
-        if window is None or (axis := window.axes[dim]) is None:
+        if window is None:  # a view that is no box: go on where it was made
+            if isinstance(node, Node) and node is not base:
+                self._follow_arguments(node, dim)
+            return
+        if (axis := window.axes[dim]) is None:
             return
         if base.op == "placeholder":
             shape = example(base).shape
             left = [a for a in range(len(shape)) if not window.covers(shape, a)]
             self.axes.setdefault(base, left[0] if same(value.shape[dim], 1) and len(left) == 1 else axis)
-        else:
-            for part in copied(base):
+        elif parts := copied(base):
+            for part in parts:
                 self._follow(part, axis)
+        else:
+            self._follow_arguments(base, axis)
+
+    def _follow_arguments(self, node: Node, dim: int) -> None:
+        """Through an operation that is not known: its arguments' dimensions are told by their sizes.
+
+        The dimension's own size and those after it, or before it, must be the result's (rotary embeddings change what
+        comes after tokens, repeated heads or batches what comes before).
+        """
+        if node in self.followed:
+            return
+        self.followed.add(node)
+        result = example(node)
+        shape = result.shape
+        for argument in node.all_input_nodes:
+            value = example(argument)
+            if not isinstance(value, Tensor):
+                continue
+            if identity(value) == identity(result):  # a view: a dimension keeps its step
+                step = result.stride(dim)
+                kept = [d for d, n in enumerate(value.shape) if same(n, shape[dim]) and same(value.stride(d), step)]
+                if len(kept) == 1:
+                    self._follow(argument, kept[0])
+                continue
+            if name_of(node) in _ARITHMETIC:  # what is broadcast (tables of angles, scales) is no cache
+                if _alike(value.shape, shape):
+                    self._follow(argument, dim)
+                continue
+            own = dim + value.dim() - len(shape)
+            after = own >= 0 and _alike(value.shape[own:], shape[dim:])
+            before = value.dim() > dim and _alike(value.shape[: dim + 1], shape[: dim + 1])
+            within = value.dim() == len(shape) and same(value.shape[dim], shape[dim])
+            if after or before or within:
+                self._follow(argument, own if after else dim)
 
     def _locate(self, value: Tensor, base: Node) -> Window | None:
         whole = example(base)
@@ -65,3 +109,7 @@ class Roles:
         return locate(
             value.size(), value.stride(), value.storage_offset() - whole.storage_offset(), whole.shape, whole.stride()
         )
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))

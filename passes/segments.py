@@ -40,10 +40,27 @@ class Fresh:
 
 
 @dataclass(frozen=True)
+class Scattered:
+    """Tokens of a cache, beginning at `first`, of which those at `positions` (known to the data only) are `value`'s."""
+
+    cache: Node
+    first: int
+    time: int
+    positions: Node
+    value: Fresh
+
+    def skip(self, n: int) -> Scattered:
+        return replace(self, first=self.first + n)
+
+
+Content = Cached | Fresh | Scattered
+
+
+@dataclass(frozen=True)
 class Segment:
     start: int
     stop: int
-    content: Cached | Fresh
+    content: Content
 
     @property
     def length(self) -> int:
@@ -63,7 +80,7 @@ def cut(segments: list[Segment], start: int, stop: int) -> list[Segment]:
     return result
 
 
-def overwrite(segments: list[Segment], start: int, stop: int, content: Cached | Fresh) -> list[Segment]:
+def overwrite(segments: list[Segment], start: int, stop: int, content: Content) -> list[Segment]:
     """`start … stop` replaced by `content`."""
     result, placed = [], False
     for s in segments:

@@ -11,7 +11,7 @@ all others are `Cached`, however the model spells it (slice write and slice read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,18 +21,43 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
-from .actions import Append, Attend, Fill, Holder, Move, Read, Rejection, Tracking
+from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Scatter, Tracking
 from .attention_forms import AttentionCall, as_attention
-from .nodes import CONCATENATIONS, as_write, copied, example, identity, is_dense, mutates, name_of, offset
+from .nodes import (
+    CONCATENATIONS,
+    Write,
+    as_write,
+    copied,
+    example,
+    identity,
+    is_dense,
+    mutates,
+    name_of,
+    offset,
+    repeated,
+)
 from .roles import Roles
-from .segments import Cached, Fresh, Segment, UnknownPosition, cut, equal, overlap, overwrite, shift
+from .segments import (
+    Cached,
+    Content,
+    Fresh,
+    Scattered,
+    Segment,
+    UnknownPosition,
+    at_most,
+    cut,
+    equal,
+    overlap,
+    overwrite,
+    shift,
+)
 
 
 class Unsupported(Exception):
     """Something about a cache that cannot be followed; the message says what and why."""
 
 
-_CANNOT_FOLLOW = (Unsupported, UnknownPosition, GuardOnDataDependentSymNode)
+CANNOT_FOLLOW = (Unsupported, UnknownPosition, GuardOnDataDependentSymNode)
 
 
 def _reason(error: Exception) -> str:
@@ -48,7 +73,9 @@ class Tracker:
         self.graph = graph
         self.time = 0
         self.holders: dict[int, Holder] = {}
-        self.result = Tracking([], [], [], [], [], [])
+        self.plain: dict[Node, list[Holder]] = {}  # views of a holder that are no boxes of it: ordinary tensors
+        self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
+        self.result = Tracking([], [], [], [], [], [], [])
         self.roles = Roles(graph)
         for node in graph.find_nodes(op="placeholder"):
             self._add_cache(node, (owners or {}).get(node))
@@ -60,10 +87,9 @@ class Tracker:
                 continue
             try:
                 self._visit(node)
-            except _CANNOT_FOLLOW as error:
-                reason = _reason(error)
-                for holder in self._held_arguments(node):
-                    holder.cache.blockers.append(reason)
+            except CANNOT_FOLLOW as error:
+                for holder in {id(h): h for a in node.all_input_nodes for h in self._sources(a)}.values():
+                    holder.blockers.append(_reason(error))
         return self.result
 
     # ---- holders ----
@@ -74,7 +100,7 @@ class Tracker:
             return
         if isinstance(value, PackedKV):
             store = value._store
-            holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True)
+            holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True, roles=(0, 1, 2, 3))
         else:
             shaped = value if owner is None else owner
             if shaped.dim() != 4 or (owner is None and not is_dense(value)):
@@ -83,41 +109,55 @@ class Tracker:
             if token_axis is not None and owner is not None:
                 window = locate(value.size(), value.stride(), offset(value), owner.shape, owner.stride())
                 token_axis = None if window is None else window.axes[token_axis]
-            if token_axis is None:
+            if token_axis is None or token_axis == 3:
                 return  # an ordinary input
-            holder = Holder(node, tuple(shaped.shape), shaped.stride(), value.dtype, token_axis, None)
+            batch, head = (axis for axis in range(3) if axis != token_axis)
+            roles = (batch, head, token_axis, 3)
+            holder = Holder(node, tuple(shaped.shape), shaped.stride(), value.dtype, token_axis, None, roles=roles)
         holder.segments = [Segment(0, holder.shape[holder.token_axis], Cached(node, 0, -1))]
         self.holders[identity(value)] = holder
         self.result.caches.append(holder)
 
     def _holder(self, node: Any) -> Holder | None:
-        value = example(node) if isinstance(node, Node) else None
+        """Whose box a tensor is a view of."""
+        value = example(node) if isinstance(node, Node) and node not in self.plain else None
         return self.holders.get(identity(value)) if isinstance(value, Tensor) else None
 
-    def _held_arguments(self, node: Node) -> Iterator[Holder]:
-        for argument in node.all_input_nodes:
-            holder = self._holder(argument)
-            if holder is not None:
-                yield holder
+    def _sources(self, node: Any) -> list[Holder]:
+        """The caches that a node's values come from, by whatever way."""
+        if node in self.plain:
+            return self.plain[node]
+        sources: list[Holder] = []
+        for value in _tensors(example(node)):
+            holder = self.holders.get(identity(value))
+            sources += self.computed.get(identity(value), []) if holder is None else [holder.cache]
+        return sources
 
-    def _content(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
-        """The window that a view shows of a holder, and what it holds, counted from its own first token."""
+    def _inputs_sources(self, node: Node) -> list[Holder]:
+        return list({id(h): h for argument in node.all_input_nodes for h in self._sources(argument)}.values())
+
+    def _window(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
+        """The box that a view shows of a holder, and the tokens it holds, counted from its own first one."""
         window = locate(value.size(), value.stride(), offset(value), holder.shape, holder.strides)
         if window is None:
             raise Unsupported(f"the view of size {tuple(value.shape)} has steps or merged dimensions")
         axis = holder.token_axis
-        for other in range(len(holder.shape)):
-            if other != axis and not window.covers(holder.shape, other):
-                raise Unsupported("only some of its batch entries, heads or channels are used")
         start = window.starts[axis]
         segments = shift(cut(holder.segments, start, start + window.lengths[axis]), -start)
         if holder.root is None:
             segments = [
-                Segment(s.start, s.stop, Cached(s.content.cache, s.content.first, self.time))
-                if isinstance(s.content, Cached) else s
+                Segment(s.start, s.stop, replace(s.content, time=self.time)) if isinstance(s.content, Cached) else s
                 for s in segments
-            ]  # fmt: skip
+            ]
         return window, [Segment(s.start, s.stop, _renamed(s.content, window.axes)) for s in segments]
+
+    def _content(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
+        """As `_window`, of a view that shows whole tokens."""
+        window, segments = self._window(value, holder)
+        for other in range(len(holder.shape)):
+            if other != holder.token_axis and not window.covers(holder.shape, other):
+                raise Unsupported("only some of its batch entries, heads or channels are used")
+        return window, segments
 
     # ---- nodes ----
 
@@ -128,32 +168,50 @@ class Tracker:
             for argument in node.all_input_nodes:
                 self._read(node, argument)
         elif (write := as_write(node)) is not None:
-            self._write(node, *write)
-        elif self._is_view(node):
-            pass
-        elif not self._copy(node):
-            for argument in node.all_input_nodes:
-                self._read(node, argument)
+            self._write(node, write)
+        elif not self._is_view(node) and not self._copy(node):
+            self._compute(node)
 
     def _is_view(self, node: Node) -> bool:
-        """A result that shares memory with a holder is a view, or the work of an in-place operation we do not know."""
-        value = example(node)
-        holder = self._holder(node)
-        if holder is None or not isinstance(value, Tensor):
-            return isinstance(value, (list, tuple)) and any(
-                isinstance(v, Tensor) and identity(v) in self.holders for v in value
-            )
-        if any(mutates(node, argument) for argument in node.all_input_nodes):
-            raise Unsupported(f"`{name_of(node)}` changes it in place")
+        """Whether a node shows memory of a holder. Where it is no box of it, it is an ordinary tensor from here on."""
+        shown = [v for v in _tensors(example(node)) if identity(v) in self.holders]
+        if not shown:
+            return False
+        for argument in node.all_input_nodes:
+            if mutates(node, argument):
+                raise Unsupported(f"`{name_of(node)}` changes it in place")
+        boxes = all(self._is_box(v) for v in shown)
+        if not boxes or any(argument in self.plain for argument in node.all_input_nodes):
+            self.plain[node] = self._inputs_sources(node)
+            for argument in node.all_input_nodes:
+                self._read(node, argument)
         return True
 
+    def _is_box(self, value: Tensor) -> bool:
+        holder = self.holders[identity(value)]
+        return locate(value.size(), value.stride(), offset(value), holder.shape, holder.strides) is not None
+
+    def _compute(self, node: Node) -> None:
+        """Anything else: it reads its arguments as ordinary tensors."""
+        sources = self._inputs_sources(node)
+        for argument in node.all_input_nodes:
+            self._read(node, argument)
+        for value in _tensors(example(node)) if sources else ():
+            self._derive(value, sources)
+
+    def _derive(self, value: Tensor, sources: list[Holder]) -> None:
+        known = self.computed.setdefault(identity(value), [])
+        known += [h for h in sources if h not in known]
+
     def _read(self, consumer: Node, argument: Node) -> None:
+        if mutates(consumer, argument) and self._sources(argument):
+            value = example(argument)
+            if isinstance(value, Tensor) and identity(value) in self.holders:
+                raise Unsupported(f"`{name_of(consumer)}` changes it in place")
         holder, value = self._holder(argument), example(argument)
         if holder is None or holder.root is not None:
             return
-        if mutates(consumer, argument):
-            raise Unsupported(f"`{name_of(consumer)}` changes it in place")
-        window, segments = self._content(value, holder)
+        window, segments = self._window(value, holder)
         self.result.reads.append(Read(consumer, argument, holder, window, segments))
 
     def _copy(self, node: Node) -> bool:
@@ -161,17 +219,67 @@ class Tracker:
         value = example(node)
         if not isinstance(value, Tensor):
             return False
-        concatenated = node.target in CONCATENATIONS
-        parts = copied(node)
+        try:
+            copy = self._repeated(node) or self._rolled(node) or self._concatenated(node)
+        except CANNOT_FOLLOW:
+            return False  # it reads something else than whole tokens
+        if copy is None:
+            return False
+        for argument in node.all_input_nodes:
+            holder = self._holder(argument)
+            if holder is not None and holder.root is None:
+                self._read(node, argument)
+        self.holders[identity(value)] = copy
+        self.result.copies.append(copy)
+        return True
+
+    def _rolled(self, node: Node) -> Holder | None:
+        """`roll` along tokens."""
+        if name_of(node) != "roll" or (source := self._holder(node.args[0])) is None:
+            return None
+        arguments = {**dict(zip(("shifts", "dims"), node.args[1:])), **node.kwargs}
+        shift_by, dims = (x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x for x in arguments.values())
+        value = example(node)
+        window, segments = self._content(example(node.args[0]), source)
+        token_axis = window.axes.index(source.token_axis)
+        if not isinstance(dims, int) or not isinstance(shift_by, int) or dims % value.dim() != token_axis:
+            return None
+        tokens = value.shape[token_axis]
+        split = -shift_by if shift_by < 0 else tokens - shift_by
+        rolled = shift(cut(segments, split, tokens), -split) + shift(cut(segments, 0, split), tokens - split)
+        return self._copy_of(node, source, window, token_axis, rolled)
+
+    def _repeated(self, node: Node) -> Holder | None:
+        """A copy in which each head stands several times, as grouped queries have it."""
+        if (found := repeated(node)) is None:
+            return None
+        shown, _, dim, times = found
+        source = self.holders.get(identity(shown))
+        if source is None:
+            return None
+        window, segments = self._content(shown, source)
+        token_axis = window.axes.index(source.token_axis)
+        if token_axis != 2 or dim != 1 or source.repeats != 1:
+            return None
+        copy = self._copy_of(node, source, window, token_axis, segments)
+        copy.repeats = times
+        return copy
+
+    def _concatenated(self, node: Node) -> Holder | None:
+        """`cat` along tokens, or a plain copy."""
+        value, parts = example(node), copied(node)
         source = next((h for p in parts if (h := self._holder(p)) is not None), None)
         if source is None or value.dim() != example(parts[0]).dim() or value.device != example(parts[0]).device:
-            return False
+            return None
+        concatenated = node.target in CONCATENATIONS
         dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) if concatenated else None
         segments: list[Segment] = []
-        token_axis, root_axes, length = 0, None, 0
+        first_window, token_axis, length = None, 0, 0
         for part in parts:
             holder, shown = self._holder(part), example(part)
             if holder is None:
+                if self._sources(part):
+                    raise Unsupported("cached tokens that have been changed")
                 axes = tuple(range(shown.dim()))
                 n = shown.shape[dim]
                 segments.append(Segment(length, length + n, Fresh(part, axes, 0)))
@@ -179,35 +287,46 @@ class Tracker:
                 window, content = self._content(shown, holder)
                 token_axis = window.axes.index(holder.token_axis)
                 if concatenated and token_axis != dim % shown.dim():
-                    return False
-                if holder.root is None:
-                    root_axes = root_axes or window.axes
-                else:
-                    root_axes = root_axes or tuple(None if a is None else holder.root_axes[a] for a in window.axes)
+                    return None
+                if holder.repeats != source.repeats:
+                    return None
+                first_window = first_window or window
                 segments += shift(content, length)
                 n = shown.shape[token_axis]
-                if holder.root is None:
-                    self.result.reads.append(Read(node, part, holder, window, content))
             length = length + n
-        copy = Holder(
-            node, tuple(value.shape), value.stride(), value.dtype, token_axis, source.cache, root_axes or (), segments
-        )
-        self.holders[identity(value)] = copy
-        self.result.copies.append(copy)
-        return True
+        if source.repeats != 1 and any(h is None for h in map(self._holder, parts)):
+            return None
+        assert first_window is not None
+        copy = self._copy_of(node, source, first_window, token_axis, segments)
+        copy.repeats = source.repeats
+        return copy
 
-    def _write(self, node: Node, target: Tensor, base: Node, value: Any) -> None:
-        holder = self.holders.get(identity(target))
+    def _copy_of(self, node: Node, source: Holder, window: Window, token_axis: int, segments: list[Segment]) -> Holder:
+        value, axes = example(node), window.axes
+        if source.root is not None:
+            axes = tuple(None if a is None else source.root_axes[a] for a in axes)
+        shape, strides = tuple(value.shape), value.stride()
+        return Holder(node, shape, strides, value.dtype, token_axis, source.cache, axes, segments)
+
+    def _write(self, node: Node, write: Write) -> None:
+        holder, value = self.holders.get(identity(write.target)), write.value
         if holder is None:
             if isinstance(value, Node):
+                sources = self._sources(value)
                 self._read(node, value)
+                if sources:
+                    self._derive(write.target, sources)
             return
+        target = write.target
         window = locate(target.size(), target.stride(), offset(target), holder.shape, holder.strides)
         axis = holder.token_axis
         if window is None:
             raise Unsupported("it is written in a way that has no packed form")
         if not all(window.covers(holder.shape, a) for a in range(len(holder.shape)) if a != axis):
             raise Unsupported("only some of its batch entries, heads or channels are written")
+        if write.positions is not None:
+            self._scatter(node, holder, window, write)
+            return
         start, stop = window.starts[axis], window.starts[axis] + window.lengths[axis]
         if not isinstance(value, Node):
             if holder.root is not None:
@@ -215,26 +334,74 @@ class Tracker:
             self.result.writes.append(Fill(node, holder, start, stop, value))
             holder.writes.append((self.time, start, stop))
             return
-        source = self._holder(value)
-        content: Cached | Fresh = Fresh(value, window.axes, 0)
-        if source is not None:
-            _, segments = self._content(example(value), source)
-            if holder.root is None and len(segments) == 1 and isinstance(segments[0].content, Cached):
-                origin = segments[0].content
-                if self.holders[identity(example(origin.cache))] is holder:
-                    self._check_current(origin, segments[0].length)
-                    self.result.writes.append(Move(node, holder, origin.first, start, segments[0].length))
-                    content = Cached(holder.node, start, self.time)
-                    holder.segments = overwrite(holder.segments, start, stop, content)
-                    holder.writes.append((self.time, start, stop))
-                    return
-            self._read(node, value)
         if list(example(value).shape) != list(target.shape):
             raise Unsupported(f"a value of size {tuple(example(value).shape)} is broadcast into it")
-        holder.segments = overwrite(holder.segments, start, stop, content)
+        if self._moved(node, holder, value, start, stop):
+            return
+        if self._sources(value):
+            self._read(node, value)
+        holder.segments = overwrite(holder.segments, start, stop, Fresh(value, window.axes, 0))
         if holder.root is None:
             self.result.writes.append(Append(node, holder, start, stop, value, window.axes))
             holder.writes.append((self.time, start, stop))
+
+    def _moved(self, node: Node, holder: Holder, value: Node, start: int, stop: int) -> bool:
+        """A write of what the cache itself held: packed data is moved, and only what is new is quantized."""
+        source = self._holder(value)
+        if source is None or holder.root is not None or source.repeats != 1:
+            return False
+        window, segments = self._content(example(value), source)
+        segments = [s for s in segments if not same(s.start, s.stop)]
+        moves, fresh = [], []
+        for s in segments:
+            if isinstance(s.content, Cached) and self.holders[identity(example(s.content.cache))] is holder:
+                self._check_current(s.content, s.length)
+                moves.append(Move(node, holder, s.content.first, start + s.start, s.length))
+            elif isinstance(s.content, Fresh):
+                fresh.append((start + s.start, start + s.stop, s.content))
+            else:
+                return False
+        if not moves or (len(moves) > 1 and not all(at_most(m.destination, m.source) for m in moves)):
+            return False
+        view = tuple(window.axes)  # dimensions of `value`, named after those of its own holder
+        for move in moves:
+            self.result.writes.append(move)
+            content: Content = Cached(holder.node, move.destination, self.time)
+            holder.segments = overwrite(holder.segments, move.destination, move.destination + move.length, content)
+            holder.writes.append((self.time, move.destination, move.destination + move.length))
+        for first, last, part in fresh:
+            # `part` names its dimensions after those of `value`; the cache's own follow from where both have tokens.
+            named = Fresh(part.node, self._names_in(holder, source, part.axes, view), part.first)
+            self.result.writes.append(Append(node, holder, first, last, part.node, named.axes, part.first))
+            holder.segments = overwrite(holder.segments, first, last, named)
+            holder.writes.append((self.time, first, last))
+        return True
+
+    def _names_in(
+        self, holder: Holder, source: Holder, axes: tuple[int | None, ...], view: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
+        """The cache's axis for each dimension of a part of a copy, told as dimensions of a view of that copy."""
+        names = source.root_axes if source.root is not None else tuple(range(len(source.shape)))
+        return tuple(None if a is None or view[a] is None else names[view[a]] for a in axes)  # type: ignore[index]
+
+    def _scatter(self, node: Node, holder: Holder, window: Window, write: Write) -> None:
+        """A write to places that a tensor holds."""
+        assert write.positions is not None
+        whole = window.covers(holder.shape, holder.token_axis)
+        if holder.root is not None or not whole or window.axes[write.dim] != holder.token_axis:
+            raise Unsupported("it is written at places that a tensor holds, other than tokens of the whole cache")
+        if any(not isinstance(s.content, Cached) for s in holder.segments):
+            raise Unsupported("it is written twice, at places that a tensor holds")
+        if not isinstance(write.value, Node) or example(write.value).dim() != 4:
+            raise Unsupported("a value is broadcast to places that a tensor holds")
+        if self._sources(write.value):
+            self._read(node, write.value)
+        tokens = holder.shape[holder.token_axis]
+        content = Scattered(holder.node, 0, self.time, write.positions, Fresh(write.value, window.axes, 0))
+        holder.segments = [Segment(0, tokens, content)]
+        holder.scattered = True
+        holder.writes.append((self.time, 0, tokens))
+        self.result.writes.append(Scatter(node, holder, write.positions, write.value, window.axes))
 
     def _check_current(self, content: Cached, length: int) -> None:
         """Packed tokens are read where they are used: nothing may have been written to them since they were copied."""
@@ -243,40 +410,78 @@ class Tracker:
             if time > content.time and overlap((start, stop), (content.first, content.first + length)):
                 raise Unsupported("tokens are overwritten between their being copied and used")
 
+    # ---- attention ----
+
     def _attention(self, call: AttentionCall) -> None:
-        holders = [self._holder(call.key), self._holder(call.value)]
         for other in (call.query, call.mask):
             if isinstance(other, Node):
                 self._read(call.node, other)
-        if holders[0] is None and holders[1] is None:
+        sources = [self._sources(call.key), self._sources(call.value)]
+        if not any(sources):
             return
-        caches = [h.cache for h in holders if h is not None]
-        try:
-            self.result.attends.append(self._attend(call, *holders))
-        except _CANNOT_FOLLOW as error:
-            reason = _reason(error)
+        caches = list({id(h): h for part in sources for h in part}.values())
+        reason, lowered = self._unfit(call, sources), False
+        if reason is None:
+            try:
+                self.result.attends.append(self._attend(call))
+                lowered = True
+            except CANNOT_FOLLOW as error:
+                dense = Dense(call, *sources, self._gathers(call.key), _reason(error))
+                self.result.dense.append(dense)
+        else:
             self.result.rejections.append(Rejection(call.node, reason, caches))
+        if not lowered:
             for argument in (call.key, call.value):
                 self._read(call.node, argument)
 
-    def _attend(self, call: AttentionCall, key_holder: Holder | None, value_holder: Holder | None) -> Attend:
-        if key_holder is None or value_holder is None:
-            raise Unsupported("only one of key and value comes from a cache")
-        if key_holder.cache is value_holder.cache:
-            raise Unsupported("key and value are the same cache")
+    def _unfit(self, call: AttentionCall, sources: list[list[Holder]]) -> str | None:
+        """Why an attention that reads caches must stay as it is."""
+        if not all(sources):
+            return "only one of key and value comes from a cache"
         if call.dropout:
-            raise Unsupported(f"dropout of {call.dropout}")
-        if example(call.node).requires_grad:
-            raise Unsupported("gradients are required of it")
+            return f"dropout of {call.dropout}"
+        return "gradients are required of it" if example(call.node).requires_grad else None
+
+    def _gathers(self, key: Node) -> bool:
+        """Whether keys of this graph stand beside cached ones."""
+        holder = self._holder(key)
+        if holder is not None and any(isinstance(s.content, Fresh) for s in holder.segments):
+            return True
+        seen, left = set(), [key]
+        while left:
+            node = left.pop()
+            if node in seen or not self._sources(node):
+                continue
+            seen.add(node)
+            if node.target in CONCATENATIONS and not all(self._sources(p) for p in node.all_input_nodes):
+                return True
+            left += node.all_input_nodes
+        return False
+
+    def _attend(self, call: AttentionCall) -> Attend:
+        key_holder, value_holder = self._holder(call.key), self._holder(call.value)
+        if key_holder is None or value_holder is None:
+            what = call.key if key_holder is None else call.value
+            raise Unsupported(f"`{name_of(what)}` stands between cache and attention")
+        if key_holder.cache is value_holder.cache:
+            raise Unsupported("keys and values lie in one cache")
+        if key_holder.repeats != value_holder.repeats:
+            raise Unsupported("keys and values are repeated differently")
         contents, axes = [], []
         for argument, holder in ((call.key, key_holder), (call.value, value_holder)):
             window, segments = self._content(example(argument), holder)
             if window.axes.index(holder.token_axis) != 2:
                 raise Unsupported("tokens are not the third dimension of its keys and values")
+            segments = [s for s in segments if not same(s.start, s.stop)]
             for segment in segments:
-                if isinstance(segment.content, Cached):
-                    self._check_current(segment.content, segment.length)
-            contents.append([s for s in segments if not same(s.start, s.stop)])
+                content = segment.content
+                if isinstance(content, Cached):
+                    self._check_current(content, segment.length)
+                if not isinstance(content, Fresh) and content.cache is not holder.cache.node:
+                    raise Unsupported("tokens of several caches are attended together")
+            if any(isinstance(s.content, Scattered) for s in segments):
+                self._check_scattered(call, segments, holder)
+            contents.append(segments)
             own = (
                 window.axes
                 if holder.root is None
@@ -291,11 +496,27 @@ class Tracker:
             raise Unsupported("a mask, and cached tokens that follow the current chunk")
         return Attend(call, contents[0], contents[1], key_holder.cache, value_holder.cache, axes[0], axes[1])
 
+    def _check_scattered(self, call: AttentionCall, segments: list[Segment], holder: Holder) -> None:
+        """Columns of the mask are taken by the positions: it must have them all, in the cache's order."""
+        tokens = holder.cache.shape[holder.cache.token_axis]
+        if len(segments) != 1 or not same(segments[0].length, tokens):
+            raise Unsupported("part of a cache is attended that is written at places that a tensor holds")
+        if call.mask is not None and not same(example(call.mask).shape[-1], tokens):
+            raise Unsupported("a mask of one column for all keys")
 
-def _renamed(content: Cached | Fresh, axes: tuple[int | None, ...]) -> Cached | Fresh:
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a result: itself, or the elements of a tuple."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _renamed(content: Content, axes: tuple[int | None, ...]) -> Content:
     """Fresh values with their dimensions named after the dimensions of a view with these `axes`."""
     if isinstance(content, Cached):
         return content
+    if isinstance(content, Scattered):
+        return replace(content, value=_renamed(content.value, axes))
     names = {axis: i for i, axis in enumerate(axes) if axis is not None}
     return Fresh(content.node, tuple(None if a is None else names.get(a) for a in content.axes), content.first)
 
@@ -306,6 +527,7 @@ def _check_alike(key: list[Segment], value: list[Segment]) -> None:
         type(k.content) is type(v.content)
         and equal(k.length, v.length)
         and (isinstance(k.content, Fresh) or equal(k.content.first, v.content.first))
+        and (not isinstance(k.content, Scattered) or k.content.positions is v.content.positions)
         for k, v in zip(key, value)
     )
     if not alike:

@@ -78,9 +78,9 @@ class RollingCache(Projections):
 class FixedPast(Projections):
     """B (LongCat-Video, HY-WorldPlay): a past that an earlier call produced is concatenated at each read."""
 
-    def __init__(self, rope_on_read: str = "") -> None:
+    def __init__(self, rope_on_read: str = "", double: bool = False) -> None:
         super().__init__()
-        self.rope_on_read = rope_on_read
+        self.rope_on_read, self.double = rope_on_read, double
 
     def produce(self, x: Tensor) -> tuple[Tensor, Tensor]:
         _, k, v = self.project(x)
@@ -88,8 +88,12 @@ class FixedPast(Projections):
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.project(x)
-        k = torch.cat([past[0].to(k.dtype), k.transpose(1, 2)], dim=2)
-        v = torch.cat([past[1].to(v.dtype), v.transpose(1, 2)], dim=2)
+        past_k, past_v = past[0].to(k.dtype), past[1].to(v.dtype)
+        if self.double:  # classifier-free guidance: one past for both branches
+            q, k, v = (torch.cat([t, 2 * t]) for t in (q, k, v))
+            past_k, past_v = past_k.repeat(2, 1, 1, 1), past_v.repeat(2, 1, 1, 1)
+        k = torch.cat([past_k, k.transpose(1, 2)], dim=2)
+        v = torch.cat([past_v, v.transpose(1, 2)], dim=2)
         q = q.transpose(1, 2)
         if self.rope_on_read:
             flag = self.rope_on_read == "interleaved"
@@ -173,9 +177,12 @@ class Composite(Projections):
 class MaskedBuffer(Projections):
     """G (transformers StaticCache): `index_copy_` at positions held in a tensor, a mask hides the rest of the buffer."""
 
-    def __init__(self, additive: bool = False) -> None:
+    def __init__(self, additive: bool = False, repeats: int = 1) -> None:
         super().__init__()
-        self.additive = additive
+        self.additive, self.repeats = additive, repeats
+        if repeats > 1:  # grouped queries
+            self.q = nn.Linear(DIM, repeats * DIM)
+            self.out = nn.Linear(repeats * DIM, DIM)
 
     def forward(self, x: Tensor, cache: dict[str, Tensor], positions: Tensor) -> Tensor:
         q, k, v = self.project(x)
@@ -184,7 +191,15 @@ class MaskedBuffer(Projections):
         mask = torch.arange(cache["k"].shape[2])[None, :] <= positions[:, None]
         if self.additive:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), cache["k"], cache["v"], attn_mask=mask[None, None])
+        keys, values = cache["k"], cache["v"]
+        if self.repeats > 1:
+            b, n, s = x.shape[0], x.shape[1], keys.shape[2]
+            q = self.q(x).view(b, n, self.repeats * self.heads, self.head_dim)
+            keys, values = (
+                t[:, :, None].expand(b, self.heads, self.repeats, s, self.head_dim).reshape(b, -1, s, self.head_dim)
+                for t in (keys, values)
+            )
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask[None, None])
         return self.out(o.transpose(1, 2).flatten(2))
 
 
@@ -201,16 +216,26 @@ class GrowingPast(Projections):
 
 
 class RolledBuffer(Projections):
-    """I (transformers' sliding cache): the buffer is rolled and copied back as a whole."""
+    """I (transformers' sliding cache): the buffer is rolled, or shifted by `cat`, and copied back as a whole."""
+
+    def __init__(self, edit: bool) -> None:
+        super().__init__()
+        self.edit = edit
+
+    def shifted(self, cache: Tensor, new: Tensor) -> Tensor:
+        n = new.shape[1]
+        if not self.edit:
+            return torch.cat([cache[:, n:], new], 1)
+        rolled = cache.roll(-n, dims=1)
+        rolled[:, -n:] = new
+        return rolled
 
     def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
         q, k, v = self.project(x)
-        n = x.shape[1]
-        full_k = torch.cat([cache["k"][:, n:], k], 1)
-        full_v = torch.cat([cache["v"][:, n:], v], 1)
+        full_k, full_v = self.shifted(cache["k"], k), self.shifted(cache["v"], v)
         cache["k"].copy_(full_k)
         cache["v"].copy_(full_v)
-        return self.sdpa(q, full_k, full_v)
+        return self.sdpa(q, cache["k"], cache["v"]) if self.edit else self.sdpa(q, full_k, full_v)
 
 
 class LazyBuffers(Projections):

@@ -24,6 +24,7 @@ from .models import (
     KeysBesideValues,
     LazyBuffers,
     MaskedBuffer,
+    RolledBuffer,
     RollingCache,
 )
 
@@ -48,14 +49,17 @@ def rolling(backend: JKVBackend) -> Steps:
         yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
 
 
-def fixed_past(backend: JKVBackend) -> Steps:
-    model = FixedPast()
-    compiled, eager = twins(model, backend)
-    x = chunk()
-    past, reference_past = torch.compile(model.produce, backend=backend)(x), eager.produce(x)
-    while True:
+def fixed_past(rope_on_read: str = "", **settings: Any) -> Callable[[JKVBackend], Steps]:
+    def steps(backend: JKVBackend) -> Steps:
+        model = FixedPast(rope_on_read, **settings)
+        compiled, eager = twins(model, backend)
         x = chunk()
-        yield compiled(x, past), eager(x, reference_past)
+        past, reference_past = torch.compile(model.produce, backend=backend)(x), eager.produce(x)
+        while True:
+            x = chunk()
+            yield compiled(x, past), eager(x, reference_past)
+
+    return steps
 
 
 def clone_edit(write_in_graph: bool) -> Callable[[JKVBackend], Steps]:
@@ -89,10 +93,40 @@ def lazy_buffers(backend: JKVBackend) -> Steps:
         yield compiled(x, call * CHUNK), eager(x, call * CHUNK)
 
 
+def masked_buffer(**settings: Any) -> Callable[[JKVBackend], Steps]:
+    def steps(backend: JKVBackend) -> Steps:
+        compiled, eager = twins(MaskedBuffer(**settings), backend)
+        cache, reference_cache = ({n: torch.zeros(1, HEADS, 96, HEAD_DIM) for n in ("k", "v")} for _ in range(2))
+        for call in range(12):
+            x, positions = chunk(), torch.arange(call * CHUNK, (call + 1) * CHUNK)
+            yield compiled(x, cache, positions), eager(x, reference_cache, positions)
+
+    return steps
+
+
+def rolled_buffer(edit: bool) -> Callable[[JKVBackend], Steps]:
+    def steps(backend: JKVBackend) -> Steps:
+        compiled, eager = twins(RolledBuffer(edit), backend)
+        cache, reference_cache = caches(4 * CHUNK), caches(4 * CHUNK)
+        for _ in range(99):
+            x = chunk()
+            yield compiled(x, cache), eager(x, reference_cache)
+
+    return steps
+
+
 CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
     # the way of holding a cache, and from which call on nothing may compile any more
     "eviction by rolling, with a sink": (rolling, 8),
-    "a fixed past, concatenated": (fixed_past, 3),
+    "a fixed past, concatenated": (fixed_past(), 3),
+    "a fixed past, turned after the read": (fixed_past("interleaved"), 3),
+    "a fixed past, turned in halves after the read": (fixed_past("half"), 3),
+    "a fixed past, its batch doubled": (fixed_past(double=True), 3),
+    "a whole buffer under a boolean mask": (masked_buffer(), 2),
+    "a whole buffer under an additive mask": (masked_buffer(additive=True), 2),
+    "a whole buffer, heads repeated": (masked_buffer(repeats=2), 2),
+    "a buffer rolled and copied back": (rolled_buffer(edit=True), 2),
+    "a buffer shifted by cat and copied back": (rolled_buffer(edit=False), 2),
     "a copy edited and attended, written back in the graph": (clone_edit(True), 2),
     "a copy edited and attended, written back in eager code": (clone_edit(False), 3),
     "a concatenation of sink, window and current chunk": (composite, 4),
@@ -129,26 +163,15 @@ def test_rolling_moves_packed_data_bit_for_bit() -> None:
     assert torch.equal(store.scales[:, :, :, 4:24], scales[:, :, :, 12:32])
 
 
-@pytest.mark.parametrize(
-    "model", [FixedPast("half"), KeysBesideValues(), MaskedBuffer()], ids=lambda m: type(m).__name__
-)
-def test_what_is_not_supported_yet_runs_as_written(model: torch.nn.Module) -> None:
-    """Positions turned after the read, keys beside values in one tensor, masked whole buffers: full precision, right."""
+def test_what_is_not_supported_yet_runs_as_written() -> None:
+    """Keys beside values in one tensor: full precision, right."""
     torch.manual_seed(0)
     backend = fresh_backend(bits=2)
-    compiled, eager = twins(model, backend)
-    arguments: dict[str, Callable[[int], tuple[Any, ...]]] = {
-        "FixedPast": lambda call: (tuple(torch.randn(1, HEADS, CHUNK, HEAD_DIM) for _ in range(2)),),
-        "KeysBesideValues": lambda call: (torch.randn(64, HEADS, 2 * HEAD_DIM), call * CHUNK),
-        "MaskedBuffer": lambda call: (
-            {name: torch.randn(1, HEADS, 64, HEAD_DIM) for name in ("k", "v")},
-            torch.arange(call * CHUNK, (call + 1) * CHUNK),
-        ),
-    }
+    compiled, eager = twins(KeysBesideValues(), backend)
     for call in range(1, 4):
-        x, args = chunk(), arguments[type(model).__name__](call)
+        x, cache = chunk(), torch.randn(64, HEADS, 2 * HEAD_DIM)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x, *args), eager(x, *args))
+            torch.testing.assert_close(compiled(x, cache, call * CHUNK), eager(x, cache, call * CHUNK))
     assert backend.memory().adopted == 0
 
 
@@ -176,7 +199,7 @@ attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scale
 
     def test_fixed_past(self) -> None:
         self.assertExpectedInline(
-            self.graph(fixed_past),
+            self.graph(fixed_past()),
             """\
 attention_active_default = jkv::attention_active(q_1, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, 8, transpose, transpose_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
 """,

@@ -1,0 +1,116 @@
+"""`jkv::attention_dense`: corrected attention over full-precision keys of which some were dequantized.
+
+Where a model does something to cached keys after it reads them (rotary embeddings, repetition), they are dequantized
+and the model's own operations run; what is left of the quantization is how uncertain each key is, and that is all that
+the correction needs. It is appended to queries and keys as a few channels, after which any attention kernel computes
+the corrected scores (the correction is a product of rank G): no score matrix is held.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .ops import _without_autocast, library
+
+_ROWS = 256  # query rows at a time where scores are held
+
+library.define(
+    "attention_dense(Tensor query, Tensor key, Tensor value, Tensor variance, Tensor? mask, bool causal, float scale, "
+    "bool halves, str correction) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+
+
+def attention_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variance: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    halves: bool,
+    correction: str,
+) -> Tensor:
+    """softmax over s·q·k_j - b_ij + mask, times the values; b_ij = s²/24 · Σ_g ‖q_ig‖² Δ²_jg (arXiv 2605.26266).
+
+    Args:
+        query: `[B, H, L, D]`, float32, float16 or bfloat16; H a multiple of the key heads.
+        key, value: `[B, H_kv, S, D]` and `[B, H_kv, S, Dv]` in query's dtype.
+        variance: Δ², float32 `[B, H_kv, S, G]` per key and channel group; 0 for keys that were never quantized.
+        mask: None, boolean or additive, broadcastable to `[B, H, L, S]`.
+        causal: query i sees key j only if j <= i, as PyTorch's.
+        scale: softmax scale s.
+        halves: a group's channels lie half in the first half of the head and half in the second (as half-split rotary
+            embeddings pair them), at the same place in both; otherwise they are neighbours.
+        correction: "none", "taylor" or "exact" (Σ_c log(sinh α_c / α_c), whose scores are held, a few rows at a time).
+
+    Returns:
+        `[B, H, L, Dv]` in query's dtype, laid out in memory as `[B, L, H, Dv]`.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if correction == "exact":
+        output = _exact(query, key, value, variance, mask, causal, scale, halves)
+    elif correction == "none":
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    else:
+        # One head_dim for queries, keys and values, a multiple of 8: what fused attention kernels ask for.
+        groups = variance.shape[-1]
+        width = -(-(max(query.shape[-1], value.shape[-1]) + groups) // 8) * 8
+        norms = _grouped(query.float(), groups, halves).square().sum(-1)
+        output = F.scaled_dot_product_attention(
+            _widened(query, norms, width),
+            _widened(key, -scale / 24 * variance, width),
+            F.pad(value, (0, width - value.shape[-1])),
+            mask, is_causal=causal, scale=scale, enable_gqa=grouped,
+        )  # fmt: skip
+    return output[..., : value.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _grouped(x: Tensor, groups: int, halves: bool) -> Tensor:
+    """`[…, D]` as `[…, G, D / G]`: the channels of each group."""
+    if halves:
+        return x.unflatten(-1, (2, groups, -1)).transpose(-3, -2).flatten(-2)
+    return x.unflatten(-1, (groups, -1))
+
+
+def _widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
+    padding = width - x.shape[-1] - columns.shape[-1]
+    return F.pad(torch.cat((x, columns.to(x.dtype)), -1), (0, padding))
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, variance: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    halves: bool,
+) -> Tensor:  # fmt: skip
+    groups, repeat = variance.shape[-1], query.shape[1] // key.shape[1]
+    key, value, delta = (t.repeat_interleave(repeat, 1) for t in (key, value, variance.sqrt()))
+    columns = torch.arange(key.shape[2], device=query.device)
+    parts = []
+    for first in range(0, query.shape[2], _ROWS):
+        q = query[:, :, first : first + _ROWS]
+        ordered = _grouped(q.float(), groups, halves).flatten(-2)
+        bias = -reference.correction_bias(ordered, delta, scale, "exact")
+        if mask is not None:
+            rows = mask[..., first : first + _ROWS, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+            bias = bias.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else bias + rows
+        if causal:
+            visible = columns <= torch.arange(first, first + q.shape[2], device=query.device)[:, None]
+            bias = bias.masked_fill(~visible, -torch.inf)
+        parts.append(F.scaled_dot_product_attention(q, key, value, bias.to(q.dtype), scale=scale))
+    return torch.cat(parts, 2)
+
+
+def _fake(query, key, value, *_):
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl("attention_dense", _without_autocast(attention_dense), _key)
+torch.library.register_fake("jkv::attention_dense", _fake, lib=library)

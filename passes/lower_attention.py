@@ -1,0 +1,153 @@
+"""Attention over packed caches: on the packed data, or on dequantized keys where the model changes them first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from .actions import Attend, Dense, Holder
+from .nodes import example
+from .pieces import Pieces
+from .segments import Fresh, Scattered, Segment
+from .uncertainty import NotLinear, Uncertainty
+
+ops = torch.ops.jkv
+
+
+def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
+    """`jkv::attention` on packed tokens and those of this graph; plain attention where none are packed yet."""
+    call = attend.call
+    dtype, stride = example(call.node).dtype, example(call.node).stride()
+    query = _cast(pieces, call.query, dtype)
+    cached = [s for s in attend.key if not isinstance(s.content, Fresh)]
+    keys, values = (_fresh_parts(pieces, segments, dtype) for segments in (attend.key, attend.value))
+    if cached:
+        result = _packed_attention(pieces, attend, query, cached, keys, values, correction)
+    else:  # the first chunk: nothing is quantized yet
+        grouped = example(call.query).shape[1] != attend.key_cache.shape[attend.key_axes[1]]
+        args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, 0.0, call.is_causal
+        keywords = {"scale": call.scale, "enable_gqa": bool(grouped)}
+        result = pieces.call(F.scaled_dot_product_attention, *args, **keywords)
+    if cached and stride != _attention_stride(example(call.node)):
+        result = pieces.method("contiguous", result)
+    call.node.replace_all_uses_with(result)
+    pieces.graph.erase_node(call.node)
+
+
+def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correction: str) -> tuple[Node, str]:
+    """`jkv::attention_dense` on keys as the model computes them.
+
+    Returns:
+        The new node, which reads what the old one did, and why keys are not corrected ("" where they are).
+    """
+    call = dense.call
+    dtype, stride = example(call.node).dtype, example(call.node).stride()
+    try:
+        delta, why = uncertainty.of(call.key, call.node), ""
+    except NotLinear as error:
+        delta, why = None, f"`{error}` stands between cache and attention"
+    query, key, value = (_cast(pieces, x, dtype) for x in (call.query, call.key, call.value))
+    if delta is None or correction == "none":
+        grouped = bool(example(call.query).shape[1] != example(call.key).shape[1])
+        args = query, key, value, call.mask, 0.0, call.is_causal
+        result = pieces.call(F.scaled_dot_product_attention, *args, scale=call.scale, enable_gqa=grouped)
+    else:
+        head_dim = example(call.key).shape[-1]
+        size = pieces.plans[next(h for h in dense.key_caches if h in pieces.plans)].group_size
+        groups = head_dim // size if head_dim % size == 0 else 1
+        halves = call.key in uncertainty.joined and groups % 2 == 0
+        variance = _variance(pieces, delta, groups, halves)
+        args = query, key, value, variance, call.mask, call.is_causal, call.scale, halves, correction
+        result = pieces.call(ops.attention_dense.default, *args)
+        if stride != _attention_stride(example(call.node)):
+            result = pieces.method("contiguous", result)
+    call.node.replace_all_uses_with(result)
+    pieces.graph.erase_node(call.node)
+    return result, why
+
+
+def _variance(pieces: Pieces, delta: Node, groups: int, halves: bool) -> Node:
+    """Δ² per channel group, float32 `[B, H, S, G]`, from Δ per channel."""
+    squares = pieces.method("square", pieces.method("float", delta))
+    if halves:  # a group holds the same channels of both halves
+        return pieces.method("mean", pieces.method("unflatten", squares, -1, (2, groups // 2, -1)), (-3, -1))
+    return pieces.method("mean", pieces.method("unflatten", squares, -1, (groups, -1)), -1)
+
+
+def _cast(pieces: Pieces, node: Node, dtype: torch.dtype) -> Node:
+    return node if example(node).dtype == dtype else pieces.method("to", node, dtype)
+
+
+def _fresh_parts(pieces: Pieces, segments: list[Segment], dtype: torch.dtype) -> list[Node]:
+    parts = []
+    for segment in segments:
+        content = segment.content
+        if isinstance(content, Fresh):
+            parts.append(pieces.canonical(content, segment.length, None, dtype))
+        elif isinstance(content, Scattered):
+            length = example(content.positions).shape[0]
+            parts.append(pieces.canonical(content.value, length, None, dtype))
+    return parts
+
+
+def _packed_attention(
+    pieces: Pieces,
+    attend: Attend,
+    query: Node,
+    cached: list[Segment],
+    keys: list[Node],
+    values: list[Node],
+    correction: str,
+) -> Node:
+    call, number = attend.call, pieces.number
+    key_cache, value_cache = attend.key_cache, attend.value_cache
+    components = [*pieces.packed(key_cache), *pieces.packed(value_cache)]
+    ranges = [number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
+    query = pieces.rotated(query, key_cache)
+    key, value = (
+        pieces.rotated(pieces.concatenate(parts), cache) if parts else _no_tokens(pieces, query, cache)
+        for parts, cache in ((keys, key_cache), (values, value_cache))
+    )
+    mask = _causal_mask(pieces, attend) if call.is_causal else call.mask
+    if isinstance(cached[0].content, Scattered):
+        mask = _scattered_mask(pieces, mask, cached[0])
+    settings = (mask, False, call.scale, pieces.plans[key_cache].bits, pieces.plans[value_cache].bits, correction)
+    if len(cached) == 1 and not key_cache.writes and not value_cache.writes:
+        args = (*components, *pieces.active(key_cache), *pieces.active(value_cache), *ranges, key, value, *settings)
+        result = pieces.call(ops.attention_active.default, query, *args)
+    else:
+        result = pieces.call(ops.attention.default, query, *components, ranges, key, value, *settings)
+    return pieces.rotated(result, value_cache)
+
+
+def _no_tokens(pieces: Pieces, query: Node, cache: Holder) -> Node:
+    """Zero tokens of a cache's heads, where no key is in full precision."""
+    batch, heads, head_dim = (pieces.number(cache.shape[pieces.plans[cache].axes[r]]) for r in (0, 1, 3))
+    return pieces.call(torch.ops.aten.new_empty.default, query, [batch, heads, 0, head_dim])
+
+
+def _causal_mask(pieces: Pieces, attend: Attend) -> Node:
+    """PyTorch's `is_causal` over cached and current keys together: query i sees the first i + 1 of them."""
+    length = pieces.number(example(attend.call.query).shape[2])
+    total = pieces.number(attend.key[-1].stop)
+    device = example(attend.call.query).device
+    return pieces.method("tril", pieces.call(torch.ones, [length, total], dtype=torch.bool, device=device))
+
+
+def _scattered_mask(pieces: Pieces, mask: Node | None, cached: Segment) -> Node:
+    """The mask of a cache followed by its current tokens: those at `positions` are seen in full precision only."""
+    assert isinstance(cached.content, Scattered)
+    positions = cached.content.positions
+    if mask is None:
+        device = example(positions).device
+        mask = pieces.call(torch.ones, [1, pieces.number(cached.length)], dtype=torch.bool, device=device)
+    hidden = False if example(mask) is None or example(mask).dtype == torch.bool else float("-inf")
+    packed = pieces.method("index_fill", mask, -1, positions, hidden)
+    return pieces.call(torch.cat, [packed, pieces.method("index_select", mask, -1, positions)], -1)
+
+
+def _attention_stride(value: torch.Tensor) -> tuple[int, ...]:
+    """Strides of `[B, L, H, D]` memory seen as `[B, H, L, D]`, as `jkv::attention` returns it."""
+    _, heads, length, head_dim = value.shape
+    return (length * heads * head_dim, head_dim, heads * head_dim, 1)

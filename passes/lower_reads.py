@@ -1,0 +1,125 @@
+"""Caches that are read as ordinary tensors: their values, and how uncertain these are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from ..geometry import same
+from ..kernels.quantizers import rotates
+from .actions import Read
+from .pieces import Pieces
+from .segments import Cached, Fresh, Scattered, Segment
+
+ops = torch.ops.jkv
+
+
+def materialize(pieces: Pieces, read: Read) -> Node:
+    """A view of a cache as an ordinary tensor: cached tokens dequantized, fresh ones as they are."""
+    holder, plan, number = read.holder, pieces.plans[read.holder], pieces.number
+
+    def dequantized(first: int, stop: int) -> Node:
+        codes, scales = pieces.packed(holder)
+        args = number(first), number(stop), plan.bits, holder.dtype
+        if holder.writes:
+            node = pieces.call(ops.dequantize.default, codes, scales, *args)
+        else:
+            node = pieces.call(ops.dequantize_active.default, codes, scales, *pieces.active(holder), *args)
+        return pieces.rotated(node, holder)
+
+    return _assemble(
+        pieces, read, dequantized, lambda fresh: fresh, lambda node, at, fresh: _put(pieces, node, at, fresh)
+    )
+
+
+def steps(pieces: Pieces, read: Read) -> Node:
+    """Δ of every channel that `materialize` reads, 0 where it is in full precision; same shape and dtype.
+
+    Of rotated caches: the root mean square of a token's Δ, since rotating back spreads each error over all channels.
+    """
+    holder, plan, number = read.holder, pieces.plans[read.holder], pieces.number
+
+    def delta(first: int, stop: int) -> Node:
+        _, scales = pieces.packed(holder)
+        length = number(stop - first)
+        node = pieces.method("select", scales, -1, 0)
+        node = pieces.call(torch.narrow, node, 3, number(first), length)
+        node = pieces.method("transpose", pieces.method("float", node), 2, 3)  # [B, H, n, G]
+        node = pieces.call(torch.mul, node, 2.0**-plan.bits)
+        groups = holder.shape[plan.axes[3]] // plan.group_size
+        if rotates(plan.quantizer):
+            node = pieces.method("sqrt", pieces.method("mean", pieces.method("square", node), -1, keepdim=True))
+            node = pieces.method("repeat_interleave", node, groups * plan.group_size, -1)
+        else:
+            node = pieces.method("repeat_interleave", node, plan.group_size, -1)
+        if not holder.writes:
+            node = pieces.call(_outside, node, pieces.component(holder, "active_range"), number(first))
+        return pieces.method("to", node, holder.dtype)
+
+    def zeros(fresh: Node) -> Node:
+        return pieces.call(torch.zeros_like, fresh)
+
+    return _assemble(pieces, read, delta, zeros, lambda node, at, fresh: _put(pieces, node, at, zeros(fresh)))
+
+
+def _outside(delta: torch.Tensor, active_range: torch.Tensor, first: int) -> torch.Tensor:
+    """Δ `[B, H, n, D]` of tokens from `first` on, 0 for those of a range that is held in full precision."""
+    tokens = torch.arange(delta.shape[2], device=delta.device)[:, None] + first
+    start, stop = active_range.to(delta.device).unbind()
+    return delta.masked_fill((tokens >= start) & (tokens < stop), 0.0)
+
+
+def _put(pieces: Pieces, node: Node, positions: Node, fresh: Node) -> Node:
+    return pieces.method("index_copy", node, 2, positions, fresh)
+
+
+def _assemble(
+    pieces: Pieces,
+    read: Read,
+    cached: Callable[[int, int], Node],
+    fresh: Callable[[Node], Node],
+    put: Callable[[Node, Node, Node], Node],
+) -> Node:
+    """What a view of a cache shows, from its cached and its fresh tokens `[B, H, n, D]`, in the view's shape."""
+    holder, window = read.holder, read.window
+    roles, axes = pieces.roles(read.holder), pieces.plans[read.holder].axes
+    of_view = [None if a is None else roles[a] for a in window.axes]  # canonical axis of each of the view's dimensions
+
+    def canonical(value: Fresh, length: int) -> Node:
+        return pieces.canonical(value, length, of_view, holder.dtype)
+
+    def part(segment: Segment) -> Node:
+        content = segment.content
+        if isinstance(content, Fresh):
+            return fresh(canonical(content, segment.length))
+        if isinstance(content, Cached):
+            return cached(content.first, content.first + segment.length)
+        return scattered(content, segment.length)
+
+    def scattered(content: Scattered, length: int) -> Node:
+        tokens = holder.shape[holder.token_axis]
+        written = content.positions.meta["example_value"].shape[0]
+        node = put(cached(0, tokens), content.positions, canonical(content.value, written))
+        if same(length, tokens):
+            return node
+        return pieces.call(torch.narrow, node, 2, pieces.number(content.first), pieces.number(length))
+
+    segments = [s for s in read.segments if not same(s.length, 0)] or read.segments[:1]
+    node = pieces.concatenate([part(s) for s in segments])
+    for role in (0, 1, 3):  # a view of some batch entries, heads or channels
+        axis = axes[role]
+        if not window.covers(holder.shape, axis):
+            start, length = pieces.number(window.starts[axis]), pieces.number(window.lengths[axis])
+            node = pieces.call(torch.narrow, node, role, start, length)
+    order = [role for role in of_view if role is not None]
+    dropped = [role for role in range(4) if role not in order]
+    if [*order, *dropped] != [0, 1, 2, 3]:
+        node = pieces.method("permute", node, [*order, *dropped])
+    for _ in dropped:
+        node = pieces.method("squeeze", node, -1)
+    for i, axis in enumerate(window.axes):
+        if axis is None:
+            node = pieces.method("unsqueeze", node, i)
+    return node

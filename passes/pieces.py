@@ -1,0 +1,110 @@
+"""What rewritten graphs are built from: components of packed caches, tokens in canonical order, numbers as nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..geometry import constant, same
+from ..kernels.quantizers import rotates
+from ..packed import PackedKV
+from .actions import Holder
+from .nodes import example
+from .segments import Fresh
+from .symbols import Symbols
+
+Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token"]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How one cache is stored: `axes[role]` is the tensor's dimension for (batch, head, token, channel)."""
+
+    axes: tuple[int, ...]
+    bits: int
+    group_size: int
+    quantizer: str
+
+
+class Pieces:
+    """Puts nodes into a graph whose caches are stored as `plans` say."""
+
+    def __init__(self, gm: GraphModule, plans: dict[Holder, CachePlan]) -> None:
+        self.graph, self.plans = gm.graph, plans
+        self.symbols = Symbols(gm.graph)
+        self.components: dict[tuple[Node, Component], Node] = {}
+
+    def walk(self) -> Iterator[Node]:
+        """The graph's nodes as they are now, in order; new ones are put before the one at hand."""
+        self.symbols.known.clear()
+        self.bind_first_tokens()
+        for node in [n for n in self.graph.nodes if n.op != "output"]:
+            self.symbols.see(node)
+            with self.graph.inserting_before(node):
+                yield node
+
+    def bind_first_tokens(self) -> None:
+        """Where a window begins is a symbol that Dynamo makes no input of: it is one here."""
+        for holder in self.plans:
+            value = example(holder.node)
+            first = constant(value.first_token.shape[0]) if isinstance(value, PackedKV) else 0
+            if isinstance(first, torch.SymInt):
+                self.symbols.known[first.node.expr] = self.component(holder, "first_token")
+
+    def component(self, holder: Holder, kind: Component) -> Node:
+        """The placeholder of one component of a cache, next to the cache's own."""
+        key = (holder.node, kind)
+        if key not in self.components:
+            with self.graph.inserting_before(holder.node):
+                node = self.graph.placeholder(f"{holder.node.name}_{kind}")
+            node._dynamo_source = None  # type: ignore[attr-defined]
+            self.components[key] = node
+        return self.components[key]
+
+    def packed(self, holder: Holder) -> tuple[Node, Node]:
+        """Codes and scales of a cache."""
+        return self.component(holder, "codes"), self.component(holder, "scales")
+
+    def active(self, holder: Holder) -> tuple[Node, Node]:
+        """What a cache holds in full precision, in the basis that it is stored in, and its range."""
+        return self.rotated(self.component(holder, "active"), holder), self.component(holder, "active_range")
+
+    def number(self, value: int) -> Any:
+        return self.symbols.node(value)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_method(name, args, kwargs)
+
+    def concatenate(self, parts: Sequence[Node]) -> Node:
+        """Along tokens."""
+        return parts[0] if len(parts) == 1 else self.call(torch.cat, list(parts), 2)
+
+    def rotated(self, value: Node, holder: Holder) -> Node:
+        """A tensor `[…, D]` in the basis that a cache is stored in, or back from it: a rotation that is its inverse."""
+        return self.call(torch.ops.jkv.rotate.default, value) if rotates(self.plans[holder].quantizer) else value
+
+    def roles(self, holder: Holder) -> tuple[int, ...]:
+        """The canonical axis of each of a cache's own axes."""
+        axes = self.plans[holder].axes
+        return tuple(axes.index(a) for a in range(4))
+
+    def canonical(self, fresh: Fresh, length: int, roles: Sequence[int | None] | None, dtype: torch.dtype) -> Node:
+        """A fresh value as `[B, H, n, D]` of `dtype`. `roles` gives the canonical axis of each of its named axes."""
+        node, value = fresh.node, example(fresh.node)
+        axes = [roles[a] if roles is not None and a is not None else a for a in fresh.axes]
+        token_dim = axes.index(2)
+        if not (same(fresh.first, 0) and same(length, value.shape[token_dim])):
+            node = self.call(torch.narrow, node, token_dim, self.number(fresh.first), self.number(length))
+        order = [axes.index(role) for role in range(4)]
+        if order != sorted(order):
+            node = self.method("permute", node, order)
+        if value.dtype != dtype:
+            node = self.method("to", node, dtype)
+        return node

@@ -1,0 +1,134 @@
+"""How uncertain the keys of an attention are, where a model computes them from cached tokens.
+
+Quantization leaves an error of ±Δ/2 on every channel of a cached key. What the model does to keys after reading them
+(rotary embeddings, repetition, concatenation, casts) is linear in them, so the same operations, done to Δ with zeros
+for keys that were never quantized, tell where each error went; rotations within a group keep the sum of its squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .actions import Read
+from .nodes import CONCATENATIONS, COPIES, as_write, example, identity, name_of
+
+_MOVEMENT = COPIES | {
+    "view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "unflatten", "expand",
+    "expand_as", "repeat", "repeat_interleave", "getitem", "chunk", "split", "unbind", "narrow", "select",
+    "index_select", "flip", "roll", "movedim", "swapaxes", "view_as", "view_as_complex", "view_as_real", "double",
+    "tile", "tensor_split", "hstack", "vstack",
+}  # fmt: skip
+_JOINING = {"cat", "concat", "concatenate", "stack"}
+_SUMS = {"add", "sub", "neg"}
+_PRODUCTS = {"mul", "div", "truediv"}
+_NEW = {"empty", "zeros", "empty_like", "zeros_like", "new_empty", "new_zeros"}
+
+
+class NotLinear(Exception):
+    """An operation between cache and attention that does not carry errors over as they are; the message names it."""
+
+
+class Uncertainty:
+    """Nodes that compute Δ for keys, each next to the node whose errors it tells. Nodes are visited in order.
+
+    Args:
+        graph: the graph, at whose insertion point nodes are put.
+        keys: the keys to tell Δ of.
+        reads: what reads caches as ordinary tensors, by consumer.
+        steps: makes a node with Δ for what one of them reads, of the same shape.
+    """
+
+    def __init__(
+        self, graph: Graph, keys: list[Node], reads: dict[Node, list[Read]], steps: Callable[[Read], Node]
+    ) -> None:
+        self.graph, self.reads, self.steps = graph, reads, steps
+        self.needed = self._needed(keys)
+        self.known: dict[Node, Node] = {}
+        self.lost: dict[Node, str] = {}  # nodes whose errors are not known, and the operation that lost them
+        self.joined: set[Node] = set()  # keys whose channels have been put together from parts
+
+    def of(self, key: Node, consumer: Node) -> Node:
+        """Δ for `key`, which `consumer` attends to. Raises `NotLinear`."""
+        direct = next((r for r in self.reads.get(consumer, []) if r.argument is key), None)
+        if direct is not None:
+            return self.steps(direct)
+        if key not in self.known:
+            raise NotLinear(self.lost.get(key, name_of(key)))
+        return self.known[key]
+
+    def _needed(self, keys: list[Node]) -> set[Node]:
+        """Everything that keys are computed from, in-place edits included."""
+        edits: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if (write := as_write(node)) is not None:
+                edits.setdefault(identity(write.target), []).append(node)
+        needed: set[Node] = set()
+        left = list(keys)
+        while left:
+            node = left.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            left += node.all_input_nodes
+            value = example(node)
+            if isinstance(value, torch.Tensor) and node.op not in ("placeholder", "get_attr"):
+                left += edits.get(identity(value), [])
+        return needed
+
+    def visit(self, node: Node) -> None:
+        """Do to Δ what a node does to the values."""
+        if node not in self.needed or node.op not in ("call_function", "call_method"):
+            return
+        given = {a: self.known[a] for a in node.all_input_nodes if a in self.known}
+        for read in self.reads.get(node, []):
+            given[read.argument] = self.steps(read)
+        lost = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
+        write = as_write(node)
+        try:
+            if lost is not None:
+                raise NotLinear(lost)
+            if not given:
+                return
+            if write is not None:
+                self._edit(node, write.base, given)
+            else:
+                self._carry(node, given)
+        except NotLinear as error:
+            self.lost[node if write is None else write.base] = str(error)
+            self.known.pop(node if write is None else write.base, None)
+
+    def _carry(self, node: Node, given: dict[Node, Node]) -> None:
+        name, uncertain = name_of(node), list(given)
+        joins = name in _JOINING or node.target in CONCATENATIONS
+        if joins or name in _SUMS:
+            others = [a for a in node.all_input_nodes if a not in given and isinstance(example(a), torch.Tensor)]
+            given |= {a: self.graph.call_function(torch.zeros_like, (a,)) for a in others}
+        elif name in _PRODUCTS:
+            if len(uncertain) != 1 or (name != "mul" and node.args[0] is not uncertain[0]):
+                raise NotLinear(name)
+        elif name not in _MOVEMENT:
+            raise NotLinear(name)
+        self.known[node] = self.graph.node_copy(node, lambda a: given.get(a, a))
+        if any(a in self.joined for a in uncertain) or (joins and self._joins_channels(node)):
+            self.joined.add(node)
+
+    def _edit(self, node: Node, base: Node, given: dict[Node, Node]) -> None:
+        """A write into a tensor: with Δ where what is written has it, with zeros where it does not."""
+        if base not in given:
+            if name_of(base) not in _NEW:
+                raise NotLinear(f"`{name_of(node)}` into `{name_of(base)}`")
+            given[base] = self.known[base] = self.graph.call_function(torch.zeros_like, (base,))
+        value = node.args[-1]
+        if isinstance(value, Node) and value not in given:
+            given[value] = self.graph.call_function(torch.zeros_like, (value,))
+        self.graph.node_copy(node, lambda a: given.get(a, a))
+
+    def _joins_channels(self, node: Node) -> bool:
+        value = example(node)
+        arguments = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
+        dim: Any = arguments.get("dim", 0)
+        return node.target in CONCATENATIONS and dim % value.dim() == value.dim() - 1
