@@ -1,18 +1,20 @@
-"""Every spelling of attention becomes one `AttentionCall`; later passes know only that.
+"""The one form of attention that the passes know, `F.scaled_dot_product_attention`, and how others are described.
 
-A spelling is a function from an FX node to an `AttentionCall`, or None where the node is none of its kind.
+`canonicalise` rewrites every other spelling to it; `spelled_as_calls`, `spelled_by_hand` and `spelled_by_users`
+describe them as `AttentionArguments`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
+
+from ..errors import ConfigurationError
 
 aten = torch.ops.aten
 
@@ -34,16 +36,12 @@ class AttentionCall:
     dropout: float
 
 
-_SDPA = (
-    F.scaled_dot_product_attention,
-    torch._C._nn.scaled_dot_product_attention,
-    aten.scaled_dot_product_attention.default,
-)
+SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 
 
-def scaled_dot_product_attention(node: Node) -> AttentionCall | None:
-    """`F.scaled_dot_product_attention` and its aten twin."""
-    if node.op != "call_function" or node.target not in _SDPA:
+def as_attention(node: Node) -> AttentionCall | None:
+    """The attention that a node computes, or None."""
+    if node.op != "call_function" or node.target not in SDPA:
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
@@ -56,9 +54,52 @@ def scaled_dot_product_attention(node: Node) -> AttentionCall | None:
     )  # fmt: skip
 
 
-SPELLINGS: list[Callable[[Node], AttentionCall | None]] = [scaled_dot_product_attention]
+Causal = Literal["top_left", "bottom_right"]
+_DIMENSIONS = {frozenset("BHLD"), frozenset("HLD"), frozenset("BLD"), frozenset("LD")}
 
 
-def as_attention(node: Node) -> AttentionCall | None:
-    """The attention that a node computes, or None."""
-    return next((call for spelling in SPELLINGS if (call := spelling(node)) is not None), None)
+@dataclass(frozen=True)
+class AttentionArguments:
+    """What a call computes: softmax(scale · query @ keyᵀ + mask) @ value, told by the call's own arguments.
+
+    Attributes:
+        query, key, value: tensors of the call, laid out as `layout` says; grouped queries may have more heads.
+        mask: boolean (true: attend) or additive, broadcastable to `[B, H, L, S]`.
+        scale: factor of the scores; None is 1 / sqrt(head_dim).
+        causal: None, or which corner the diagonal starts from: "top_left" (query i sees keys j <= i, as PyTorch's
+            `is_causal`) or "bottom_right" (j <= i + S - L, as flash-attn's). They differ where L != S only.
+        dropout: probability; attention with dropout is left as it is.
+        layout: the dimensions of query, key, value and the result in order: "BHLD", "BLHD", or fewer of the letters
+            (without B there is one batch entry, without H one head). Four of them where they differ.
+
+    Raises:
+        ConfigurationError: a setting has a value that is none of those above.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Any = None
+    scale: float | None = None
+    causal: Causal | None = None
+    dropout: float = 0.0
+    layout: str | tuple[str, str, str, str] = "BHLD"
+
+    def __post_init__(self) -> None:
+        if self.causal not in (None, "top_left", "bottom_right"):
+            raise ConfigurationError(f"causal={self.causal!r}: expected None, 'top_left' or 'bottom_right'")
+        layouts = self.layouts
+        if len(layouts) != 4 or any(len(x) != len(set(x)) or frozenset(x) not in _DIMENSIONS for x in layouts):
+            raise ConfigurationError(
+                f"layout={self.layout!r}: expected the dimensions in order, as 'BHLD' or 'BLHD' (B and H may be left "
+                "out where there is one), or four of them for query, key, value and the result"
+            )
+
+    @property
+    def layouts(self) -> tuple[str, str, str, str]:
+        """The layouts of query, key, value and the result."""
+        return (self.layout,) * 4 if isinstance(self.layout, str) else tuple(self.layout)  # type: ignore[return-value]
+
+
+class NotCanonical(Exception):
+    """A call is attention, but none that `F.scaled_dot_product_attention` computes; the message says why."""
