@@ -13,9 +13,12 @@ from .errors import (
     PackedReadWarning,
 )
 from .packed import PackedKV, is_packed, materialize, quantization_step
+from .passes.attention_forms import AttentionArguments
+from .passes.spelled_by_users import register_attention
 from .report import GraphReport, MemoryReport
 
 __all__ = [
+    "AttentionArguments",
     "Config",
     "ConfigurationError",
     "GraphReport",
@@ -32,6 +35,7 @@ __all__ = [
     "jkv_backend",
     "materialize",
     "quantization_step",
+    "register_attention",
 ]
 
 check_torch_version()

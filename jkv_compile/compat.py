@@ -105,3 +105,8 @@ def is_composite(operator: torch._ops.OpOverload) -> bool:
 def own_expression(value: torch.SymInt) -> Any:
     """The expression that a SymInt was made with, before guards equated its symbols with others."""
     return value.node._expr
+
+
+def operator_of(target: Any) -> Any:
+    """The operator that `torch.library.custom_op` made, for what it returns; anything else as it is."""
+    return target._opoverload if isinstance(target, torch._library.custom_ops.CustomOpDef) else target

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..compat import fake_mode_of
 from ..geometry import same
-from ..packed import PackedKV
 from .attention_forms import AttentionArguments, NotCanonical, as_attention
-from .nodes import CONCATENATIONS, copied, example, identity, mutates, name_of
+from .nodes import example, identity, mutates, name_of
+from .sources import Sources
 from .spelled_as_calls import attention_call
 from .spelled_by_hand import HandWritten, Mask, check_unchanged, hand_written, untransposed
+from .spelled_by_users import registered_call
 from .symbols import Symbols
 
 _FULL = "BHLD"
@@ -44,7 +45,7 @@ def canonicalise(graph: Graph) -> list[Left]:
         Attention over something like a cache that has no such form.
     """
     left: list[Left] = []
-    sources = _Sources(graph)
+    sources = Sources(graph)
     for node in list(graph.nodes):
         if node.op not in _CALLS:
             continue
@@ -60,8 +61,10 @@ def canonicalise(graph: Graph) -> list[Left]:
     return left
 
 
-def _canonicalise(graph: Graph, node: Node, sources: _Sources) -> None:
-    attention: AttentionArguments | HandWritten | None = attention_call(node) or hand_written(node)
+def _canonicalise(graph: Graph, node: Node, sources: Sources) -> None:
+    attention: AttentionArguments | HandWritten | None = (
+        registered_call(node) or attention_call(node) or hand_written(node)
+    )
     if attention is None or not sources.may_read_a_cache(attention.query, attention.key, attention.value):
         return
     result = _only_result(node)
@@ -94,46 +97,6 @@ def _only_result(node: Node) -> Node:
     if len(results) != 1:
         raise NotCanonical(f"the result of `{name_of(node)}` is used {len(results)} times")
     return results[0]
-
-
-class _Sources:
-    """Which inputs of the graph each node depends on, as bits of an integer."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.bits: dict[Node, int] = {}
-        self.gathers = 0  # inputs that are packed, written to, or concatenated with other tokens
-        owners: dict[int, int] = {}  # storage -> the bit of the input that it is
-        for node in graph.nodes:
-            value = example(node)
-            bits = 0
-            for argument in node.all_input_nodes:
-                bits |= self.bits[argument]
-            if node.op == "placeholder" and _may_be_cache(value):
-                bits = 1 << len(owners)
-                owners[identity(value)] = bits
-                self.gathers |= bits if isinstance(value, PackedKV) else 0
-            self.bits[node] = bits
-            for argument in node.all_input_nodes:
-                if isinstance(shown := example(argument), Tensor) and mutates(node, argument):
-                    self.gathers |= owners.get(identity(shown), 0)
-            if node.target in CONCATENATIONS:
-                for part in copied(node):
-                    while (of := copied(part)) and len(of) == 1:
-                        part = of[0]
-                    shown = example(part)
-                    self.gathers |= owners.get(identity(shown), 0) if isinstance(shown, Tensor) else 0
-
-    def may_read_a_cache(self, query: Any, key: Any, value: Any) -> bool:
-        return bool((self.bits.get(key, 0) | self.bits.get(value, 0)) & ~self.bits.get(query, 0))
-
-    def gathered(self, node: Any) -> bool:
-        return bool(self.bits.get(node, 0) & self.gathers)
-
-
-def _may_be_cache(value: Any) -> bool:
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-        return False
-    return value.dtype.is_floating_point and value.dim() >= 3
 
 
 class _Writer:

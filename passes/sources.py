@@ -1,0 +1,51 @@
+"""What nodes of a graph are made of: whether attention may read a cache, and whether that gathers tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from ..packed import PackedKV
+from .nodes import CONCATENATIONS, copied, example, identity, mutates
+
+
+class Sources:
+    """Which inputs of the graph each node depends on, as bits of an integer."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.bits: dict[Node, int] = {}
+        self.gathers = 0  # inputs that are packed, written to, or concatenated with other tokens
+        owners: dict[int, int] = {}  # storage -> the bit of the input that it is
+        for node in graph.nodes:
+            value = example(node)
+            bits = 0
+            for argument in node.all_input_nodes:
+                bits |= self.bits[argument]
+            if node.op == "placeholder" and _may_be_cache(value):
+                bits = 1 << len(owners)
+                owners[identity(value)] = bits
+                self.gathers |= bits if isinstance(value, PackedKV) else 0
+            self.bits[node] = bits
+            for argument in node.all_input_nodes:
+                if isinstance(shown := example(argument), Tensor) and mutates(node, argument):
+                    self.gathers |= owners.get(identity(shown), 0)
+            if node.target in CONCATENATIONS:
+                for part in copied(node):
+                    while (of := copied(part)) and len(of) == 1:
+                        part = of[0]
+                    shown = example(part)
+                    self.gathers |= owners.get(identity(shown), 0) if isinstance(shown, Tensor) else 0
+
+    def may_read_a_cache(self, query: Any, key: Any, value: Any) -> bool:
+        return bool((self.bits.get(key, 0) | self.bits.get(value, 0)) & ~self.bits.get(query, 0))
+
+    def gathered(self, node: Any) -> bool:
+        return bool(self.bits.get(node, 0) & self.gathers)
+
+
+def _may_be_cache(value: Any) -> bool:
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return False
+    return value.dtype.is_floating_point and value.dim() >= 3
