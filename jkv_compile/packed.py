@@ -31,6 +31,7 @@ class PackedKV(torch.Tensor):
     offset: int
     _first_token: Tensor | None
     _shadow: Tensor | None
+    _told: tuple[Any, Any] | None
 
     @staticmethod
     def __new__(
@@ -43,7 +44,7 @@ class PackedKV(torch.Tensor):
     ) -> None:
         self._store = store
         self.offset = offset  # elements from where the tensor begins that the store replaces
-        self._first_token = self._shadow = None
+        self._first_token = self._shadow = self._told = None
 
     # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes become
     # dynamic one by one, while storage offsets that are equal are taken to be one symbol. Everything else that a graph
@@ -70,19 +71,37 @@ class PackedKV(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         store = self._store
-        return ["codes", "scales", "first_token"], (
-            store.shape, store.strides, store.dtype, store.bits, store.quantizer, self.dtype,
-        )  # fmt: skip
+        context = store.dtype, store.bits, store.quantizer, self.dtype
+        return ["codes", "scales", "first_token"], (*self._layout, *context)
+
+    @property
+    def _layout(self) -> tuple[Any, Any]:
+        """The store's shape and strides; of a window that shows all of it, which of its dimensions is which axis.
+
+        A growing cache has a new shape in every call, which is told by the window's own size then.
+        """
+        if self._told is None:
+            store = self._store
+            window = None if is_fake(store.codes) or self.numel() != store.numel else self.find_window()
+            if window is None:
+                self._told = store.shape, store.strides
+            else:
+                self._told = "whole", tuple(window.axes.index(a) if a in window.axes else None for a in range(4))
+        return self._told
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
         shape, strides, store_dtype, bits, quantizer, dtype = context
+        if shape == "whole":
+            dims = strides
+            shape = [1 if d is None else size[d] for d in dims]
+            strides = [1 if d is None else stride[d] for d in dims]
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         tokens, rest, _ = inner["first_token"].shape
-        packed = PackedKV(store, size, stride, (tokens - MARGIN) * strides[2] + rest, dtype)
-        packed._first_token = inner["first_token"]
+        packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
+        packed._first_token, packed._told = inner["first_token"], context[:2]
         return packed
 
     # A packed window is no view to autograd: nothing here is differentiable, and Dynamo takes no views of subclasses.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .adopt import Written, adopt, obstacle
+from .compat import maybe_mark_dynamic
 from .config import Config
 from .errors import NotRewrittenWarning
 from .packed import PackedKV
@@ -19,6 +20,7 @@ from .store import Active, Store
 
 if TYPE_CHECKING:
     from .passes.pipeline import Plan
+    from .passes.rewrite import OutputStore
 
 NO_RANGE = (0, 0)
 
@@ -74,18 +76,36 @@ def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any,
         for keep in rewritten.kept:
             store = args[keep.argument]._store
             store.active = Active(outputs[keep.data], outputs[keep.start], outputs[keep.stop])
+        made = [_new_store(args[new.argument]._store, new, outputs) for new in rewritten.stores]
         result = []
         for output in rewritten.outputs:
             if isinstance(output, int):
                 result.append(outputs[output])
                 continue
-            cache = args[output.argument]
             size, stride = [outputs[i] for i in output.size], [outputs[i] for i in output.stride]
-            with torch.inference_mode(cache.is_inference()):
-                result.append(PackedKV(cache._store, size, stride, outputs[output.offset], cache.dtype))
+            if hasattr(output, "store"):
+                store, inference = made[output.store], torch.is_inference_mode_enabled()
+            else:
+                store, inference = args[output.argument]._store, args[output.argument].is_inference()
+            with torch.inference_mode(inference):
+                result.append(PackedKV(store, size, stride, outputs[output.offset], store.dtype))
         return tuple(result)
 
     return finish
+
+
+def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store:
+    """A cache that a graph has made of `parent`'s tokens and new ones."""
+    codes, scales = outputs[new.codes], outputs[new.scales]
+    for tensor, tokens in ((codes, 2), (scales, 3)):  # a cache that is made anew in every call is likely to grow
+        maybe_mark_dynamic(tensor, tokens)
+    shape, strides = (*codes.shape[:3], parent.shape[3]), [outputs[i] for i in new.strides]
+    store = Store(shape, strides, parent.dtype, parent.bits, codes, scales, parent.quantizer)
+    if new.active is not None:
+        data, start, stop = (outputs[i] for i in new.active)
+        store.active = Active(data, start, stop)
+    store.join(parent._family)
+    return store
 
 
 def first_contact(

@@ -120,6 +120,15 @@ class Read:
 
 
 @dataclass
+class Returned:
+    """An output of the graph that is a view of a copy of cached tokens, alone or followed by tokens of the graph."""
+
+    argument: Node
+    copy: Holder
+    grows: bool  # tokens of this graph are among them, and the graph attends to it
+
+
+@dataclass
 class Rejection:
     """An attention that could not be lowered, and why."""
 
@@ -138,4 +147,5 @@ class Tracking:
     attends: list[Attend]
     dense: list[Dense]
     reads: list[Read]
+    returned: list[Returned]
     rejections: list[Rejection]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .actions import Attend, Dense, Holder
+from .actions import Attend, Dense
 from .nodes import example
 from .pieces import Pieces
 from .segments import Fresh, Scattered, Segment
@@ -106,7 +106,7 @@ def _packed_attention(
     ranges = [number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
     query = pieces.rotated(query, key_cache)
     key, value = (
-        pieces.rotated(pieces.concatenate(parts), cache) if parts else _no_tokens(pieces, query, cache)
+        pieces.rotated(pieces.concatenate(parts), cache) if parts else pieces.no_tokens(query, cache)
         for parts, cache in ((keys, key_cache), (values, value_cache))
     )
     mask = _causal_mask(pieces, attend) if call.is_causal else call.mask
@@ -119,12 +119,6 @@ def _packed_attention(
     else:
         result = pieces.call(ops.attention.default, query, *components, ranges, key, value, *settings)
     return pieces.rotated(result, value_cache)
-
-
-def _no_tokens(pieces: Pieces, query: Node, cache: Holder) -> Node:
-    """Zero tokens of a cache's heads, where no key is in full precision."""
-    batch, heads, head_dim = (pieces.number(cache.shape[pieces.plans[cache].axes[r]]) for r in (0, 1, 3))
-    return pieces.call(torch.ops.aten.new_empty.default, query, [batch, heads, 0, head_dim])
 
 
 def _causal_mask(pieces: Pieces, attend: Attend) -> Node:

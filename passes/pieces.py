@@ -86,6 +86,12 @@ class Pieces:
         """Along tokens."""
         return parts[0] if len(parts) == 1 else self.call(torch.cat, list(parts), 2)
 
+    def no_tokens(self, like: Node, holder: Holder, dtype: torch.dtype | None = None) -> Node:
+        """Zero tokens of a cache's heads `[B, H, 0, D]`, on the device, and as a rule in the dtype, of `like`."""
+        batch, heads, head_dim = (self.number(holder.shape[self.plans[holder].axes[r]]) for r in (0, 1, 3))
+        keywords = {} if dtype is None else {"dtype": dtype}
+        return self.call(torch.ops.aten.new_empty.default, like, [batch, heads, 0, head_dim], **keywords)
+
     def rotated(self, value: Node, holder: Holder) -> Node:
         """A tensor `[…, D]` in the basis that a cache is stored in, or back from it: a rotation that is its inverse."""
         return self.call(torch.ops.jkv.rotate.default, value) if rotates(self.plans[holder].quantizer) else value

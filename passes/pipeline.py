@@ -22,7 +22,7 @@ from .nodes import example
 from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
-from .segments import Cached
+from .segments import Fresh
 from .tracking import Tracker
 
 
@@ -105,7 +105,12 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
     outcome = "packed"
     if not packed:
         outcome = "adopted"
-        plans = _choose(tracking, _gathers, position, example_inputs, owners, config, report)
+        growing = {r.copy.cache for r in tracking.returned if r.grows}
+
+        def gathers(action: Attend | Dense, holder: Holder, written_elsewhere: bool) -> bool:
+            return holder in growing or _gathers(action, holder, written_elsewhere)
+
+        plans = _choose(tracking, gathers, position, example_inputs, owners, config, report)
         if not plans:
             outcome = "watched"
             plans = _choose(tracking, _may_persist, position, example_inputs, owners, config, report)
@@ -219,8 +224,8 @@ def _written_ranges(tracking: Tracking, position: dict[Node, int], symbols: dict
 
 
 def _match(attend: Attend) -> Match:
-    cached = [s for s in attend.key if isinstance(s.content, Cached)]
-    current = [s for s in attend.key if not isinstance(s.content, Cached)]
+    cached = [s for s in attend.key if not isinstance(s.content, Fresh)]
+    current = [s for s in attend.key if isinstance(s.content, Fresh)]
     return Match(
         source_line(attend.call.node),
         "fused",

@@ -8,6 +8,7 @@ precision.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..kernels.quantizers import rotates
-from .actions import Append, Fill, Holder, Move, Read, Scatter, Tracking
+from ..geometry import same
+from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
 from .lower_attention import lower_dense, lower_fused
 from .lower_reads import materialize, steps
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
-from .segments import Fresh
+from .segments import Cached, Fresh
 from .uncertainty import Uncertainty
 
 ops = torch.ops.jkv
@@ -32,6 +34,30 @@ class OutputWindow:
 
     argument: int
     size: list[int]  # each an index into the compiled graph's outputs
+    stride: list[int]
+    offset: int
+
+
+@dataclass
+class OutputStore:
+    """A packed cache that a graph makes of one that enters it; numbers are indices into the compiled graph's outputs.
+
+    Outputs that show the same one share it (`OutputView.store`).
+    """
+
+    argument: int
+    codes: int
+    scales: int
+    strides: list[int]  # of the tensor that it stands for, canonical order
+    active: tuple[int, int, int] | None  # data, start, stop: tokens that another graph attends in full precision
+
+
+@dataclass
+class OutputView:
+    """An output of the user's graph that shows a packed cache which the graph makes."""
+
+    store: int  # among `Rewritten.stores`
+    size: list[int]
     stride: list[int]
     offset: int
 
@@ -52,7 +78,8 @@ class Rewritten:
 
     graph: GraphModule
     inputs: list[tuple[int, Component]]
-    outputs: list[int | OutputWindow]
+    outputs: list[int | OutputWindow | OutputView]
+    stores: list[OutputStore] = field(default_factory=list)
     kept: list[KeptRange] = field(default_factory=list)
     written: list[int] = field(default_factory=list)  # arguments whose store no longer has an active range
     caches: dict[int, CachePlan] = field(default_factory=dict)  # by argument
@@ -60,7 +87,7 @@ class Rewritten:
 
     @property
     def has_extra_outputs(self) -> bool:
-        return bool(self.kept) or any(isinstance(o, OutputWindow) for o in self.outputs)
+        return bool(self.kept) or not all(isinstance(o, int) for o in self.outputs)
 
 
 def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
@@ -101,6 +128,7 @@ class _Rewriter:
         for read in tracking.reads:
             if read.holder in plans:
                 self.reads.setdefault(read.consumer, []).append(read)
+        self.returned = {r.argument: r for r in tracking.returned if r.copy.cache in plans}
         self.rewritten = Rewritten(gm, [], [], caches={self.position[h.node]: plan for h, plan in plans.items()})
 
     def run(self) -> Rewritten:
@@ -173,32 +201,61 @@ class _Rewriter:
     # ---- the outer signature ----
 
     def _lower_output(self, output: Node) -> None:
-        """Views of a cache are told by their geometry; ranges that nobody here attends to are handed out."""
+        """Views of caches are told by their geometry; ranges that nobody here attends to are handed out."""
         values: list[Any] = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
         windows = {r.argument: r for r in self.reads.get(output, [])}
-        plain = [v for v in values if v not in windows]
+        plain = [v for v in values if v not in windows and v not in self.returned]
         extra: list[Any] = []
 
         def add(value: Any) -> int:
-            extra.append(self.pieces.number(value) if not isinstance(value, Node) else value)
+            extra.append(value if isinstance(value, Node) else self.pieces.number(value))
             return len(plain) + len(extra) - 1
 
         taken = 0
+        stores: dict[Holder, int] = {}
         for value in values:
-            if value not in windows:
-                self.rewritten.outputs.append(taken)
-                taken += 1
+            if value in windows or value in self.returned:
+                view = example(value)
+                shown = [add(n) for n in view.shape], [add(n) for n in view.stride()], add(offset(view))
+                if value in windows:
+                    argument = self.position[windows[value].holder.node]
+                    self.rewritten.outputs.append(OutputWindow(argument, *shown))
+                    continue
+                copy = self.returned[value].copy
+                if copy not in stores:
+                    stores[copy] = len(stores)
+                    self.rewritten.stores.append(self._new_store(self.returned[value], add))
+                self.rewritten.outputs.append(OutputView(stores[copy], *shown))
                 continue
-            view = example(value)
-            self.rewritten.outputs.append(
-                OutputWindow(
-                    self.position[windows[value].holder.node],
-                    [add(n) for n in view.shape],
-                    [add(n) for n in view.stride()],
-                    add(offset(view)),
-                )
-            )
+            self.rewritten.outputs.append(taken)
+            taken += 1
+        self._keep_written(add)
+        output.args = ((*plain, *extra),)
+
+    def _new_store(self, returned: Returned, add: Callable[[Any], int]) -> OutputStore:
+        """A packed cache of the tokens that a copy holds."""
+        copy, cache, pieces = returned.copy, returned.copy.cache, self.pieces
+        plan, roles = self.plans[cache], self.pieces.roles(cache)
+        axes = [roles[a] for a in copy.root_axes if a is not None]  # canonical axis of each of the copy's own
+        segments = [s for s in copy.segments if not same(s.start, s.stop)]
+        cached = [s for s in segments if isinstance(s.content, Cached)]
+        ranges = [pieces.number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
+        fresh = [pieces.canonical(s.content, s.length, axes, copy.dtype) for s in segments if s not in cached]  # type: ignore[arg-type]
+        value = pieces.concatenate(fresh) if fresh else pieces.no_tokens(pieces.packed(cache)[1], cache, copy.dtype)
+        packed = *pieces.packed(cache), ranges, pieces.rotated(value, cache), plan.bits
+        made = pieces.call(ops.extend.default, *packed)
+        codes, scales = (add(pieces.call(operator.getitem, made, i)) for i in range(2))
+        strides = [add(copy.strides[axes.index(role)]) for role in range(4)]
+        active = None
+        if fresh and not returned.grows:
+            held = pieces.method("clone", value, memory_format=torch.contiguous_format)
+            active = add(held), add(cached[-1].stop), add(segments[-1].stop)
+        return OutputStore(self.position[cache.node], codes, scales, strides, active)
+
+    def _keep_written(self, add: Callable[[Any], int]) -> None:
+        """Ranges that are written, and attended to by another graph if at all, go out in full precision."""
         attended = {c for a in self.attends.values() for c in (a.key_cache, a.value_cache)}
+        attended |= {c for d in self.dense.values() for c in d.caches}
         for holder in self.plans:
             if not holder.writes:
                 continue
@@ -208,10 +265,10 @@ class _Rewriter:
                 self.rewritten.written.append(argument)
                 continue
             fresh = Fresh(last.value, last.axes, last.first)
-            held = self.pieces.canonical(fresh, last.stop - last.start, self.pieces.roles(holder), holder.dtype)
-            held = self.graph.call_method("clone", (held,), {"memory_format": torch.contiguous_format})
+            roles = self.pieces.roles(holder)
+            held = self.pieces.canonical(fresh, last.stop - last.start, roles, holder.dtype)
+            held = self.pieces.method("clone", held, memory_format=torch.contiguous_format)
             self.rewritten.kept.append(KeptRange(argument, add(held), add(last.start), add(last.stop)))
-        output.args = ((*plain, *extra),)
 
     def _order_inputs(self) -> None:
         components = {node: (self.position[cache], kind) for (cache, kind), node in self.pieces.components.items()}

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
-from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Scatter, Tracking
+from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Returned, Scatter, Tracking
 from .attention_forms import AttentionCall, as_attention
 from .nodes import (
     CONCATENATIONS,
@@ -75,7 +75,7 @@ class Tracker:
         self.holders: dict[int, Holder] = {}
         self.plain: dict[Node, list[Holder]] = {}  # views of a holder that are no boxes of it: ordinary tensors
         self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
-        self.result = Tracking([], [], [], [], [], [], [])
+        self.result = Tracking([], [], [], [], [], [], [], [])
         self.roles = Roles(graph)
         for node in graph.find_nodes(op="placeholder"):
             self._add_cache(node, (owners or {}).get(node))
@@ -166,7 +166,8 @@ class Tracker:
             self._attention(call)
         elif node.op == "output":
             for argument in node.all_input_nodes:
-                self._read(node, argument)
+                if not self._returned(argument):
+                    self._read(node, argument)
         elif (write := as_write(node)) is not None:
             self._write(node, write)
         elif not self._is_view(node) and not self._copy(node):
@@ -213,6 +214,23 @@ class Tracker:
             return
         window, segments = self._window(value, holder)
         self.result.reads.append(Read(consumer, argument, holder, window, segments))
+
+    def _returned(self, argument: Node) -> bool:
+        """Record an output that is a copy of cached tokens, and after them tokens of the graph."""
+        copy = self._holder(argument)
+        if copy is None or copy.root is None or copy.repeats != 1 or None in copy.root_axes:
+            return False
+        kinds = [isinstance(s.content, Fresh) for s in copy.segments if not same(s.start, s.stop)]
+        if not kinds or all(kinds) or kinds != sorted(kinds):
+            return False
+        for segment in copy.segments:
+            content = segment.content
+            if isinstance(content, Scattered) or (isinstance(content, Cached) and content.cache is not copy.root.node):
+                return False
+        attended = {c for a in self.result.attends for c in (a.key_cache, a.value_cache)}
+        attended |= {c for d in self.result.dense for c in d.caches}
+        self.result.returned.append(Returned(argument, copy, any(kinds) and copy.root in attended))
+        return True
 
     def _copy(self, node: Node) -> bool:
         """Record a copy of a holder's content as a holder of its own; False where the node is no such copy."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from jkv_compile import JKVBackend
+from jkv_compile import JKVBackend, is_packed
 
-from ..harness import fresh_backend, rewritten, run_beside, twins
+from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins
 from .models import (
     CHUNK,
     DIM,
@@ -21,6 +21,7 @@ from .models import (
     CloneEditAttend,
     Composite,
     FixedPast,
+    GrowingPast,
     KeysBesideValues,
     LazyBuffers,
     MaskedBuffer,
@@ -115,6 +116,16 @@ def rolled_buffer(edit: bool) -> Callable[[JKVBackend], Steps]:
     return steps
 
 
+def growing_past(backend: JKVBackend) -> Steps:
+    compiled, eager = twins(GrowingPast(), backend)
+    past = reference_past = None
+    while True:
+        x = chunk()
+        out, past = compiled(x, past)
+        want, reference_past = eager(x, reference_past)
+        yield out, want
+
+
 CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
     # the way of holding a cache, and from which call on nothing may compile any more
     "eviction by rolling, with a sink": (rolling, 8),
@@ -122,6 +133,7 @@ CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
     "a fixed past, turned after the read": (fixed_past("interleaved"), 3),
     "a fixed past, turned in halves after the read": (fixed_past("half"), 3),
     "a fixed past, its batch doubled": (fixed_past(double=True), 3),
+    "a concatenation that grows and is returned": (growing_past, 4),
     "a whole buffer under a boolean mask": (masked_buffer(), 2),
     "a whole buffer under an additive mask": (masked_buffer(additive=True), 2),
     "a whole buffer, heads repeated": (masked_buffer(repeats=2), 2),
@@ -161,6 +173,43 @@ def test_rolling_moves_packed_data_bit_for_bit() -> None:
     assert torch.equal(store.codes[:, :, :4], codes[:, :, :4])
     assert torch.equal(store.codes[:, :, 4:24], codes[:, :, 12:32])
     assert torch.equal(store.scales[:, :, :, 4:24], scales[:, :, :, 12:32])
+
+
+def test_two_children_of_one_past_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(GrowingPast(), backend)
+    with torch.no_grad():
+        past = reference_past = None
+        for _ in range(3):
+            x = chunk()
+            _, past = compiled(x, past)
+            _, reference_past = eager(x, reference_past)
+        assert past is not None and is_packed(past[0])
+        before = past[0]._store.codes.clone()
+        for _ in range(2):  # both grow from the same past, each in its own way
+            x, child, reference_child = chunk(), past, reference_past
+            for _ in range(2):
+                out, child = compiled(x, child)
+                want, reference_child = eager(x, reference_child)
+                assert relative_error(out, want) < 0.01
+            assert child[0].shape[2] == past[0].shape[2] + 2 * CHUNK
+        assert torch.equal(past[0]._store.codes, before)
+
+
+def test_growing_moves_packed_tokens_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2)
+    compiled = torch.compile(GrowingPast(), backend=backend)
+    past, stores = None, []
+    with torch.no_grad():
+        for _ in range(5):
+            _, past = compiled(chunk(), past)
+            stores.append(past[0]._store if is_packed(past[0]) else None)
+    assert None not in stores[2:]  # the first past is a slice of a projection, the second their concatenation
+    for old, new in zip(stores[2:], stores[3:]):
+        n = old.codes.shape[2]
+        assert torch.equal(new.codes[:, :, :n], old.codes) and torch.equal(new.scales[:, :, :, :n], old.scales)
 
 
 def test_what_is_not_supported_yet_runs_as_written() -> None:

@@ -122,3 +122,25 @@ def test_append_at_outside_the_cache_is_an_error() -> None:
 def test_append_at_passes_opcheck() -> None:
     args = *packed(), torch.randn(2, 3, 2, 64), torch.tensor([1, 7]), 2
     torch.library.opcheck(ops.append_at.default, args)
+
+
+def test_extend_keeps_the_old_cache_and_quantizes_after_it() -> None:
+    torch.manual_seed(0)
+    (codes, scales), source = packed(), torch.randn(2, 3, 5, 64)
+    before = codes.clone()
+    new_codes, new_scales = ops.extend(codes, scales, [0, 4, 20, 32], source, 2)
+    kept = [*range(4), *range(20, 32)]
+    assert torch.equal(new_codes[:, :, :16], codes[:, :, kept]) and torch.equal(codes, before)
+    assert torch.equal(new_scales[:, :, :, :16], scales[:, :, :, kept])
+    want_codes, want_scales = reference.quantize(source, 2, 32)
+    assert torch.equal(new_codes[:, :, 16:], want_codes) and torch.equal(new_scales[:, :, :, 16:], want_scales)
+
+
+def test_extend_with_a_range_outside_the_cache_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="tokens 20:33 do not lie within the cache's 32 tokens"):
+        ops.extend(*packed(), [20, 33], torch.randn(2, 3, 1, 64), 2)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_extend_passes_opcheck(tokens: int) -> None:
+    torch.library.opcheck(ops.extend.default, (*packed(), [0, 8], torch.randn(2, 3, tokens, 64), 2))
