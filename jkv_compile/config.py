@@ -10,7 +10,7 @@ from .kernels.layout import SUPPORTED_BITS
 from .kernels.quantizers import QUANTIZERS
 
 Correction = Literal["taylor", "exact", "none"]
-Quantizer = Literal["rtn", "quarot"]
+Quantizer = Literal["rtn", "quarot", "unbiased"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 
@@ -24,7 +24,9 @@ class Config:
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
             "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "exact" (Σ_c log(sinh α_c / α_c); slower), or "none".
         quantizer: "rtn" rounds keys and values as they are, to the grid between a group's least and greatest channel;
-            "quarot" rotates them by a Hadamard matrix first, and queries and results with them (arXiv 2404.00456).
+            "quarot" rotates them by a Hadamard matrix first, and queries and results with them (arXiv 2404.00456);
+            "unbiased" does too, then rounds to the best grid for normal numbers, and rescales each group so that its
+            error is orthogonal to it (`kernels.quantizers`).
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
 

@@ -123,7 +123,7 @@ class Store:
         batch, heads, tokens, _ = source.shape
         codes, scales = self._box(starts, (batch, heads))
         self.active = None
-        _ops.append(codes, scales, self._rotated(_as_float(source)), starts[TOKEN], self.bits)
+        _ops.append(codes, scales, self._stored(_as_float(source)), starts[TOKEN], self.bits)
         if keep_active and (batch, heads) == self.shape[:2] and tokens:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -278,6 +278,12 @@ class Store:
     def _rotated(self, x: Tensor) -> Tensor:
         """A tensor `[b, h, n, D]` in the basis of the stored channels, or back from it."""
         return _ops.rotate(x) if rotates(self.quantizer) else x
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """What is quantized of a tensor `[b, h, n, D]`, see `kernels.quantizers`."""
+        if self.quantizer == "unbiased":
+            return _ops.round_unbiased(x, self.bits, self.group_size)
+        return self._rotated(x)
 
     def _check_meaning(self, other: Store) -> None:
         mine, theirs = ((s.bits, s.group_size, s.quantizer) for s in (self, other))

@@ -55,6 +55,7 @@ library.define(
 )
 
 library.define("rotate(Tensor x) -> Tensor", tags=_TAGS)
+library.define("round_unbiased(Tensor x, int bits, int group_size) -> Tensor", tags=_TAGS)
 library.define(
     "fill_rotated(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, int bits, float value) -> ()",
     tags=_TAGS,
@@ -313,6 +314,7 @@ for _name, _kernel, _fake in (
     ("dequantize_active", dequantize_active, _dequantize_active_fake),
     ("attention_active", attention_active, _attention_active_fake),
     ("rotate", quantizers.rotate, torch.empty_like),
+    ("round_unbiased", quantizers.round_unbiased, lambda x, *_: x.new_empty(x.shape, dtype=torch.float32)),
     ("fill_rotated", quantizers.fill_rotated, lambda *_: None),
 ):
     # For every device; where there are kernels in C++ (`cpu_cpp`), they take precedence once they are installed.

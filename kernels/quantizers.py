@@ -4,23 +4,33 @@
 matrix spreads a few large channels over all of them, so that the groups' ranges shrink, and the rounding errors become
 the independent noise that the Jensen correction (arXiv 2605.26266) assumes. A rotation leaves scores alone,
 (Hq)·(Hk) = q·k, so attention runs on rotated queries and keys; what it returns of rotated values is rotated back.
+
+`unbiased` rotates as well, and then makes more of the same bits. Rotated channels are close to normal, so the grid is
+the one that rounds normal numbers best (Max, 1960) instead of reaching to the extremes; and each group is rescaled so
+that its error is orthogonal to it, as in RaBitQ (arXiv 2405.12497): what is read, projected on what was written, is
+what was written, and a query along a key sees that key's score without error.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from .layout import pack
 
-QUANTIZERS = ("rtn", "quarot")
+QUANTIZERS = ("rtn", "quarot", "unbiased")
+
+# Greatest level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error for normal
+# numbers. With 8 bits it lies beyond the extremes of any group.
+NORMAL_RANGE = {2: 1.494, 3: 2.051, 4: 2.514, 8: math.inf}
 
 
 def rotates(quantizer: str) -> bool:
     """Whether what is stored are rotated channels."""
-    return quantizer == "quarot"
+    return quantizer in ("quarot", "unbiased")
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -33,6 +43,32 @@ def rotate(x: Tensor) -> Tensor:
     matrix = _hadamard(_order(head_dim), x.device)
     rotated = x.float().unflatten(-1, (-1, len(matrix))) @ matrix
     return torch.empty_like(x).copy_(rotated.flatten(-2))
+
+
+def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """What the quantizer `unbiased` stores of `x` `[…, D]`: rotated, on a grid of 2^bits levels per group; float32,
+    contiguous.
+
+    Both ends of a group's grid occur in it, so that `jkv::append`, which quantizes between extremes, finds this very
+    grid. Its range is ± `NORMAL_RANGE` root mean squares, or from extreme to extreme where that comes closer (a group
+    with an outlier, or all of one number). Then x̂ is rescaled by ‖x‖² / (x·x̂), which makes the error orthogonal to x.
+    """
+    groups = rotate(x.float()).unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    limit = NORMAL_RANGE[bits] * groups.square().mean(-1, keepdim=True).sqrt()
+    wide = _on_grid(groups, low, high, bits)
+    narrow = _on_grid(groups, torch.maximum(low, -limit), torch.minimum(high, limit), bits)
+    error_wide, error_narrow = ((groups - y).square().sum(-1, keepdim=True) for y in (wide, narrow))
+    return torch.where(error_narrow < error_wide, narrow, wide).flatten(-2).contiguous()
+
+
+def _on_grid(groups: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Groups `[…, G, group_size]` rounded to 2^bits levels from `low` to `high`, and rescaled."""
+    step = (high - low) / (2**bits - 1)
+    codes = ((groups.clamp(low, high) - low) / step).round()
+    rounded = torch.where(step > 0, low + codes * step, groups)  # a constant group, or one with a NaN, stays as it is
+    product = (groups * rounded).sum(-1, keepdim=True)
+    return rounded * torch.where(product > 0, groups.square().sum(-1, keepdim=True) / product, 1.0)
 
 
 def fill_rotated(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float) -> None:

@@ -96,6 +96,13 @@ class Pieces:
         """A tensor `[…, D]` in the basis that a cache is stored in, or back from it: a rotation that is its inverse."""
         return self.call(torch.ops.jkv.rotate.default, value) if rotates(self.plans[holder].quantizer) else value
 
+    def stored(self, value: Node, holder: Holder) -> Node:
+        """What is quantized of a tensor `[B, H, n, D]` that is written to a cache, see `kernels.quantizers`."""
+        plan = self.plans[holder]
+        if plan.quantizer == "unbiased":
+            return self.call(torch.ops.jkv.round_unbiased.default, value, plan.bits, plan.group_size)
+        return self.rotated(value, holder)
+
     def roles(self, holder: Holder) -> tuple[int, ...]:
         """The canonical axis of each of a cache's own axes."""
         axes = self.plans[holder].axes

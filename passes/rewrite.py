@@ -196,7 +196,7 @@ class _Rewriter:
     def _stored(self, write: Append | Scatter, fresh: Fresh, length: int) -> Node:
         """What a write puts into a cache, in the basis that the cache is stored in."""
         value = self.pieces.canonical(fresh, length, self.pieces.roles(write.holder), example(write.value).dtype)
-        return self.pieces.rotated(value, write.holder)
+        return self.pieces.stored(value, write.holder)
 
     # ---- the outer signature ----
 
@@ -242,7 +242,7 @@ class _Rewriter:
         ranges = [pieces.number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
         fresh = [pieces.canonical(s.content, s.length, axes, copy.dtype) for s in segments if s not in cached]  # type: ignore[arg-type]
         value = pieces.concatenate(fresh) if fresh else pieces.no_tokens(pieces.packed(cache)[1], cache, copy.dtype)
-        packed = *pieces.packed(cache), ranges, pieces.rotated(value, cache), plan.bits
+        packed = *pieces.packed(cache), ranges, pieces.stored(value, cache), plan.bits
         made = pieces.call(ops.extend.default, *packed)
         codes, scales = (add(pieces.call(operator.getitem, made, i)) for i in range(2))
         strides = [add(copy.strides[axes.index(role)]) for role in range(4)]

@@ -31,7 +31,7 @@ BAD = {
     ),
     "no correction by None": ({"correction": None}, r"correction=None: expected one of .*'none'"),
     "unknown inner compiler": ({"inner": "nvfuser"}, r"inner='nvfuser': expected one of .*'inductor'"),
-    "unknown quantizer": ({"quantizer": "quarrot"}, r"quantizer='quarrot': expected one of \('rtn', 'quarot'\)"),
+    "unknown quantizer": ({"quantizer": "quarrot"}, r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased'\)"),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
 }
 

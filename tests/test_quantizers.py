@@ -12,7 +12,7 @@ from torch import Tensor
 from jkv_compile import Config, PackedCacheError, PackedKV, materialize, quantization_step
 from jkv_compile.adopt import adopt
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import rotate
+from jkv_compile.kernels.quantizers import rotate, round_unbiased
 from jkv_compile.store import rebuild_store
 
 from .caches import AXES, GROUP, assert_same_bits, packed_data
@@ -138,3 +138,15 @@ def test_caches_of_different_quantizers_never_exchange_codes():
     torch.testing.assert_close(joined, torch.cat((materialize(rotated), read), 1))
     with pytest.raises(PackedCacheError, match=r"\(2, 32, 'rtn'\) cannot be copied into one of \(2, 32, 'quarot'\)"):
         rotated._store.move(other._store, (0, 0, 0, 0), (0, 0, 0, 0), (2, 3, 4, 64))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bits, bound", [(2, 0.36), (4, 0.085), (8, 0.005)])
+def test_unbiased_caches_read_back_in_their_own_basis(bits, bound):
+    cache, plain = new_cache("unbiased", bits)
+    assert (materialize(cache) - plain).norm() < bound * plain.norm()
+    cache[:, 4:8] = plain[:, :4]
+    cache[:, 7:8] = 0
+    rounded = reference.quantize(round_unbiased(plain[:, :3].transpose(1, 2), bits, GROUP), bits, GROUP)
+    want = rotate(reference.dequantize(*rounded, bits)).transpose(1, 2)
+    torch.testing.assert_close(materialize(cache[:, 4:7]), want)
+    assert torch.equal(materialize(cache[:, 7:8]), torch.zeros(2, 1, 3, 64))

@@ -55,6 +55,8 @@ CALLS = {
     "attention with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
     "attention, causal": lambda: attention_arguments(causal=True),
     "attention_active": active_arguments,
+    "round_unbiased": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48),
+    "round_unbiased of part of a tensor": lambda: (torch.randn(1, 5, 2, 192)[..., :64], 2, 64),
     "fill_rotated": lambda: (*packed(), 2, 4, 2, 1.5),
     "rotate": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2),),
     "rotate of part of a tensor": lambda: (torch.randn(1, 5, 2, 192)[..., :64],),

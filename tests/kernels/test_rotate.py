@@ -1,4 +1,4 @@
-"""The rotation of the `quarot` quantizer."""
+"""What the quantizers `quarot` and `unbiased` do before rounding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import rotate
+from jkv_compile.kernels.quantizers import rotate, round_unbiased
 
 
 def test_four_channels_by_hand():
@@ -60,3 +60,56 @@ def test_a_large_channel_costs_less_after_rotation():
         return (back(reference.dequantize(*reference.quantize(x, 2, 32), 2)) - key).square().mean().item()
 
     assert error(rotate(key), rotate) < 0.75 * error(key)
+
+
+# ---- round_unbiased ----
+
+
+def errors(x, bits, group_size):
+    """Relative squared error of what `append` stores of x, with `unbiased` and with `quarot`."""
+    rotated = rotate(x)
+
+    def error(source):
+        read = reference.dequantize(*reference.quantize(source, bits, group_size), bits)
+        return ((read - rotated).square().sum() / rotated.square().sum()).item()
+
+    return error(round_unbiased(x, bits, group_size)), error(rotated)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [16, 32, 64])
+def test_append_finds_the_grid_and_its_error_is_orthogonal(bits, group_size):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 50, 64)
+    stored = round_unbiased(x, bits, group_size)
+    read = reference.dequantize(*reference.quantize(stored, bits, group_size), bits)
+    torch.testing.assert_close(read, stored, rtol=0, atol=1e-2)  # float16 steps and zero points
+    groups, rounded = (t.unflatten(-1, (-1, group_size)) for t in (rotate(x), stored))
+    torch.testing.assert_close((groups * rounded).sum(-1), groups.square().sum(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits, share", [(2, 0.75), (3, 0.95), (4, 1.0), (8, 1.2)])
+def test_it_comes_closer_than_rounding_between_extremes(bits, share):
+    torch.manual_seed(0)
+    ours, theirs = errors(torch.randn(1, 2, 200, 64), bits, 64)
+    assert ours < share * theirs
+
+
+def test_outliers_keep_their_size():
+    """After rotation too one channel may dwarf the others: the grid then reaches out to it."""
+    x = rotate(torch.eye(64)[None, None, :1] * 50 + 0.01 * torch.randn(1, 1, 20, 64))
+    ours, theirs = errors(x, 2, 64)
+    assert ours < 1e-4 and theirs < 1e-4
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_tokens_are_kept(value):
+    stored = round_unbiased(torch.full((2, 64), value), 2, 32)
+    torch.testing.assert_close(rotate(stored), torch.full((2, 64), value))
+
+
+def test_a_nan_stays_in_its_group():
+    x = torch.randn(1, 64)
+    stored = round_unbiased(rotate(torch.where(torch.arange(64) == 40, float("nan"), x)), 2, 32)
+    assert stored.isnan().all()  # the rotation spreads it over the token
+    assert round_unbiased(torch.stack((torch.full((64,), float("nan")), x[0])), 2, 32)[1].isfinite().all()

@@ -1,4 +1,4 @@
-"""Graphs of rotated caches: every way of holding a cache that works with `rtn` works with `quarot`."""
+"""Graphs of rotated caches: every way of holding a cache that works with `rtn` works with `quarot` and `unbiased`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import rotate
+from jkv_compile.kernels.quantizers import rotate, round_unbiased
 
 from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins
 from ..idioms.test_idioms import CASES as IDIOMS
@@ -37,24 +37,26 @@ def test_caches_in_slices_are_attended_closely(name: str) -> None:
     assert backend.memory().adopted
 
 
+@pytest.mark.parametrize("quantizer", ["quarot", "unbiased"])
 @pytest.mark.parametrize("name", IDIOMS)
-def test_other_ways_of_holding_a_cache_are_attended_closely(name: str) -> None:
+def test_other_ways_of_holding_a_cache_are_attended_closely(name: str, quantizer: str) -> None:
     steps, stable_from = IDIOMS[name]
     torch.manual_seed(0)
-    backend = fresh_backend(quantizer="quarot")
+    backend = fresh_backend(quantizer=quantizer)
     with torch.no_grad():
         generator = steps(backend)
         run_beside(generator, calls=10, stable_from=stable_from)
-    assert all(store.quantizer == "quarot" for store in backend._state.stores)
+    assert all(store.quantizer == quantizer for store in backend._state.stores)
     assert backend.memory().adopted == 2
 
 
+@pytest.mark.parametrize("quantizer", ["quarot", "unbiased"])
 @pytest.mark.parametrize("correction", ["none", "taylor", "exact"])
 @pytest.mark.parametrize("bits", [2, (4, 2)], ids=str)
-def test_output_is_what_the_reference_computes(bits: Any, correction: str) -> None:
+def test_output_is_what_the_reference_computes(bits: Any, correction: str, quantizer: str) -> None:
     """The correction is that of the rotated query and the rotated key's steps; the current chunk has none."""
     torch.manual_seed(0)
-    backend = fresh_backend(bits=bits, correction=correction, quantizer="quarot")
+    backend = fresh_backend(bits=bits, correction=correction, quantizer=quantizer)
     model = SelfAttention(kv_heads=2)
     compiled = torch.compile(model, backend=backend)
     key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
@@ -67,6 +69,10 @@ def test_output_is_what_the_reference_computes(bits: Any, correction: str) -> No
             got = compiled(x, cache, start)
             if history:
                 old_k, old_v = (torch.cat(t, 2) for t in zip(*history))
+                if quantizer == "unbiased":
+                    old_k, old_v = (
+                        round_unbiased(rotate(x), b, 32) for x, b in ((old_k, key_bits), (old_v, value_bits))
+                    )
                 packed = *reference.quantize(old_k, key_bits, 32), *reference.quantize(old_v, value_bits, 32)
                 o, _ = reference.attention(
                     q, *packed, [0, start], k, v, None, False, 1 / 8, key_bits, value_bits, correction
@@ -97,8 +103,8 @@ def test_a_fill_in_the_graph_reads_as_the_constant() -> None:
 
 
 class TestGraphs(expecttest.TestCase):
-    def graph(self, model: SelfAttention, index: int = 0) -> str:
-        backend = fresh_backend(bits=2, quantizer="quarot")
+    def graph(self, model: SelfAttention, index: int = 0, quantizer: str = "quarot") -> str:
+        backend = fresh_backend(bits=2, quantizer=quantizer)
         compiled = torch.compile(model, backend=backend)
         cache = model.new_cache(1, 64)
         with torch.no_grad():
@@ -155,4 +161,15 @@ transpose_3 = rotate_default_3.transpose(1, 2)
 flatten = transpose_3.flatten(2)
 return (linear)
 """,
+        )
+
+    def test_what_is_written_is_rounded_first(self) -> None:
+        lines = self.graph(SelfAttention(), quantizer="unbiased").splitlines()
+        self.assertExpectedInline(
+            "\n".join(line for line in lines if "append" in line or "round" in line),
+            """\
+round_unbiased_default = jkv::round_unbiased(permute, 2, 32)
+jkv::append(l_cache_k__codes, l_cache_k__scales, round_unbiased_default, l_start_, 2)
+round_unbiased_default_1 = jkv::round_unbiased(permute_1, 2, 32)
+jkv::append(l_cache_v__codes, l_cache_v__scales, round_unbiased_default_1, l_start_, 2)""",
         )
