@@ -12,6 +12,7 @@ from .errors import (
     PackedCacheError,
     PackedReadWarning,
 )
+from .explain import Explanation, explain
 from .packed import PackedKV, is_packed, materialize, quantization_step
 from .passes.attention_forms import AttentionArguments
 from .passes.spelled_by_users import register_attention
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionArguments",
     "Config",
     "ConfigurationError",
+    "Explanation",
     "GraphReport",
     "JKVBackend",
     "JKVError",
@@ -31,6 +33,7 @@ __all__ = [
     "PackedKV",
     "PackedReadWarning",
     "enable",
+    "explain",
     "is_packed",
     "jkv_backend",
     "materialize",

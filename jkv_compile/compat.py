@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,3 +111,38 @@ def own_expression(value: torch.SymInt) -> Any:
 def operator_of(target: Any) -> Any:
     """The operator that `torch.library.custom_op` made, for what it returns; anything else as it is."""
     return target._opoverload if isinstance(target, torch._library.custom_ops.CustomOpDef) else target
+
+
+def unwrap_compiled(model: Any) -> Any:
+    """The module or function that `torch.compile` was given, for what it returned; anything else as it is."""
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return model._orig_mod
+    return getattr(model, "_torchdynamo_orig_callable", model)
+
+
+def graph_break_of(gm: torch.fx.GraphModule) -> tuple[str, str] | None:
+    """(where, why) Dynamo ended a graph before its function did; None where it did not."""
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return None
+    frame = why.user_stack[-1] if why.user_stack else None
+    where = "unknown" if frame is None else f"{frame.filename}:{frame.lineno} {frame.name}"
+    return where, why.reason.strip().splitlines()[0]
+
+
+def weak_view(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Gives a plain tensor's memory as a tensor, while it lives; does not count among its holders until then."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    storage = StorageWeakRef(tensor.untyped_storage())
+    size, stride, offset, dtype = tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    device, inference = tensor.device, tensor.is_inference()
+
+    def view() -> Tensor | None:
+        memory = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+        if memory is None:
+            return None
+        with torch.inference_mode(inference):
+            return torch.empty(0, dtype=dtype, device=device).set_(memory, offset, size, stride)
+
+    return view

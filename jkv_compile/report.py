@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .reasons import Reason, classify
+
 
 @dataclass(frozen=True)
 class MemoryReport:
@@ -33,9 +35,9 @@ class MemoryReport:
     def __str__(self) -> str:
         rows = [
             ("cache tensors packed", f"{self.adopted}"),
-            ("in full precision", _size(self.full_precision_bytes)),
-            ("packed", _size(self.packed_bytes)),
-            ("  of which current chunk", _size(self.active_bytes)),
+            ("in full precision", size_text(self.full_precision_bytes)),
+            ("packed", size_text(self.packed_bytes)),
+            ("  of which current chunk", size_text(self.active_bytes)),
             ("ratio", f"{self.ratio:.2f}x"),
         ]
         width = max(len(name) for name, _ in rows)
@@ -43,13 +45,52 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """A cache that an attention reads, and what storing it packed saves.
+
+    Attributes:
+        name: how the model's code reaches it, as far as Dynamo tells.
+        role: "keys" or "values".
+        shape: of the whole cache tensor, sizes as expressions.
+        full_precision_bytes, packed_bytes: of the whole cache, for the sizes of the call that was compiled.
+    """
+
+    name: str
+    role: str
+    shape: str
+    dtype: str
+    bits: int
+    group_size: int
+    full_precision_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        sizes = f"{size_text(self.full_precision_bytes)} -> {size_text(self.packed_bytes)}"
+        return f"{self.name} {self.shape} {self.dtype}, {self.bits} bits in groups of {self.group_size}: {sizes}"
+
+
+@dataclass(frozen=True)
 class Match:
-    """One attention that reads a packed cache."""
+    """One attention that reads packed caches."""
 
     source: str  # where it stands in the model's code
-    lowering: str
+    lowering: str  # how the packed cache is read, and why so
     cached: str  # cached token ranges, as expressions
     current: str  # how many tokens of the graph's own are attended in full precision
+    idiom: str = ""  # how the model holds the cache
+    query: str = ""  # shapes [batch, head, token, channel]
+    key: str = ""
+    caches: list[CacheUse] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """An account of a few lines, for a terminal."""
+        return [
+            f"+ {self.source}",
+            f"    cache: {self.idiom}",
+            f"    query {self.query}, keys {self.key}: cached {self.cached}, current {self.current}",
+            f"    lowering: {explained(self.lowering)}",
+            *(f"    {cache}" for cache in self.caches),
+        ]
 
 
 @dataclass(frozen=True)
@@ -59,6 +100,35 @@ class Rejected:
     source: str
     reason: str
 
+    @property
+    def kind(self) -> Reason:
+        """What sort of reason it is."""
+        return classify(self.reason)
+
+    def to_dict(self) -> dict[str, str]:
+        return {"source": self.source, "reason": self.reason, "kind": self.kind.name, "advice": self.kind.advice}
+
+    def lines(self) -> list[str]:
+        """An account of a few lines, for a terminal."""
+        return [f"- {self.source}", f"    left in full precision: {self.reason}", f"    {self.kind.advice}"]
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where Dynamo ended a graph early."""
+
+    source: str
+    reason: str
+    parts: list[str]  # caches that the graph writes, or shows, and no attention of it reads
+
+    def lines(self) -> list[str]:
+        """An account of a few lines, for a terminal."""
+        return [
+            f"! {self.source}",
+            f"    graph break: {self.reason}",
+            f"    parts from its attention: {', '.join(self.parts)}",
+        ]
+
 
 @dataclass
 class GraphReport:
@@ -67,6 +137,7 @@ class GraphReport:
     Attributes:
         outcome: "untouched", "adopted", "watched", "packed" or "eager"; see `passes.pipeline.Plan`.
         before, after: the graph as text, as Dynamo made it and as it was rewritten ("" where it was not).
+        graph_break: where the graph ended early, where that parts a cache from its attention.
     """
 
     nodes: int
@@ -76,18 +147,39 @@ class GraphReport:
     caches: list[str] = field(default_factory=list)
     before: str = ""
     after: str = ""
+    graph_break: Break | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"rejections": [r.to_dict() for r in self.rejections]}
 
     def __str__(self) -> str:
-        lines = [f"graph of {self.nodes} nodes: {self.outcome}"]
-        lines += [f"  + {m.source}: {m.lowering}, cached {m.cached}, current {m.current}" for m in self.matches]
-        lines += [f"  - {r.source}: {r.reason}" for r in self.rejections]
-        return "\n".join(lines)
+        sites: list[Match | Rejected | Break] = [*self.matches, *self.rejections, *([self.graph_break] if self.graph_break else [])]
+        lines = [line for site in sites for line in site.lines()]
+        return "\n".join([f"graph of {self.nodes} nodes: {OUTCOMES[self.outcome]}", *(f"  {line}" for line in lines)])
 
 
-def _size(n: float) -> str:
+OUTCOMES = {
+    "untouched": "untouched, it runs as written",
+    "adopted": "adopted, its caches are packed when it is called",
+    "watched": "watched, the past that it attends is packed when it comes a second time",
+    "packed": "packed, it works on packed caches",
+    "eager": "eager, it does to a packed cache what only eager code can",
+}
+
+
+def explained(lowering: str) -> str:
+    """A lowering, with what it means."""
+    kind, _, why = lowering.partition(": ")
+    meaning = {
+        "fused": "codes are read where they lie, and nothing is dequantized in memory",
+        "reconstructed": "one layer's cache is dequantized for the call, and corrected",
+        "dequantized, not corrected": "one layer's cache is dequantized for the call, without the correction",
+    }.get(kind, "")
+    return f"{kind} ({meaning})" + (f", as {why}" if why else "")
+
+
+def size_text(n: float) -> str:
+    """A number of bytes, for people."""
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

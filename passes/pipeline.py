@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from ..adopt import Written, obstacle
 from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
-from ..report import GraphReport, Match, Rejected
+from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Tracking
 from .attention_forms import as_attention
 from .canonicalise import canonicalise
+from .describe import describe, source_line
 from .nodes import example
 from .pieces import CachePlan
 from .printing import graph_text
@@ -121,13 +122,13 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         return plan
     report.outcome = outcome
     report.caches = [h.node.name for h in plans]
+    matches = describe(tracking, plans)
     rewritten = rewrite(copied, tracking, plans, config.correction)
-    report.matches = [_match(a) for a in tracking.attends if a.key_cache in plans and a.value_cache in plans]
-    report.matches += [
-        _match_dense(d, rewritten.uncorrected[d.call.node])
-        for d in tracking.dense
-        if d.call.node in rewritten.uncorrected
-    ]
+    for node, why in rewritten.uncorrected.items():
+        if why:
+            matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")
+    lowered = {a.call.node for a in tracking.attends} | rewritten.uncorrected.keys()
+    report.matches = [match for node, match in matches.items() if node in lowered]
     report.after = graph_text(rewritten.graph.graph)
     plan = Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
     plan.first_tokens = {position[h.node]: example(h.node).first_token.shape[0] for h in packed}
@@ -221,30 +222,3 @@ def _written_ranges(tracking: Tracking, position: dict[Node, int], symbols: dict
             if all(s in symbols for p in positions for s in p.free_symbols):
                 ranges[holder.node] = WrittenRange(position[holder.node], write.start, write.stop)
     return list(ranges.values())
-
-
-def _match(attend: Attend) -> Match:
-    cached = [s for s in attend.key if not isinstance(s.content, Fresh)]
-    current = [s for s in attend.key if isinstance(s.content, Fresh)]
-    return Match(
-        source_line(attend.call.node),
-        "fused",
-        ", ".join(f"[{s.content.first}, {s.content.first + s.length})" for s in cached) or "none yet",
-        " + ".join(str(s.length) for s in current) or "0",
-    )
-
-
-def _match_dense(dense: Dense, uncorrected: str) -> Match:
-    lowering = f"dequantized, not corrected: {uncorrected}" if uncorrected else f"reconstructed: {dense.reason}"
-    current = "some" if dense.gathers else "0"
-    return Match(source_line(dense.call.node), lowering, ", ".join(h.node.name for h in dense.caches), current)
-
-
-def source_line(node: Node) -> str:
-    """Where a node stands in the model's own code: `file:line in function`, as far as Dynamo recorded it."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not frames:
-        return node.name
-    file, line, function = (part.strip() for part in frames[-1].removeprefix("File ").split(",")[:3])
-    return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {function}"

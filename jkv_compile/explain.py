@@ -1,0 +1,144 @@
+"""`explain`: what packing would do to a model, told before it is done."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .adopt import Written
+from .compat import graph_break_of, unwrap_compiled
+from .config import Config
+from .errors import ConfigurationError, NoCachedAttentionError
+from .explain_html import page
+from .passes.describe import input_name
+from .passes.pipeline import plan_graph
+from .report import Break, CacheUse, GraphReport, Match, Rejected, size_text
+from .runtime import recorded_call
+from .snapshot import taken_back
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found in a model's graphs; `str()` of it is an account for a terminal."""
+
+    config: Config
+    graphs: list[GraphReport]
+
+    @property
+    def matches(self) -> list[Match]:
+        """Attention that would read packed caches."""
+        return [m for g in self.graphs for m in g.matches]
+
+    @property
+    def rejections(self) -> list[Rejected]:
+        """Attention over something like a cache that would stay in full precision."""
+        return [r for g in self.graphs for r in g.rejections]
+
+    @property
+    def breaks(self) -> list[Break]:
+        """Graph breaks that part a cache from its attention."""
+        return [g.graph_break for g in self.graphs if g.graph_break is not None]
+
+    @property
+    def caches(self) -> list[CacheUse]:
+        """The caches that would be packed, each once per graph that reads it."""
+        return list(dict.fromkeys(c for g in self.graphs for m in g.matches for c in m.caches))
+
+    @property
+    def summary(self) -> str:
+        """What was found, in a line or two."""
+        uses = [c for g in self.graphs for c in dict.fromkeys(c for m in g.matches for c in m.caches)]
+        full, packed = sum(c.full_precision_bytes for c in uses), sum(c.packed_bytes for c in uses)
+        saving = f"; their caches take {size_text(full)}, packed {size_text(packed)}" if packed else ""
+        return (
+            f"graphs: {len(self.graphs)}; attention over caches that can be packed: {len(self.matches)}, "
+            f"left in full precision: {len(self.rejections)}{saving}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for `json.dumps`."""
+        config = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        return {"config": config, "summary": self.summary, "graphs": [g.to_dict() for g in self.graphs]}
+
+    def to_html(self) -> str:
+        """One self-contained page, with every graph before and after it is rewritten."""
+        return page(self.summary, str(self.config), self.graphs)
+
+    def __str__(self) -> str:
+        return "\n".join([f"jkv_compile.explain with {self.config}", self.summary, *map(str, self.graphs)])
+
+
+def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any) -> Explanation:
+    """Tell what `torch.compile(model, backend=jkv_backend(...))` would do on these arguments, without doing it.
+
+        print(jkv_compile.explain(model, x, cache, start, bits=2))
+
+    The model runs `calls` times in full precision (a second time, since some caches are known as such only when they
+    come again), and everything that it changed is taken back: caches and buffers, containers and attributes that can be
+    reached from `model` and the arguments, and random number generators. Nothing is packed.
+
+    Args:
+        model: a module or function; where it was compiled, or parts of it were, this stays so.
+        calls: how often to run it.
+        args, kwargs: the model's own; keywords that `jkv_backend` has (`bits`, `group_size`, …) are taken for it.
+
+    Returns:
+        An `Explanation`: per attention where it stands, how its cache is held, its shapes, how it is lowered and why,
+        bits, and bytes before and after; what is left and why; graph breaks that part a cache from its attention.
+
+    Raises:
+        ConfigurationError: a setting has a value that cannot work.
+        NoCachedAttentionError: `strict=True`, and no attention reads a cache that can be packed; the message is the
+            account.
+    """
+    names = {f.name for f in fields(Config)}
+    config = Config(**{name: kwargs.pop(name) for name in names & kwargs.keys()})
+    watcher = _Watcher(config)
+    known = inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    with (
+        taken_back(model, args, kwargs),
+        warnings.catch_warnings(),
+        torch.compiler.set_stance(force_backend=watcher),
+    ):
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(unwrap_compiled(model), backend=watcher, **options)
+        for _ in range(calls):
+            compiled(*args, **kwargs)
+    explanation = Explanation(config, watcher.graphs)
+    if config.strict and not explanation.matches:
+        raise NoCachedAttentionError(f"strict=True, and no attention reads a cache that can be packed\n{explanation}")
+    return explanation
+
+
+class _Watcher:
+    """A backend that plans, keeps the report, and runs the graph as it was."""
+
+    __name__ = "jkv_compile.explain"
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.written, self.graphs = config, Written(), []  # type: ignore[var-annotated]
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        try:
+            plan = plan_graph(gm, example_inputs, self.config, self.written)
+        except ConfigurationError as error:
+            self.graphs.append(
+                GraphReport(len(gm.graph.nodes), "untouched", rejections=[Rejected("graph", str(error))])
+            )
+            return gm.forward
+        self.graphs.append(plan.report)
+        parted = [w.argument for w in plan.written] + [
+            k.argument for k in (plan.rewritten.kept if plan.rewritten else ())
+        ]
+        broken = graph_break_of(gm)
+        if broken is not None and parted:
+            inputs = list(gm.graph.find_nodes(op="placeholder"))
+            plan.report.graph_break = Break(*broken, [input_name(inputs[i]) for i in parted])
+        return recorded_call(gm.forward, plan, self.written) if plan.written else gm.forward

@@ -1,0 +1,61 @@
+"""Why attention is left in full precision, by kind, and what its user can do about each kind."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+
+class Reason(Enum):
+    """A kind of reason; its value is the advice."""
+
+    GRADIENTS = "Call the model under torch.no_grad() or torch.inference_mode(): quantization has no gradient."
+    DROPOUT = "Call model.eval(), or set the dropout to 0."
+    SPELLING = (
+        "If the call is softmax(scale * query @ key.mT + mask) @ value after all, say so with "
+        "jkv_compile.register_attention; attention with windows, soft caps or its own score terms has no packed form."
+    )
+    SHARED_MEMORY = (
+        "Give each cache a tensor with memory of its own, as torch.zeros makes it: packing it in place would change "
+        "what else lives there."
+    )
+    WRITE = (
+        "Write keys and values as whole tokens, of all batch entries, heads and channels, from a tensor of that shape."
+    )
+    READ = "Read whole heads over ranges of tokens; or jkv_compile.materialize(cache) where full precision is needed."
+    POSITION = "Pass positions as Python ints, or read them with .item() before the compiled call."
+    ORDER = "Attend to what was read before the cache is written again, or read it again after."
+    LAYOUT = "Attention must take keys and values as [batch, head, token, channel], from one cache each."
+    NOT_A_CACHE = "Nothing, where this is no cache; otherwise tell with jkv_compile.mark_cache(tensor)."
+    CONFIGURATION = "Change the setting that the reason names."
+    IGNORED = "Nothing: it was asked for with jkv_compile.ignore."
+    OTHER = "No known way to change this."
+
+    @property
+    def advice(self) -> str:
+        return self.value
+
+
+_PATTERNS: tuple[tuple[str, Reason], ...] = (
+    (r"jkv_compile\.ignore", Reason.IGNORED),
+    (r"gradients are required|requires grad", Reason.GRADIENTS),
+    (r"^dropout of", Reason.DROPOUT),
+    (r"group_size|head_dim=", Reason.CONFIGURATION),
+    (r"only one of key and value", Reason.NOT_A_CACHE),
+    (r"not known before the data|places that a tensor holds", Reason.POSITION),
+    (r"overwritten between|writes to its scores|before they are used", Reason.ORDER),
+    (r"shares? (its|their) memory|its memory is shared|view of a larger|storage holds more", Reason.SHARED_MEMORY),
+    (r"not a plain tensor|two views of", Reason.SHARED_MEMORY),
+    (r"not known as a cache any more", Reason.NOT_A_CACHE),
+    (r"changes it in place|is written|are written|is edited|is broadcast", Reason.WRITE),
+    (r"are used$|steps or merged|have been changed", Reason.READ),
+    (r"scores|softmax|weights|its products|its query has|query heads|nothing that plain attention has|plain attention|"
+     r"sequences|causal|boolean|packed into one dimension|beside the result|not only the attention's result|is used \d|"
+     r"returns a", Reason.SPELLING),
+    (r"tokens|keys|values|dimension|mask|stands between", Reason.LAYOUT),
+)  # fmt: skip
+
+
+def classify(reason: str) -> Reason:
+    """The kind of a reason, by its words."""
+    return next((kind for pattern, kind in _PATTERNS if re.search(pattern, reason)), Reason.OTHER)
