@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .compat import storage_holders, storage_key, swap_implementation
 from .config import Config
+from .geometry import four_dimensional
 from .packed import PackedKV
 from .store import Store
 
@@ -43,14 +44,15 @@ def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views:
     """Pack a plain cache tensor in place; what it holds is quantized.
 
     Args:
-        tensor: four dimensions, any order; afterwards a `PackedKV` of the same size, stride and dtype.
-        axes: the tensor's dimension for each of (batch, head, token, channel).
+        tensor: three to five dimensions, any order (see `geometry.four_dimensional`); afterwards a `PackedKV` of the
+            same size, stride and dtype.
+        axes: its dimension, as a tensor of four, for each of (batch, head, token, channel).
         views: plain views of the tensor that become windows on the packed cache with it.
 
     Raises:
         ConfigurationError: groups do not tile its head_dim.
     """
-    canonical = tensor.detach().permute(tuple(axes))
+    canonical = in_four_dimensions(tensor).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
     store = Store.empty(
         canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device, config.quantizer
@@ -68,6 +70,13 @@ def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views:
         target.__dict__.update(swap_attributes)
         del packed
     return store
+
+
+def in_four_dimensions(tensor: Tensor) -> Tensor:
+    """A view of a cache with a batch in front, or its first two dimensions merged into it."""
+    geometry = four_dimensional(tensor.shape, tensor.stride())
+    assert geometry is not None
+    return tensor.detach().as_strided(*geometry)
 
 
 class Written:

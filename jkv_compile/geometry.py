@@ -95,7 +95,16 @@ def _locate(
     for a in partial:
         starts[a] = constant(offset // strides[a])
         offset = offset - starts[a] * strides[a]
-    return Window(tuple(starts), tuple(lengths), tuple(axes)) if offset == 0 else None
+    if offset != 0 or any(_outside(starts[a], lengths[a], shape[a]) for a in partial):
+        return None
+    return Window(tuple(starts), tuple(lengths), tuple(axes))
+
+
+def _outside(start: int, length: int, limit: int) -> bool:
+    """Whether a range is known not to lie within an axis."""
+    end = start + length
+    known = all(isinstance(constant(n), int) for n in (start, end, limit))
+    return known and (start < 0 or end > limit)
 
 
 def _fits(n: int, limit: int) -> bool:
@@ -115,3 +124,37 @@ def same(a: int, b: int) -> bool:
     """Whether two sizes are equal whatever values symbols take; adds no guard."""
     difference = constant(a - b)
     return isinstance(difference, int) and difference == 0
+
+
+def four_dimensional(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides of the same memory in four dimensions: a batch put in front, or the first two merged into it.
+
+    Returns:
+        None where there are fewer than three dimensions, more than five, or the first two cannot be merged.
+    """
+    shape, strides = tuple(shape), tuple(strides)
+    if len(shape) == 3:
+        return (1, *shape), (shape[0] * strides[0], *strides)
+    if len(shape) == 5:
+        if shape[0] == 1:
+            return shape[1:], strides[1:]
+        if shape[1] != 1 and not same(strides[0], shape[1] * strides[1]):
+            return None
+        return (shape[0] * shape[1], *shape[2:]), (strides[0] if shape[1] == 1 else strides[1], *strides[2:])
+    return (shape, strides) if len(shape) == 4 else None
+
+
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """The axes from outermost to innermost in memory, where they fill it without gaps; None where they do not."""
+    order = tuple(sorted(range(len(shape)), key=lambda a: (shape[a] > 1, -strides[a], a)))
+    dense = dense_strides(shape, order)
+    return order if all(n == 1 or s == d for n, s, d in zip(shape, strides, dense)) else None
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor without gaps whose axes lie in memory in this order, the outermost first."""
+    strides, step = [1] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step = step * shape[axis]
+    return tuple(strides)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .compat import is_fake, maybe_mark_dynamic
 from .errors import PackedCacheError
-from .geometry import Window, locate
+from .geometry import Window, dense_strides, locate, memory_order
 from .store import CHANNEL, Store
 
 # Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are constants to it, so that a slice that
@@ -76,17 +76,20 @@ class PackedKV(torch.Tensor):
 
     @property
     def _layout(self) -> tuple[Any, Any]:
-        """The store's shape and strides; of a window that shows all of it, which of its dimensions is which axis.
+        """The store's shape and strides; of a window that shows all tokens, which of its dimensions is which axis.
 
         A growing cache has a new shape in every call, which is told by the window's own size then.
         """
         if self._told is None:
             store = self._store
-            window = None if is_fake(store.codes) or self.numel() != store.numel else self.find_window()
-            if window is None:
+            window, order = (None, None) if is_fake(store.codes) else (
+                self.find_window(), memory_order(store.shape, store.strides)
+            )  # fmt: skip
+            if window is None or order is None or not all(window.covers(store.shape, a) for a in range(CHANNEL)):
                 self._told = store.shape, store.strides
             else:
-                self._told = "whole", tuple(window.axes.index(a) if a in window.axes else None for a in range(4))
+                dims = tuple(window.axes.index(a) if a in window.axes else None for a in range(CHANNEL))
+                self._told = dims, (store.shape[CHANNEL], order)
         return self._told
 
     @staticmethod
@@ -94,10 +97,10 @@ class PackedKV(torch.Tensor):
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
         shape, strides, store_dtype, bits, quantizer, dtype = context
-        if shape == "whole":
-            dims = strides
-            shape = [1 if d is None else size[d] for d in dims]
-            strides = [1 if d is None else stride[d] for d in dims]
+        if len(shape) == CHANNEL:
+            dims, (channels, order) = shape, strides
+            shape = [*(1 if d is None else size[d] for d in dims), channels]
+            strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)

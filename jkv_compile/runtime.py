@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from .adopt import Written, adopt, obstacle
+from .adopt import Written, adopt, in_four_dimensions, obstacle
 from .compat import maybe_mark_dynamic
 from .config import Config
 from .errors import NotRewrittenWarning
@@ -135,7 +135,7 @@ def first_contact(
             active = None
             if argument in plan.owners:  # the chunk that another graph has just written is still in full precision
                 start, stop = written.last_range(owner)
-                active = Active(owner.permute(cache.axes)[:, :, start:stop].clone(), start, stop)
+                active = Active(in_four_dimensions(owner).permute(cache.axes)[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
             store = adopt(owner, cache.axes, cache.bits, config, views)
             store.active = active

@@ -14,7 +14,10 @@ from .segments import Fresh, Segment
 
 @dataclass(eq=False)
 class Holder:
-    """A storage that holds tokens of a cache. Axes are those of `shape`; caches that are packed have canonical ones."""
+    """A storage that holds tokens of a cache. Axes are those of `shape`; caches that are packed have canonical ones.
+
+    A tensor that holds keys and values of the same tokens is two caches: each a `part`, (first, length), of its batch.
+    """
 
     node: Node
     shape: tuple[int, ...]
@@ -29,6 +32,8 @@ class Holder:
     repeats: int = 1  # of a copy: how often each head of the root stands in it
     packed: bool = False
     roles: tuple[int, ...] = ()  # of a cache: its axis for (batch, head, token, channel), as far as its shape tells
+    offset: int = 0  # where it begins in the storage
+    part: tuple[int, int] | None = None
     blockers: list[str] = field(default_factory=list)
 
     @property
@@ -126,6 +131,7 @@ class Returned:
     argument: Node
     copy: Holder
     grows: bool  # tokens of this graph are among them, and the graph attends to it
+    mirrors: bool  # tokens that the graph also writes to the cache are among them: another graph will attend to it
 
 
 @dataclass

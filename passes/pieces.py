@@ -67,11 +67,19 @@ class Pieces:
 
     def packed(self, holder: Holder) -> tuple[Node, Node]:
         """Codes and scales of a cache."""
-        return self.component(holder, "codes"), self.component(holder, "scales")
+        return self._own(holder, "codes"), self._own(holder, "scales")
 
     def active(self, holder: Holder) -> tuple[Node, Node]:
         """What a cache holds in full precision, in the basis that it is stored in, and its range."""
-        return self.rotated(self.component(holder, "active"), holder), self.component(holder, "active_range")
+        return self.rotated(self._own(holder, "active"), holder), self.component(holder, "active_range")
+
+    def _own(self, holder: Holder, kind: Component) -> Node:
+        """A component; of a cache that is part of a tensor, its batch entries."""
+        node = self.component(holder, kind)
+        if holder.part is None:
+            return node
+        first, length = holder.part
+        return self.call(torch.narrow, node, 0, self.number(first), self.number(length))
 
     def number(self, value: int) -> Any:
         return self.symbols.node(value)
@@ -115,6 +123,12 @@ class Pieces:
         token_dim = axes.index(2)
         if not (same(fresh.first, 0) and same(length, value.shape[token_dim])):
             node = self.call(torch.narrow, node, token_dim, self.number(fresh.first), self.number(length))
+        for dim in reversed([d for d, role in enumerate(axes) if role is None]):  # of size 1, and standing for nothing
+            node = self.method("squeeze", node, dim)
+            del axes[dim]
+        for role in [r for r in range(4) if r not in axes]:  # a cache of fewer dimensions has one batch entry
+            node = self.method("unsqueeze", node, -1)
+            axes.append(role)
         order = [axes.index(role) for role in range(4)]
         if order != sorted(order):
             node = self.method("permute", node, order)

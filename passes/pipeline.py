@@ -15,7 +15,7 @@ from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
 from ..report import GraphReport, Rejected
-from .actions import Append, Attend, Dense, Holder, Tracking
+from .actions import Append, Attend, Dense, Holder, Returned, Tracking
 from .attention_forms import as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
@@ -23,7 +23,6 @@ from .nodes import example
 from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
-from .segments import Fresh
 from .tracking import Tracker
 
 
@@ -95,7 +94,9 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
 
     packed = [h for h in tracking.caches if h.packed]
     blocked = [h for h in packed if h.blockers]
-    aliased = len({id(example_inputs[position[h.node]]._store) for h in packed}) < len(packed)
+    stores = {h.node: id(example_inputs[position[h.node]]._store) for h in packed}
+    changed = {stores[h.node] for h in packed if h.writes}
+    aliased = any(list(stores.values()).count(store) > 1 for store in changed)
     if blocked or aliased:
         reasons = [f"{h.node.name}: {r}" for h in blocked for r in h.blockers] or ["two views of one cache enter it"]
         report.outcome = "eager"
@@ -106,10 +107,10 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
     outcome = "packed"
     if not packed:
         outcome = "adopted"
-        growing = {r.copy.cache for r in tracking.returned if r.grows}
+        returned = {r.copy.cache for r in tracking.returned if r.grows or r.mirrors}
 
-        def gathers(action: Attend | Dense, holder: Holder, written_elsewhere: bool) -> bool:
-            return holder in growing or _gathers(action, holder, written_elsewhere)
+        def gathers(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
+            return holder in returned or _gathers(action, holder, written_elsewhere)
 
         plans = _choose(tracking, gathers, position, example_inputs, owners, config, report)
         if not plans:
@@ -139,7 +140,7 @@ def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Wr
     """Plain arguments that show a cache which another graph has written, and that cache."""
     owners = {}
     for i, value in enumerate(example_inputs):
-        if type(value) is Tensor and isinstance(example(placeholders[i]), Tensor) and value.dim() == 4:
+        if type(value) is Tensor and isinstance(example(placeholders[i]), Tensor):
             owner = written.owner(value)
             if owner is not None:
                 owners[i] = owner
@@ -153,7 +154,7 @@ def _packed_plan(holder: Holder) -> CachePlan:
 
 def _choose(
     tracking: Tracking,
-    is_cache: Callable[[Attend | Dense, Holder, bool], bool],
+    is_cache: Callable[[Attend | Dense | Returned, Holder, bool], bool],
     position: dict[Node, int],
     example_inputs: Sequence[Any],
     owners: dict[int, Tensor],
@@ -162,9 +163,11 @@ def _choose(
 ) -> dict[Holder, CachePlan]:
     """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for."""
     plans: dict[Holder, CachePlan] = {}
-    for action in [*tracking.attends, *tracking.dense]:
+    for action in [*tracking.attends, *tracking.dense, *(r for r in tracking.returned if r.mirrors)]:
         if isinstance(action, Attend):
             keys, values = [(action.key_cache, action.key_axes)], [(action.value_cache, action.value_axes)]
+        elif isinstance(action, Returned):  # keys beside values, as far as can be seen
+            keys = values = [(action.copy.cache, action.copy.cache.roles)]
         else:
             keys, values = ([(h, h.roles) for h in caches] for caches in (action.key_caches, action.value_caches))
         caches = [*keys, *values]
@@ -175,24 +178,31 @@ def _choose(
             owner = owners.get(position[holder.node], value)
             reason = next(iter(holder.blockers), None) or obstacle(owner, views=int(owner is not value))
             if reason is not None:
-                report.rejections.append(Rejected(source_line(action.call.node), f"{holder.node.name}: {reason}"))
+                node = action.argument if isinstance(action, Returned) else action.call.node
+                report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
                 break
         else:
             for pairs, bits in ((keys, config.key_bits), (values, config.value_bits)):
                 for holder, axes in pairs:
                     config.check_head_dim(int(holder.shape[axes[3]]))
+                    if holder.part is not None or keys == values:  # keys and values lie in one tensor
+                        bits = max(config.key_bits, config.value_bits)
                     plans.setdefault(holder, CachePlan(axes, bits, config.group_size, config.quantizer))
+    for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
+        other = next((h for h in plans if h.node is part.node), None)
+        if other is not None:  # the tensor is packed as a whole
+            plans[part] = plans[other]
     return plans
 
 
-def _gathers(action: Attend | Dense, holder: Holder, written_elsewhere: bool) -> bool:
+def _gathers(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
     """A cache gathers tokens: it is written slice by slice, never as a whole (as what a context gives once)."""
     return written_elsewhere or _looks_cached(holder)
 
 
-def _may_persist(action: Attend | Dense, holder: Holder, written_elsewhere: bool) -> bool:
+def _may_persist(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
     """Attended together with tokens of this graph: the past, if it is still there in a later call."""
-    return action.gathers
+    return not isinstance(action, Returned) and action.gathers
 
 
 def _looks_cached(holder: Holder) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels.quantizers import rotates
 from ..geometry import same
+from ..kernels.quantizers import rotates
 from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
 from .lower_attention import lower_dense, lower_fused
 from .lower_reads import materialize, steps
@@ -147,10 +147,10 @@ class _Rewriter:
         with self.graph.inserting_before(output):
             self._lower_output(output)
         self._erase_dead()
-        for holder in self.plans:
-            if holder.node.users:
-                raise AssertionError(f"{holder.node} still has users: {list(holder.node.users)}")
-            self.graph.erase_node(holder.node)
+        for cache in {holder.node for holder in self.plans}:
+            if cache.users:
+                raise AssertionError(f"{cache} still has users: {list(cache.users)}")
+            self.graph.erase_node(cache)
         self._order_inputs()
         self.graph.lint()
         self.gm.recompile()
@@ -245,7 +245,7 @@ class _Rewriter:
         packed = *pieces.packed(cache), ranges, pieces.stored(value, cache), plan.bits
         made = pieces.call(ops.extend.default, *packed)
         codes, scales = (add(pieces.call(operator.getitem, made, i)) for i in range(2))
-        strides = [add(copy.strides[axes.index(role)]) for role in range(4)]
+        strides = [add(copy.strides[axes.index(role)] if role in axes else 1) for role in range(4)]
         active = None
         if fresh and not returned.grows:
             held = pieces.method("clone", value, memory_format=torch.contiguous_format)
@@ -256,19 +256,25 @@ class _Rewriter:
         """Ranges that are written, and attended to by another graph if at all, go out in full precision."""
         attended = {c for a in self.attends.values() for c in (a.key_cache, a.value_cache)}
         attended |= {c for d in self.dense.values() for c in d.caches}
-        for holder in self.plans:
-            if not holder.writes:
-                continue
-            argument = self.position[holder.node]
-            last = [w for writes in self.writes.values() for w in writes if w.holder is holder][-1]
-            if holder in attended or not isinstance(last, Append):
+        writes = [w for written in self.writes.values() for w in written]
+        for argument in {self.position[h.node]: None for h in self.plans if h.writes}:
+            parts = [h for h in self.plans if self.position[h.node] == argument]
+            last = [next((w for w in reversed(writes) if w.holder is part), None) for part in parts]
+            alike = all(isinstance(w, Append) and _same_range(w, last[0]) for w in last)
+            if not alike or attended.intersection(parts):
                 self.rewritten.written.append(argument)
                 continue
-            fresh = Fresh(last.value, last.axes, last.first)
-            roles = self.pieces.roles(holder)
-            held = self.pieces.canonical(fresh, last.stop - last.start, roles, holder.dtype)
-            held = self.pieces.method("clone", held, memory_format=torch.contiguous_format)
-            self.rewritten.kept.append(KeptRange(argument, add(held), add(last.start), add(last.stop)))
+            held = [self._held(w) for w in last if isinstance(w, Append)]
+            data = held[0] if len(held) == 1 else self.pieces.call(torch.cat, held, 0)
+            data = self.pieces.method("clone", data, memory_format=torch.contiguous_format)
+            first = last[0]
+            assert isinstance(first, Append)
+            self.rewritten.kept.append(KeptRange(argument, add(data), add(first.start), add(first.stop)))
+
+    def _held(self, write: Append) -> Node:
+        """What a write puts into a cache, in full precision."""
+        fresh, roles = Fresh(write.value, write.axes, write.first), self.pieces.roles(write.holder)
+        return self.pieces.canonical(fresh, write.stop - write.start, roles, write.holder.dtype)
 
     def _order_inputs(self) -> None:
         components = {node: (self.position[cache], kind) for (cache, kind), node in self.pieces.components.items()}
@@ -299,3 +305,7 @@ class _Rewriter:
             removable = node.op in ("call_method", "call_function") and node in from_cache and not node.users
             if removable and isinstance(example(node), (torch.Tensor, list, tuple)) and not is_in_place(node):
                 self.graph.erase_node(node)
+
+
+def _same_range(write: Append, other: object) -> bool:
+    return isinstance(other, Append) and same(write.start, other.start) and same(write.stop, other.stop)

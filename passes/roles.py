@@ -45,6 +45,8 @@ class Roles:
                 self._follow(call.key, 2)
                 self._follow(call.value, 2)
         for base, partial in written.items():
+            if example(base).dim() == 5:  # keys and values, one after the other
+                partial.discard(0)
             if len(partial) == 1:
                 self.axes.setdefault(base, partial.pop())
 
@@ -62,7 +64,7 @@ class Roles:
             return
         if base.op == "placeholder":
             shape = example(base).shape
-            left = [a for a in range(len(shape)) if not window.covers(shape, a)]
+            left = [a for a in range(len(shape)) if not window.covers(shape, a) and (a or len(shape) < 5)]
             self.axes.setdefault(base, left[0] if same(value.shape[dim], 1) and len(left) == 1 else axis)
         elif parts := copied(base):
             for part in parts:

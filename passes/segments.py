@@ -7,6 +7,7 @@ torch.compile does; positions that no guard can decide (data-dependent ones) rai
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
@@ -14,12 +15,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..geometry import same
 
+if TYPE_CHECKING:
+    from .actions import Holder
+
 
 @dataclass(frozen=True)
 class Cached:
     """Tokens of a cache, beginning at `first`, as they are after `time` steps of the graph."""
 
-    cache: Node
+    cache: Holder
     first: int
     time: int
 
@@ -43,7 +47,7 @@ class Fresh:
 class Scattered:
     """Tokens of a cache, beginning at `first`, of which those at `positions` (known to the data only) are `value`'s."""
 
-    cache: Node
+    cache: Holder
     first: int
     time: int
     positions: Node
@@ -117,7 +121,7 @@ def at_most(a: int, b: int) -> bool:
         return True
     if statically_known_true(b <= a):
         return False
-    if _hint(a) <= _hint(b):
+    if hint(a) <= hint(b):
         return _guard(a <= b)
     return not _guard(b <= a)
 
@@ -132,10 +136,10 @@ def equal(a: int, b: int) -> bool:
     Guarded on as two inequalities: an equation would have one symbol replaced by the other, and Inductor (2.13) loses
     symbols that are replaced after Dynamo has made them inputs.
     """
-    return same(a, b) or (_hint(a) == _hint(b) and _guard(a <= b) and _guard(b <= a))
+    return same(a, b) or (hint(a) == hint(b) and _guard(a <= b) and _guard(b <= a))
 
 
-def _hint(n: int) -> int:
+def hint(n: int) -> int:
     """The value that a symbol has in the call that is being compiled."""
     if not isinstance(n, torch.SymInt):
         return n

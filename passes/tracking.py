@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..geometry import Window, locate, same
+from ..geometry import Window, four_dimensional, locate, same
 from ..packed import PackedKV
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Returned, Scatter, Tracking
 from .attention_forms import AttentionCall, as_attention
@@ -47,6 +47,7 @@ from .segments import (
     at_most,
     cut,
     equal,
+    hint,
     overlap,
     overwrite,
     shift,
@@ -72,7 +73,7 @@ class Tracker:
     def __init__(self, graph: torch.fx.Graph, owners: dict[Node, Tensor] | None = None) -> None:
         self.graph = graph
         self.time = 0
-        self.holders: dict[int, Holder] = {}
+        self.holders: dict[int, list[Holder]] = {}  # by storage; several where it is parted
         self.plain: dict[Node, list[Holder]] = {}  # views of a holder that are no boxes of it: ordinary tensors
         self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
         self.result = Tracking([], [], [], [], [], [], [], [])
@@ -101,27 +102,57 @@ class Tracker:
         if isinstance(value, PackedKV):
             store = value._store
             holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True, roles=(0, 1, 2, 3))
+            stacked = value.dim() == 5 and same(value.shape[0], 2)
+            window = locate(value.size(), value.stride(), value.offset, store.shape, store.strides)
+            if not stacked and window is not None and not window.covers(store.shape, 0):
+                self._add_parts(holder, value, [(window.starts[0], window.lengths[0])])
+                return
         else:
             shaped = value if owner is None else owner
-            if shaped.dim() != 4 or (owner is None and not is_dense(value)):
+            geometry = four_dimensional(shaped.shape, shaped.stride())
+            if geometry is None or (owner is None and not is_dense(value)):
                 return
             token_axis = self.roles.axes.get(node)
-            if token_axis is not None and owner is not None:
+            if token_axis is not None and owner is not None and owner is not value:
                 window = locate(value.size(), value.stride(), offset(value), owner.shape, owner.stride())
                 token_axis = None if window is None else window.axes[token_axis]
-            if token_axis is None or token_axis == 3:
+            if token_axis is None or token_axis == shaped.dim() - 1:
                 return  # an ordinary input
+            token_axis += 4 - shaped.dim()
             batch, head = (axis for axis in range(3) if axis != token_axis)
-            roles = (batch, head, token_axis, 3)
-            holder = Holder(node, tuple(shaped.shape), shaped.stride(), value.dtype, token_axis, None, roles=roles)
-        holder.segments = [Segment(0, holder.shape[holder.token_axis], Cached(node, 0, -1))]
-        self.holders[identity(value)] = holder
+            holder = Holder(node, *geometry, value.dtype, token_axis, None, roles=(batch, head, token_axis, 3))
+            stacked = shaped.dim() == 5 and same(shaped.shape[0], 2)
+        if stacked:  # keys and values
+            half = holder.shape[0] // 2
+            self._add_parts(holder, value, [(0, half), (half, half)])
+        else:
+            self._add(holder, value)
+
+    def _add_parts(self, whole: Holder, value: Tensor, parts: list[tuple[int, int]]) -> None:
+        for first, length in parts:
+            shape = (length, *whole.shape[1:])
+            part = replace(whole, shape=shape, part=(first, length), offset=first * whole.strides[0], blockers=[])
+            part.segments, part.writes = [], []
+            self._add(part, value)
+
+    def _add(self, holder: Holder, value: Tensor) -> None:
+        holder.segments = [Segment(0, holder.shape[holder.token_axis], Cached(holder, 0, -1))]
+        self.holders.setdefault(identity(value), []).append(holder)
         self.result.caches.append(holder)
+
+    def _of(self, value: Tensor) -> Holder | None:
+        """The holder whose memory a tensor lies in; None where it lies in none, or in several parts of one."""
+        holders = self.holders.get(identity(value), [])
+        if len(holders) < 2:
+            return holders[0] if holders else None
+        begins = hint(offset(value))
+        own = [h for h in holders if h.offset <= begins < h.offset + h.shape[0] * h.strides[0]]
+        return next((h for h in own if _locate_in(value, h) is not None), None)
 
     def _holder(self, node: Any) -> Holder | None:
         """Whose box a tensor is a view of."""
         value = example(node) if isinstance(node, Node) and node not in self.plain else None
-        return self.holders.get(identity(value)) if isinstance(value, Tensor) else None
+        return self._of(value) if isinstance(value, Tensor) else None
 
     def _sources(self, node: Any) -> list[Holder]:
         """The caches that a node's values come from, by whatever way."""
@@ -129,8 +160,10 @@ class Tracker:
             return self.plain[node]
         sources: list[Holder] = []
         for value in _tensors(example(node)):
-            holder = self.holders.get(identity(value))
-            sources += self.computed.get(identity(value), []) if holder is None else [holder.cache]
+            holders = self.holders.get(identity(value), [])
+            own = self._of(value)
+            sources += [h.cache for h in (holders if own is None else [own])]
+            sources += self.computed.get(identity(value), [])
         return sources
 
     def _inputs_sources(self, node: Node) -> list[Holder]:
@@ -138,7 +171,7 @@ class Tracker:
 
     def _window(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
         """The box that a view shows of a holder, and the tokens it holds, counted from its own first one."""
-        window = locate(value.size(), value.stride(), offset(value), holder.shape, holder.strides)
+        window = _locate_in(value, holder)
         if window is None:
             raise Unsupported(f"the view of size {tuple(value.shape)} has steps or merged dimensions")
         axis = holder.token_axis
@@ -189,8 +222,8 @@ class Tracker:
         return True
 
     def _is_box(self, value: Tensor) -> bool:
-        holder = self.holders[identity(value)]
-        return locate(value.size(), value.stride(), offset(value), holder.shape, holder.strides) is not None
+        holder = self._of(value)
+        return holder is not None and _locate_in(value, holder) is not None
 
     def _compute(self, node: Node) -> None:
         """Anything else: it reads its arguments as ordinary tensors."""
@@ -225,11 +258,14 @@ class Tracker:
             return False
         for segment in copy.segments:
             content = segment.content
-            if isinstance(content, Scattered) or (isinstance(content, Cached) and content.cache is not copy.root.node):
+            if isinstance(content, Scattered) or (isinstance(content, Cached) and content.cache is not copy.root):
                 return False
         attended = {c for a in self.result.attends for c in (a.key_cache, a.value_cache)}
         attended |= {c for d in self.result.dense for c in d.caches}
-        self.result.returned.append(Returned(argument, copy, any(kinds) and copy.root in attended))
+        fresh = [s.content.node for s in copy.segments if isinstance(s.content, Fresh)]
+        mirrors = any(isinstance(w, Append) and w.holder is copy.root and w.value in fresh for w in self.result.writes)
+        grows = any(kinds) and copy.root in attended
+        self.result.returned.append(Returned(argument, copy, grows, mirrors and not grows))
         return True
 
     def _copy(self, node: Node) -> bool:
@@ -247,7 +283,7 @@ class Tracker:
             holder = self._holder(argument)
             if holder is not None and holder.root is None:
                 self._read(node, argument)
-        self.holders[identity(value)] = copy
+        self.holders[identity(value)] = [copy]
         self.result.copies.append(copy)
         return True
 
@@ -272,7 +308,7 @@ class Tracker:
         if (found := repeated(node)) is None:
             return None
         shown, _, dim, times = found
-        source = self.holders.get(identity(shown))
+        source = self._of(shown)
         if source is None:
             return None
         window, segments = self._content(shown, source)
@@ -327,7 +363,9 @@ class Tracker:
         return Holder(node, shape, strides, value.dtype, token_axis, source.cache, axes, segments)
 
     def _write(self, node: Node, write: Write) -> None:
-        holder, value = self.holders.get(identity(write.target)), write.value
+        holder, value = self._of(write.target), write.value
+        if holder is None and identity(write.target) in self.holders:
+            raise Unsupported("its keys and values are written together")
         if holder is None:
             if isinstance(value, Node):
                 sources = self._sources(value)
@@ -336,8 +374,7 @@ class Tracker:
                     self._derive(write.target, sources)
             return
         target = write.target
-        window = locate(target.size(), target.stride(), offset(target), holder.shape, holder.strides)
-        axis = holder.token_axis
+        window, axis = _locate_in(target, holder), holder.token_axis
         if window is None:
             raise Unsupported("it is written in a way that has no packed form")
         if not all(window.covers(holder.shape, a) for a in range(len(holder.shape)) if a != axis):
@@ -372,7 +409,7 @@ class Tracker:
         segments = [s for s in segments if not same(s.start, s.stop)]
         moves, fresh = [], []
         for s in segments:
-            if isinstance(s.content, Cached) and self.holders[identity(example(s.content.cache))] is holder:
+            if isinstance(s.content, Cached) and s.content.cache is holder:
                 self._check_current(s.content, s.length)
                 moves.append(Move(node, holder, s.content.first, start + s.start, s.length))
             elif isinstance(s.content, Fresh):
@@ -384,7 +421,7 @@ class Tracker:
         view = tuple(window.axes)  # dimensions of `value`, named after those of its own holder
         for move in moves:
             self.result.writes.append(move)
-            content: Content = Cached(holder.node, move.destination, self.time)
+            content: Content = Cached(holder, move.destination, self.time)
             holder.segments = overwrite(holder.segments, move.destination, move.destination + move.length, content)
             holder.writes.append((self.time, move.destination, move.destination + move.length))
         for first, last, part in fresh:
@@ -415,7 +452,7 @@ class Tracker:
         if self._sources(write.value):
             self._read(node, write.value)
         tokens = holder.shape[holder.token_axis]
-        content = Scattered(holder.node, 0, self.time, write.positions, Fresh(write.value, window.axes, 0))
+        content = Scattered(holder, 0, self.time, write.positions, Fresh(write.value, window.axes, 0))
         holder.segments = [Segment(0, tokens, content)]
         holder.scattered = True
         holder.writes.append((self.time, 0, tokens))
@@ -423,8 +460,7 @@ class Tracker:
 
     def _check_current(self, content: Cached, length: int) -> None:
         """Packed tokens are read where they are used: nothing may have been written to them since they were copied."""
-        holder = self.holders[identity(example(content.cache))]
-        for time, start, stop in holder.writes:
+        for time, start, stop in content.cache.writes:
             if time > content.time and overlap((start, stop), (content.first, content.first + length)):
                 raise Unsupported("tokens are overwritten between their being copied and used")
 
@@ -495,7 +531,7 @@ class Tracker:
                 content = segment.content
                 if isinstance(content, Cached):
                     self._check_current(content, segment.length)
-                if not isinstance(content, Fresh) and content.cache is not holder.cache.node:
+                if not isinstance(content, Fresh) and content.cache is not holder.cache:
                     raise Unsupported("tokens of several caches are attended together")
             if any(isinstance(s.content, Scattered) for s in segments):
                 self._check_scattered(call, segments, holder)
@@ -521,6 +557,10 @@ class Tracker:
             raise Unsupported("part of a cache is attended that is written at places that a tensor holds")
         if call.mask is not None and not same(example(call.mask).shape[-1], tokens):
             raise Unsupported("a mask of one column for all keys")
+
+
+def _locate_in(value: Tensor, holder: Holder) -> Window | None:
+    return locate(value.size(), value.stride(), offset(value) - holder.offset, holder.shape, holder.strides)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from .models import (
     MaskedBuffer,
     RolledBuffer,
     RollingCache,
+    StackedKeysValues,
 )
 
 pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
@@ -126,6 +128,30 @@ def growing_past(backend: JKVBackend) -> Steps:
         yield out, want
 
 
+def keys_beside_values(backend: JKVBackend) -> Steps:
+    compiled, eager = twins(KeysBesideValues(), backend)
+    cache, reference_cache = (torch.zeros(96, HEADS, 2 * HEAD_DIM) for _ in range(2))
+    for call in range(12):
+        x = chunk()
+        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
+
+
+def stacked(batch: int = 1) -> Callable[[JKVBackend], Steps]:
+    def steps(backend: JKVBackend) -> Steps:
+        model = StackedKeysValues()
+        compiled, eager = twins(model, backend)
+        write = torch.compile(model.write, backend=backend)
+        cache, reference_cache = (torch.zeros(2, batch, HEADS, 96, HEAD_DIM) for _ in range(2))
+        for call in range(12):
+            x, start = torch.randn(batch, CHUNK, DIM), call * CHUNK
+            write(x, cache, start)
+            eager.write(x, reference_cache, start)
+            x = torch.randn(batch, CHUNK, DIM)
+            yield compiled(x, cache, start + CHUNK), eager(x, reference_cache, start + CHUNK)
+
+    return steps
+
+
 CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
     # the way of holding a cache, and from which call on nothing may compile any more
     "eviction by rolling, with a sink": (rolling, 8),
@@ -134,6 +160,9 @@ CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
     "a fixed past, turned in halves after the read": (fixed_past("half"), 3),
     "a fixed past, its batch doubled": (fixed_past(double=True), 3),
     "a concatenation that grows and is returned": (growing_past, 4),
+    "keys beside values in one tensor": (keys_beside_values, 4),
+    "keys and values stacked, written by another graph": (stacked(), 3),
+    "keys and values stacked, batch of two": (stacked(batch=2), 3),
     "a whole buffer under a boolean mask": (masked_buffer(), 2),
     "a whole buffer under an additive mask": (masked_buffer(additive=True), 2),
     "a whole buffer, heads repeated": (masked_buffer(repeats=2), 2),
@@ -155,7 +184,7 @@ def test_stays_close_to_eager(name: str, inner: str) -> None:
     with torch.no_grad():
         generator = steps(backend)  # holds the caches
         run_beside(generator, calls=10 if inner == "eager" else 6, stable_from=stable_from)
-    assert backend.memory().adopted == 2
+    assert backend.memory().adopted in (1, 2)  # keys and values may lie in one tensor
 
 
 def test_rolling_moves_packed_data_bit_for_bit() -> None:
@@ -207,21 +236,9 @@ def test_growing_moves_packed_tokens_bit_for_bit() -> None:
             _, past = compiled(chunk(), past)
             stores.append(past[0]._store if is_packed(past[0]) else None)
     assert None not in stores[2:]  # the first past is a slice of a projection, the second their concatenation
-    for old, new in zip(stores[2:], stores[3:]):
+    for old, new in itertools.pairwise(stores[2:]):
         n = old.codes.shape[2]
         assert torch.equal(new.codes[:, :, :n], old.codes) and torch.equal(new.scales[:, :, :, :n], old.scales)
-
-
-def test_what_is_not_supported_yet_runs_as_written() -> None:
-    """Keys beside values in one tensor: full precision, right."""
-    torch.manual_seed(0)
-    backend = fresh_backend(bits=2)
-    compiled, eager = twins(KeysBesideValues(), backend)
-    for call in range(1, 4):
-        x, cache = chunk(), torch.randn(64, HEADS, 2 * HEAD_DIM)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x, cache, call * CHUNK), eager(x, cache, call * CHUNK))
-    assert backend.memory().adopted == 0
 
 
 class TestGraphs(expecttest.TestCase):
