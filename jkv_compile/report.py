@@ -153,7 +153,8 @@ class GraphReport:
         return asdict(self) | {"rejections": [r.to_dict() for r in self.rejections]}
 
     def __str__(self) -> str:
-        sites: list[Match | Rejected | Break] = [*self.matches, *self.rejections, *([self.graph_break] if self.graph_break else [])]
+        sites: list[Match | Rejected | Break] = [*self.matches, *self.rejections]
+        sites += [self.graph_break] if self.graph_break else []
         lines = [line for site in sites for line in site.lines()]
         return "\n".join([f"graph of {self.nodes} nodes: {OUTCOMES[self.outcome]}", *(f"  {line}" for line in lines)])
 
