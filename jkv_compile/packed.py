@@ -76,15 +76,15 @@ class PackedKV(torch.Tensor):
 
     @property
     def _layout(self) -> tuple[Any, Any]:
-        """The store's shape and strides; of a window that shows all tokens, which of its dimensions is which axis.
+        """The store's shape and strides; of a window on all of a growing cache, which dimension of it is which axis.
 
-        A growing cache has a new shape in every call, which is told by the window's own size then.
+        Such a cache has a new shape in every call, which the window's own size tells.
         """
         if self._told is None:
             store = self._store
-            window, order = (None, None) if is_fake(store.codes) else (
-                self.find_window(), memory_order(store.shape, store.strides)
-            )  # fmt: skip
+            window, order = None, None
+            if store.grows and not is_fake(store.codes):
+                window, order = self.find_window(), memory_order(store.shape, store.strides)
             if window is None or order is None or not all(window.covers(store.shape, a) for a in range(CHANNEL)):
                 self._told = store.shape, store.strides
             else:

@@ -15,6 +15,7 @@ from .adopt import Written, adopt, in_four_dimensions, obstacle
 from .compat import maybe_mark_dynamic
 from .config import Config
 from .errors import NotRewrittenWarning
+from .hints import is_ignored, is_marked
 from .packed import PackedKV
 from .store import Active, Store
 
@@ -101,6 +102,7 @@ def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store
         maybe_mark_dynamic(tensor, tokens)
     shape, strides = (*codes.shape[:3], parent.shape[3]), [outputs[i] for i in new.strides]
     store = Store(shape, strides, parent.dtype, parent.bits, codes, scales, parent.quantizer)
+    store.grows = True
     if new.active is not None:
         data, start, stop = (outputs[i] for i in new.active)
         store.active = Active(data, start, stop)
@@ -126,6 +128,10 @@ def first_contact(
             reason = "it is not known as a cache any more" if owner is None else None
             if owner is not None and not isinstance(owner, PackedKV):
                 reason = obstacle(owner, views=int(owner is not args[argument]))
+            if owner is not None and argument in plan.marked and not is_marked(owner):
+                return otherwise(*args)  # the graph was compiled for a tensor that was marked as a cache
+            if reason is not None and owner is not None and is_ignored(owner):
+                return otherwise(*args)
             if reason is not None:
                 warnings.warn(f"jkv: a cache stays in full precision: {reason}", NotRewrittenWarning, stacklevel=2)
                 return otherwise(*args)

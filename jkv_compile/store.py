@@ -61,6 +61,7 @@ class Store:
         self.shape, self.strides, self.dtype, self.bits = tuple(shape), tuple(strides), dtype, bits
         self.codes, self.scales, self.quantizer = codes, scales, quantizer
         self.active: Active | None = None
+        self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self._family: weakref.WeakSet[Store] | None = None
 
     @classmethod
@@ -242,6 +243,7 @@ class Store:
         lengths = [tuple(p.shape) if isinstance(p, Tensor) else tuple(p[2]) for p in parts]
         shape = [sum(n[a] for n in lengths) if a == axis else lengths[0][a] for a in range(4)]
         new = boxes[0][0]._like(shape, strides)
+        new.grows = new.grows or axis == TOKEN
         place = [0, 0, 0, 0]
         for part, n in zip(parts, lengths):
             if isinstance(part, Tensor):
@@ -258,6 +260,7 @@ class Store:
             new = Store(self.shape, self.strides, self.dtype, self.bits, codes, scales, self.quantizer)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
+        new.grows = self.grows
         new.join(self._family)
         return new
 
@@ -272,6 +275,7 @@ class Store:
     def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
         device = self.codes.device
         new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, device, self.quantizer)
+        new.grows = self.grows
         new.join(self._family)
         return new
 
