@@ -13,6 +13,7 @@ from .errors import (
     PackedReadWarning,
 )
 from .explain import Explanation, explain
+from .hints import ignore, mark_cache
 from .packed import PackedKV, is_packed, materialize, quantization_step
 from .passes.attention_forms import AttentionArguments
 from .passes.spelled_by_users import register_attention
@@ -34,8 +35,10 @@ __all__ = [
     "PackedReadWarning",
     "enable",
     "explain",
+    "ignore",
     "is_packed",
     "jkv_backend",
+    "mark_cache",
     "materialize",
     "quantization_step",
     "register_attention",

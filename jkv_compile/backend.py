@@ -16,6 +16,7 @@ from .compat import compile_inner
 from .config import Config
 from .errors import NoCachedAttentionError, NotRewrittenWarning
 from .passes.pipeline import Plan, plan_graph
+from .reasons import Reason
 from .report import GraphReport, MemoryReport
 from .runtime import Seen, first_contact, packed_call, recorded_call, watched_call
 from .store import Store
@@ -94,7 +95,8 @@ class JKVBackend:
         if plan.outcome == "eager":
             return gm.forward
         if plan.outcome == "adopted":
-            return first_contact(gm.forward, plan, self.config, self._state.stores, self._state.written)
+            otherwise = compile_plain(gm, list(example_inputs)) if plan.ignores else gm.forward
+            return first_contact(otherwise, plan, self.config, self._state.stores, self._state.written)
         if plan.outcome == "watched":
             inner = compile_plain(gm, list(example_inputs))
             state = self._state
@@ -105,17 +107,18 @@ class JKVBackend:
     def _complain(self, plan: Plan) -> None:
         """Nothing is left undone in silence: near misses warn, or raise where the user asked for it."""
         report = plan.report
+        unasked = [r for r in report.rejections if r.kind is not Reason.IGNORED]
         if report.matches or not plan.attentions:
-            if report.rejections:
+            if unasked:
                 warnings.warn(
                     f"jkv: some attention was left in full precision\n{report}", NotRewrittenWarning, stacklevel=2
                 )
             return
-        if self.config.strict:
+        if self.config.strict and not plan.ignores:
             raise NoCachedAttentionError(
                 f"strict=True, and no attention of this graph reads a cache that could be packed\n{report}"
             )
-        if report.rejections:
+        if unasked:
             warnings.warn(f"jkv: the model runs as written\n{report}", NotRewrittenWarning, stacklevel=2)
 
 

@@ -49,9 +49,9 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"not known as a cache any more", Reason.NOT_A_CACHE),
     (r"changes it in place|is written|are written|is edited|is broadcast", Reason.WRITE),
     (r"are used$|steps or merged|have been changed", Reason.READ),
-    (r"scores|softmax|weights|its products|its query has|query heads|nothing that plain attention has|plain attention|"
-     r"sequences|causal|boolean|packed into one dimension|beside the result|not only the attention's result|is used .* times|"
-     r"returns a", Reason.SPELLING),
+    (r"scores|softmax|weights|its products|its query has|query heads|plain attention|sequences|causal|boolean|"
+     r"packed into one dimension|beside the result|not only the attention's result|is used .* times|returns a",
+     Reason.SPELLING),
     (r"tokens|keys|values|dimension|mask|stands between", Reason.LAYOUT),
 )  # fmt: skip
 

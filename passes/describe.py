@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.layout import packed_width
-from ..report import CacheUse, Match
+from ..report import CacheUse, Match, Rejected
 from .actions import Append, Attend, Dense, Holder, Move, Scatter, Tracking
 from .nodes import CONCATENATIONS, copied, example
 from .pieces import CachePlan
@@ -18,13 +18,23 @@ from .segments import Fresh
 _BYTES_PER_SCALE = 4  # a step and a zero point in float16
 
 
-def describe(tracking: Tracking, plans: dict[Holder, CachePlan]) -> dict[Node, Match]:
-    """The account of each attention that reads caches in `plans`, by its node. To be asked before the graph changes."""
-    matches = {}
+def describe(
+    tracking: Tracking, plans: dict[Holder, CachePlan], ignored: set[Holder]
+) -> tuple[dict[Node, Match], list[Rejected]]:
+    """The account of each attention that reads caches in `plans`, by its node, and of those that read `ignored` ones.
+
+    To be asked before the graph changes.
+    """
+    matches, rejections = {}, []
     actions: list[Attend | Dense] = [*tracking.attends, *tracking.dense]
     for action in actions:
         caches = _caches(action)
         if not all(h in plans for h in caches):
+            continue
+        call = action.call
+        if not ignored.isdisjoint(caches):
+            names = ", ".join(h.node.name for h in caches if h in ignored)
+            rejections.append(Rejected(source_line(call.node), f"{names}: jkv_compile.ignore was called for it"))
             continue
         if isinstance(action, Attend):
             cached = [s for s in action.key if not isinstance(s.content, Fresh)]
@@ -34,12 +44,11 @@ def describe(tracking: Tracking, plans: dict[Holder, CachePlan]) -> dict[Node, M
         else:
             ranges, current = ", ".join(h.node.name for h in caches), "some" if action.gathers else "0"
             lowering, keys = f"reconstructed: {action.reason}", action.key_caches
-        call = action.call
         matches[call.node] = Match(
             source_line(call.node), lowering, ranges, current, idiom_of(action, tracking),
             _shape(call.query), _shape(call.key), [_use(h, plans[h], h in keys) for h in caches],
         )  # fmt: skip
-    return matches
+    return matches, rejections
 
 
 def _caches(action: Attend | Dense) -> list[Holder]:

@@ -14,6 +14,7 @@ from ..adopt import Written, obstacle
 from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
+from ..hints import is_ignored, is_marked
 from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Returned, Tracking
 from .attention_forms import as_attention
@@ -51,6 +52,8 @@ class Plan:
     owners: dict[int, Tensor] = field(default_factory=dict)  # by argument: the cache that it is a view of
     written: list[WrittenRange] = field(default_factory=list)
     first_tokens: dict[int, int] = field(default_factory=dict)  # by argument: the symbol of where its window begins
+    ignores: bool = False  # tensors of the call that is compiled are to be left alone; those of others may be packed
+    marked: set[int] = field(default_factory=set)  # arguments that are caches because they were marked as such
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
 
     def inner_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
@@ -104,6 +107,7 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         return Plan("eager", report, attentions)
 
     plans = {h: _packed_plan(h) for h in packed}
+    needed: set[Holder] = set()  # known as caches by nothing but a hint
     outcome = "packed"
     if not packed:
         outcome = "adopted"
@@ -113,9 +117,15 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
             return holder in returned or _gathers(action, holder, written_elsewhere)
 
         plans = _choose(tracking, gathers, position, example_inputs, owners, config, report)
+        marked = _marked(tracking, position, example_inputs, owners)
+        if marked:
+            more = _choose(tracking, lambda _, h, __: h in marked, position, example_inputs, owners, config, report)
+            needed = more.keys() - plans.keys()
+            plans = {**more, **plans}
         if not plans:
             outcome = "watched"
             plans = _choose(tracking, _may_persist, position, example_inputs, owners, config, report)
+    report.rejections = list(dict.fromkeys(report.rejections))
     if not plans:
         plan = Plan("untouched", report, attentions)
         plan.symbols = _symbol_arguments(placeholders)
@@ -123,15 +133,19 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         return plan
     report.outcome = outcome
     report.caches = [h.node.name for h in plans]
-    matches = describe(tracking, plans)
+    ignored = {h for h in plans if is_ignored(owners.get(position[h.node], example_inputs[position[h.node]]))}
+    matches, unasked = describe(tracking, plans, ignored)
+    report.rejections += unasked
     rewritten = rewrite(copied, tracking, plans, config.correction)
     for node, why in rewritten.uncorrected.items():
-        if why:
+        if why and node in matches:
             matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")
     lowered = {a.call.node for a in tracking.attends} | rewritten.uncorrected.keys()
     report.matches = [match for node, match in matches.items() if node in lowered]
     report.after = graph_text(rewritten.graph.graph)
     plan = Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
+    plan.ignores = bool(ignored)
+    plan.marked = {position[h.node] for h in needed}
     plan.first_tokens = {position[h.node]: example(h.node).first_token.shape[0] for h in packed}
     return plan
 
@@ -145,6 +159,14 @@ def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Wr
             if owner is not None:
                 owners[i] = owner
     return owners
+
+
+def _marked(
+    tracking: Tracking, position: dict[Node, int], example_inputs: Sequence[Any], owners: dict[int, Tensor]
+) -> set[Holder]:
+    """Inputs that the user has marked as caches."""
+    arguments = {h: position[h.node] for h in tracking.caches if not h.packed}
+    return {h for h, i in arguments.items() if is_marked(owners.get(i, example_inputs[i]))}
 
 
 def _packed_plan(holder: Holder) -> CachePlan:
