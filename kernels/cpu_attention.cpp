@@ -21,7 +21,7 @@ namespace blas = at::native::cpublas;
 constexpr int KEYS = 512;         // keys per block
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
 constexpr int ROWS = 64;          // query rows per matrix product
-constexpr int TILE = 768;         // query rows per task at most: queries and outputs stay in the second-level cache
+constexpr int TILE = 1024;        // query rows per task at most: queries and outputs stay in the second-level cache
 constexpr float LOG2E = 1.44269504f;
 
 // Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
@@ -51,32 +51,31 @@ template <int WIDTH> void transpose(const u8* x, int n, u32* __restrict out) {
     for (int w = 0; w < WIDTH; w++) memcpy(out + w * PITCH + j, x + 4 * (WIDTH * j + w), 4);
 }
 
-// Codes of n tokens as words of four neighbouring channels, [D / 4][PITCH]: lanes are tokens.
-template <int BITS> void unpack_quads(const u8* x, i64 stride, i64 dim, int n, u32* __restrict words, u32* __restrict quads) {
-  constexpr int P = BITS == 3 ? 2 : BITS;
-  constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
-  const int width = dim * BITS / 32, low = dim * P / 32;
+// Words of n tokens, [bytes / 4][PITCH]: lanes are tokens.
+void transpose_words(const u8* x, i64 stride, int width, int n, u32* __restrict words) {
   if (stride == 32 && width == 8) transpose<8>(x, n, words);
   else if (stride == 16 && width == 4) transpose<4>(x, n, words);
   else
     for (int j = 0; j < n; j++)
       for (int w = 0; w < width; w++) memcpy(words + w * PITCH + j, x + j * stride + 4 * w, 4);
-  for (int w = 0; w < low; w++)
-    for (int i = 0; i < 8 / P; i++) {
-      const u32* in = words + w * PITCH;
-      u32* out = quads + (i * low + w) * PITCH;
-      #pragma omp simd
-      for (int j = 0; j < n; j++) out[j] = in[j] >> (i * P) & M;
-    }
-  if (BITS == 3)
-    for (int w = low; w < width; w++)
-      for (int i = 0; i < 8; i++) {
-        const u32* in = words + w * PITCH;
-        u32* out = quads + (i * (width - low) + w - low) * PITCH;
-        #pragma omp simd
-        for (int j = 0; j < n; j++) out[j] |= (in[j] >> i & 0x01010101u) << 2;
-      }
 }
+
+// Steps through the quads of channels (4q … 4q + 3) in the words of tokens: 3 bits have a plane of two and a plane of one.
+template <int BITS> struct Quads {
+  static constexpr int P = BITS == 3 ? 2 : BITS;
+  const u32* words;
+  int n, n_high, low = 0, shift = 0, high = 0, high_shift = 0;  // n, n_high: words of a plane
+  Quads(const u32* words, i64 dim) : words(words), n(dim * P / 32), n_high(dim / 32) {}
+  void next() {
+    if (++low == n) low = 0, shift += P;
+    if (BITS == 3 && ++high == n_high) high = 0, high_shift++;
+  }
+  u32 operator()(int j) const {  // one code in the low bits of each byte, and for other than 3 bits something above it
+    u32 u = words[low * PITCH + j] >> shift;
+    if (BITS == 3) u = (u & 0x03030303u) | (words[(n + high) * PITCH + j] >> high_shift & 0x01010101u) << 2;
+    return u;
+  }
+};
 
 // step' and zero' of n tokens from `start`, times `factor`, as [G][PITCH]; with `square`, also step'².
 void load_scales(const Packed& c, const u16* scales, i64 start, int n, float factor, float* step, float* zero, float* square) {
@@ -139,114 +138,136 @@ struct Float32 {
 };
 
 template <class Op, int BITS>
-void expand_keys(const u32* __restrict quads, i64 dim, i64 group, int n, const float* step, const float* zero, typename Op::word* out) {
-  for (i64 w = 0; w < dim / 4; w++) {
-    const u32* x = quads + w * PITCH;
-    const float *s0 = step + 4 * w / group * PITCH, *z0 = zero + 4 * w / group * PITCH;
-    typename Op::word* o = out + 4 / Op::STACK * w * PITCH;
+void expand_keys(const u32* __restrict words, i64 dim, i64 group, int n, const float* step, const float* zero, typename Op::word* out) {
+  Quads<BITS> quads(words, dim);
+  for (int q = 0; q < dim / 4; q++, quads.next()) {
+    const Quads<BITS> x = quads;
+    const float *s0 = step + 4 * q / group * PITCH, *z0 = zero + 4 * q / group * PITCH;
+    typename Op::word* o = out + 4 / Op::STACK * q * PITCH;
     if (group % 4 == 0) {
       #pragma omp simd
-      for (int j = 0; j < n; j++)
-        Op::key4(o, j, z0[j] + one_plus<BITS>(x[j], 0) * s0[j], z0[j] + one_plus<BITS>(x[j], 1) * s0[j],
-                 z0[j] + one_plus<BITS>(x[j], 2) * s0[j], z0[j] + one_plus<BITS>(x[j], 3) * s0[j]);
+      for (int j = 0; j < n; j++) {
+        const u32 u = x(j);
+        Op::key4(o, j, z0[j] + one_plus<BITS>(u, 0) * s0[j], z0[j] + one_plus<BITS>(u, 8) * s0[j],
+                 z0[j] + one_plus<BITS>(u, 16) * s0[j], z0[j] + one_plus<BITS>(u, 24) * s0[j]);
+      }
     } else {
-      const i64 g1 = (4 * w + 1) / group * PITCH, g2 = (4 * w + 2) / group * PITCH, g3 = (4 * w + 3) / group * PITCH;
+      const i64 g1 = (4 * q + 1) / group * PITCH, g2 = (4 * q + 2) / group * PITCH, g3 = (4 * q + 3) / group * PITCH;
       #pragma omp simd
-      for (int j = 0; j < n; j++)
-        Op::key4(o, j, z0[j] + one_plus<BITS>(x[j], 0) * s0[j], zero[g1 + j] + one_plus<BITS>(x[j], 1) * step[g1 + j],
-                 zero[g2 + j] + one_plus<BITS>(x[j], 2) * step[g2 + j], zero[g3 + j] + one_plus<BITS>(x[j], 3) * step[g3 + j]);
+      for (int j = 0; j < n; j++) {
+        const u32 u = x(j);
+        Op::key4(o, j, z0[j] + one_plus<BITS>(u, 0) * s0[j], zero[g1 + j] + one_plus<BITS>(u, 8) * step[g1 + j],
+                 zero[g2 + j] + one_plus<BITS>(u, 16) * step[g2 + j], zero[g3 + j] + one_plus<BITS>(u, 24) * step[g3 + j]);
+      }
     }
   }
 }
 
-// Channels are taken in runs of SEGMENT that lie in one plane of each kind and in one group.
+// Channels are taken in runs of SEGMENT that lie in one plane of each kind and in one group. Scales beyond n are zero.
 template <class Op, int BITS, int SEGMENT>
 void expand_values(const u8* x, i64 stride, i64 dim, i64 group, i64 pitch, int n, int half_n, const float* step, const float* zero,
-                   const u8* nothing, u16* __restrict both, typename Op::word* __restrict out) {
+                   const u8* nothing, u32* __restrict both, typename Op::word* __restrict out) {
   constexpr int P = BITS == 3 ? 2 : BITS;
   const i64 low = dim * P / 8, high = dim / 8, bytes = dim * BITS / 8;
-  struct Run {
-    int group, at, at3, shift, shift3;
-  };
-  std::vector<Run> runs;  // divisions cost more than what is done with them
-  for (i64 c = 0; c < dim; c += SEGMENT) runs.push_back({int(c / group * PITCH), int(c % low), int(low + c % high), int(c / low * P), int(c / high)});
+  std::vector<i64> groups;  // divisions cost more than what is done with them
+  for (i64 c = 0; c < dim; c += SEGMENT) groups.push_back(c / group * PITCH);
+  constexpr int AHEAD = 8;  // rows: what has just been stored in other pieces than it is loaded in takes long to load
   for (int j = 0; j < half_n; j++) {
-    const int k = j + half_n;
-    const bool in0 = j < n, in1 = k < n;  // tokens beyond the end are zero
-    const u8 *x0 = in0 ? x + j * stride : nothing, *x1 = in1 ? x + k * stride : nothing;
-    typename Op::word* o = out + j * pitch;
-    #pragma omp simd
-    for (i64 b = 0; b < bytes; b++) both[b] = x0[b] | x1[b] << 8;
-    i64 c = 0;
-    for (const Run& run : runs) {
-      const float *sp = step + run.group, *zp = zero + run.group;
-      const float s0 = in0 ? sp[j] : 0, z0 = in0 ? zp[j] : 0, s1 = in1 ? sp[k] : 0, z1 = in1 ? zp[k] : 0;
-      const u16 *y = both + run.at, *y3 = both + run.at3;
-      #pragma omp simd
-      for (int i = 0; i < SEGMENT; i++) {
-        u32 u = y[i] >> run.shift;
-        if (BITS == 3) u = (u & 0x303) | (y3[i] >> run.shift3 & 0x101) << 2;
-        Op::value2(o + c, half_n * pitch, i, z0 + one_plus<BITS>(u, 0) * s0, z1 + one_plus<BITS>(u, 1) * s1);
+    if (j % AHEAD == 0)
+      for (int r = 0; r < AHEAD; r++) {
+        const u8 *x0 = j + r < n ? x + (j + r) * stride : nothing, *x1 = j + r + half_n < n ? x + (j + r + half_n) * stride : nothing;
+        for (i64 b = 0; b < bytes; b += SEGMENT) {  // a constant length, here too: what is left over from vectors would cost more
+          #pragma omp simd
+          for (i64 i = 0; i < SEGMENT; i++) both[r * dim + b + i] = x0[b + i] | (u32)x1[b + i] << 16;
+        }
       }
-      c += SEGMENT;
-    }
+    const int k = j + half_n;
+    const u32* row = both + j % AHEAD * dim;
+    const i64* g = groups.data();
+    typename Op::word* o = out + j * pitch;
+    #pragma GCC unroll 4
+    for (int plane = 0; plane < 8 / P; plane++)
+      for (i64 c = 0; c < low; c += SEGMENT, g++, o += SEGMENT) {
+        const float *sp = step + *g, *zp = zero + *g;
+        const float s0 = sp[j], z0 = zp[j], s1 = sp[k], z1 = zp[k];
+        const i64 channel = plane * low + c;
+        const u32 *y = row + c, *y3 = row + low + channel % high;
+        const int shift3 = channel / high;
+        #pragma omp simd
+        for (int i = 0; i < SEGMENT; i++) {
+          if (BITS == 3) {
+            const u32 u = (y[i] >> plane * P & 0x30003) | (y3[i] >> shift3 & 0x10001) << 2;
+            Op::value2(o, half_n * pitch, i, z0 + one_plus<BITS>(u, 0) * s0, z1 + one_plus<BITS>(u, 16) * s1);
+          } else {
+            Op::value2(o, half_n * pitch, i, z0 + one_plus<BITS>(y[i], plane * P) * s0, z1 + one_plus<BITS>(y[i], plane * P + 16) * s1);
+          }
+        }
+      }
   }
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
-// s_j -= Σ_g c_g x_gj; returns the maximum. NaN never wins a maximum here: it reaches the result through its weight.
-template <int G> float corrected_max(float* __restrict s, const float* c, const float* __restrict x, int n) {
-  float t0 = -INF, t1 = -INF, t2 = -INF, t3 = -INF;  // four: one would wait for itself
-  const int q = n / 4;
-  #pragma omp simd reduction(max : t0, t1, t2, t3)
-  for (int j = 0; j < q; j++) {
-    float v0 = s[j], v1 = s[q + j], v2 = s[2 * q + j], v3 = s[3 * q + j];
-    for (int g = 0; g < G; g++) {
-      const float* y = x + g * PITCH + j;
-      v0 -= c[g] * y[0], v1 -= c[g] * y[q], v2 -= c[g] * y[2 * q], v3 -= c[g] * y[3 * q];
-    }
-    if (G) s[j] = v0, s[q + j] = v1, s[2 * q + j] = v2, s[3 * q + j] = v3;
-    t0 = v0 > t0 ? v0 : t0, t1 = v1 > t1 ? v1 : t1, t2 = v2 > t2 ? v2 : t2, t3 = v3 > t3 ? v3 : t3;
-  }
-  return max(max(t0, t1), max(t2, t3));
-}
-float corrected_max(int groups, float* s, const float* c, const float* x, int n) {
-  for (; groups > 4; groups -= 4, c += 4, x += 4 * PITCH) corrected_max<4>(s, c, x, n);
-  switch (groups) {
-    case 0: return corrected_max<0>(s, c, x, n);
-    case 1: return corrected_max<1>(s, c, x, n);
-    case 2: return corrected_max<2>(s, c, x, n);
-    case 3: return corrected_max<3>(s, c, x, n);
-    default: return corrected_max<4>(s, c, x, n);
+// s_j -= Σ_g c_g x_gj
+void correct(int groups, float* __restrict s, const float* c, const float* __restrict x, int n) {
+  for (int g = 0; g < groups; g++, x += PITCH) {
+    #pragma omp simd
+    for (int j = 0; j < n; j++) s[j] -= c[g] * x[j];
   }
 }
 
-// 2^x for x <= 0, and 2^lowest below; NaN stays NaN.
-template <class Op> inline float exp2_negative(float x, float lowest) {
+// max_j of factor s_j - Σ_g c_g x_gj. NaN never wins a maximum here: it reaches the result through its weight.
+template <int G> float highest_score(const float* s, const float* c, const float* x, float factor, int n) {
+  float highest = -INF;
+  #pragma omp simd reduction(max : highest)
+  for (int j = 0; j < n; j++) {
+    float v = s[j] * factor;
+    for (int g = 0; g < G; g++) v -= c[g] * x[g * PITCH + j];
+    highest = v > highest ? v : highest;
+  }
+  return highest;
+}
+float highest_score(int groups, const float* s, const float* c, const float* x, float factor, int n) {
+  switch (groups) {
+    case 0: return highest_score<0>(s, c, x, factor, n);
+    case 1: return highest_score<1>(s, c, x, factor, n);
+    case 2: return highest_score<2>(s, c, x, factor, n);
+    case 3: return highest_score<3>(s, c, x, factor, n);
+    default: return highest_score<4>(s, c, x, factor, n);
+  }
+}
+
+// 2^x for x < 128, and 2^lowest below `lowest`; NaN stays NaN.
+template <class Op> inline float exp2_fast(float x, float lowest) {
   x = x < lowest ? lowest : x;
   float t = x + 12582912.f, f = x - (t - 12582912.f);  // t holds round(x) in its low bits
   return as_float(as_bits(Op::exp2_fraction(f)) + (as_bits(t) << 23));
 }
 
-// p_j = 2^(factor s_j - top - Σ_g c_g x_gj); returns their sum.
+struct Exponentials {
+  float sum, highest;  // of the weights, of their exponents
+};
+
+// p_j = 2^(factor s_j - top - Σ_g c_g x_gj)
 template <class Op, int G>
-float exponentiate(const float* __restrict s, const float* c, const float* __restrict x, float factor, float top, typename Op::type* __restrict p, int half_n) {
+Exponentials exponentiate(const float* __restrict s, const float* c, const float* __restrict x, float factor, float top, typename Op::type* __restrict p, int half_n) {
   volatile float opaque = -120;  // a constant would be propagated into a branch, which costs more than the maximum
   const float lowest = opaque;
-  float sum = 0;
-  #pragma omp simd reduction(+ : sum)
+  float sum = 0, highest = -INF;
+  #pragma omp simd reduction(+ : sum) reduction(max : highest)
   for (int j = 0; j < half_n; j++) {
     float a = s[j] * factor - top, b = s[half_n + j] * factor - top;
     for (int g = 0; g < G; g++) a -= c[g] * x[g * PITCH + j], b -= c[g] * x[g * PITCH + half_n + j];
-    a = exp2_negative<Op>(a, lowest), b = exp2_negative<Op>(b, lowest);
+    const float higher = a > b ? a : b;
+    highest = higher > highest ? higher : highest;
+    a = exp2_fast<Op>(a, lowest), b = exp2_fast<Op>(b, lowest);
     sum += a + b;
     Op::weight2(p, half_n, j, a, b);
   }
-  return sum;
+  return {sum, highest};
 }
 template <class Op>
-float exponentiate(int groups, const float* s, const float* c, const float* x, float factor, float top, typename Op::type* p, int half_n) {
+Exponentials exponentiate(int groups, const float* s, const float* c, const float* x, float factor, float top, typename Op::type* p, int half_n) {
   switch (groups) {
     case 0: return exponentiate<Op, 0>(s, c, x, factor, top, p, half_n);
     case 1: return exponentiate<Op, 1>(s, c, x, factor, top, p, half_n);
@@ -291,11 +312,10 @@ struct Plan {
 };
 
 struct Scratch {
-  Buffer<u32> keys, values, words, quads;
+  Buffer<u32> keys, values, words, both;
   Buffer<float> scores, output, top, sum, norm, key_step, key_zero, key_square, value_step, value_zero;
   Buffer<u16> query, weights;
   Buffer<u8> nothing;
-  Buffer<u16> both;
 };
 
 template <class Op> void load_current(const AttentionCall& a, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
@@ -338,9 +358,11 @@ template <class Op> void load_cached(const AttentionCall& a, Scratch& s, i64 b, 
   const u8* vc = v.codes + b * v.codes_b + h * v.codes_h + block.start * v.codes_s;
   load_block_scales(a, s, b, h, block);
   by_bits(k.bits, [&](auto bits) {
-    unpack_quads<bits>(kc, k.codes_s, k.dim, block.n, s.words.data, s.quads.data);
-    expand_keys<Op, bits>(s.quads.data, k.dim, k.dim / k.groups, block.n, s.key_step.data, s.key_zero.data, keys);
+    transpose_words(kc, k.codes_s, k.dim * bits / 32, block.n, s.words.data);
+    expand_keys<Op, bits>(s.words.data, k.dim, k.dim / k.groups, block.n, s.key_step.data, s.key_zero.data, keys);
   });
+  for (i64 g = 0; g < v.groups; g++)
+    for (float* x : {s.value_step.data, s.value_zero.data}) std::fill(x + g * PITCH + block.n, x + g * PITCH + padded, 0.f);
   by_bits(v.bits, [&](auto bits) {
     const i64 group = v.dim / v.groups, segment = std::gcd(group, v.dim * (bits == 3 ? 1 : bits) / 8);
     constexpr int LONG = Op::STACK == 2 ? 32 : 8, MIDDLE = Op::STACK == 2 ? 16 : 8;
@@ -416,7 +438,7 @@ struct FewRows {
     std::vector<float> x(dim);
     by_dtype(a.dtype, [&](auto dtype) {
       for (int r = 0; r < rows; r++) {
-        const char* q = a.query.data + (batch * a.query.b + (head * plan.repeat + r / a.length) * a.query.h + r % a.length * a.query.s) * width_of(dtype);
+        const char* q = query_row(batch, head, r);
         float largest = 0;
         bool finite = true;
         for (i64 c = 0; c < dim; c++) {
@@ -445,7 +467,16 @@ struct FewRows {
 
   // Scores of a cached block, corrected, in units of log2: [rows][PITCH].
   void score(const u8* codes, int n, int padded, const float* step, const float* zero, const float* square, const float* norm, float* scores) {
-    by_bits(a.keys.bits, [&](auto bits) { unpack_quads<bits>(codes, a.keys.codes_s, dim, n, s.words.data, s.quads.data); });
+    by_bits(a.keys.bits, [&](auto bits) {
+      transpose_words(codes, a.keys.codes_s, dim * bits / 32, n, s.words.data);
+      Quads<bits> quads(s.words.data, dim);
+      for (int q = 0; q < dim / 4; q++, quads.next()) {
+        const Quads<bits> x = quads;
+        u32* out = s.quads.data + q * PITCH;
+        #pragma omp simd
+        for (int j = 0; j < n; j++) out[j] = x(j) & ((1u << bits) - 1) * 0x01010101u;
+      }
+    });
     blas::brgemm(products, padded, dim, dim, PITCH, PITCH, false, s.query.data, (const signed char*)s.quads.data, s.scores.data, true);
     for (int r = 0; r < rows; r++) {
       float* x = scores + r * PITCH;
@@ -466,17 +497,49 @@ struct FewRows {
     }
   }
 
-  // Replaces scores by weights 2^(x - top) in place and returns their sum.
-  static float exponentiate(float* x, float top, int n) {
+  // Replaces scores by weights 2^(factor x - top) in place and returns their sum.
+  static float exponentiate(float* x, float factor, float top, int n) {
     volatile float opaque = -120;
     const float lowest = opaque;
     float sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < n; j++) {
-      x[j] = exp2_negative<Float32>(x[j] - top, lowest);
+      x[j] = exp2_fast<Float32>(x[j] * factor - top, lowest);
       sum += x[j];
     }
     return sum;
+  }
+
+  // The same for a handful of full-precision keys and values.
+  void score_plainly(i64 batch, i64 head, const Block& block, float* scores) {
+    const Plain& key = block.span->key;
+    by_dtype(a.dtype, [&](auto dtype) {
+      const char* k = key.data + (batch * key.b + head * key.h + block.start * key.s) * width_of(dtype);
+      for (int r = 0; r < rows; r++) {
+        const char* q = query_row(batch, head, r);
+        for (int j = 0; j < block.n; j++) {
+          float sum = 0;
+          #pragma omp simd reduction(+ : sum)
+          for (i64 c = 0; c < dim; c++) sum += get<dtype>(q, c) * get<dtype>(k, j * key.s + c);
+          scores[r * PITCH + j] = sum;
+        }
+      }
+    });
+  }
+  void add_values_plainly(i64 batch, i64 head, const Block& block, const float* weights, float* output) {
+    const Plain& value = block.span->value;
+    by_dtype(a.dtype, [&](auto dtype) {
+      const char* v = value.data + (batch * value.b + head * value.h + block.start * value.s) * width_of(dtype);
+      for (int r = 0; r < rows; r++)
+        for (int j = 0; j < block.n; j++) {
+          const float w = weights[r * PITCH + j];
+          #pragma omp simd
+          for (i64 c = 0; c < dv; c++) output[r * dv + c] += w * get<dtype>(v, j * value.s + c);
+        }
+    });
+  }
+  const char* query_row(i64 batch, i64 head, int r) const {
+    return a.query.data + (batch * a.query.b + (head * plan.repeat + r / a.length) * a.query.h + r % a.length * a.query.s) * width_of(a.dtype);
   }
 
   // output += weights · values of a cached block.
@@ -538,10 +601,10 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
   auto* weights = (typename Op::type*)s.weights.get(ROWS * PITCH * 2);
   auto* keys = (typename Op::word*)s.keys.get(dim * PITCH);
   auto* values = (typename Op::word*)s.values.get(KEYS * value_pitch);
-  s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(dim / 4 * PITCH);
+  s.words.get(dim / 4 * PITCH);
   s.key_step.get(a.keys.groups * PITCH), s.key_zero.get(a.keys.groups * PITCH), s.key_square.get(a.keys.groups * PITCH);
   s.value_step.get(a.values.groups * PITCH), s.value_zero.get(a.values.groups * PITCH);
-  s.nothing.get(dv), s.both.get(dv);
+  s.nothing.get(dv), s.both.get(8 * dv);
   float* scores = s.scores.get(ROWS * PITCH);
   float *output = s.output.get(padded_rows * dv), *top = s.top.get(padded_rows), *sum = s.sum.get(padded_rows);
   float* norm = s.norm.get(padded_rows * max<i64>(groups, 1));
@@ -579,29 +642,22 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     if (current && a.causal && last_query + diagonal < 0) continue;
     const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
     const bool integers = Op::STACK == 2 && plan.few && !current;
-    if (n < padded && !integers)
+    const bool plainly = current && plan.few && rows * n <= 256;  // a product of matrices is not worth its preparation
+    if (n < padded && !integers && !plainly)
       for (i64 w = 0; w < dim / Op::STACK; w++) memset(keys + w * PITCH + n, 0, (padded - n) * sizeof(*keys));
-    if (current) load_current<Op>(a, s, batch, head, block, padded);
-    else if (integers) load_block_scales(a, s, batch, head, block);
-    else load_cached<Op>(a, s, batch, head, block, padded);
+    if (integers) load_block_scales(a, s, batch, head, block);
+    else if (!current) load_cached<Op>(a, s, batch, head, block, padded);
+    else if (!plainly) load_current<Op>(a, s, batch, head, block, padded);
     if (n < padded)
       for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
-
-    const int biased = current || integers ? 0 : groups;
-    float lowest[4], highest[4];  // of step'² in the block
-    for (int g = 0; g < min(biased, 4); g++) {
-      const float* x = s.key_square.data + g * PITCH;
-      float low = INF, high = 0;
-      #pragma omp simd reduction(min : low) reduction(max : high)
-      for (int j = 0; j < n; j++) low = x[j] < low ? x[j] : low, high = x[j] > high ? x[j] : high;
-      lowest[g] = low, highest[g] = high;
-    }
 
     for (int m0 = 0; m0 < rows; m0 += ROWS) {
       const int m = min(ROWS, padded_rows - m0), used = min(m, rows - m0);
       if (integers)
         few.score(a.keys.codes + batch * a.keys.codes_b + head * a.keys.codes_h + block.start * a.keys.codes_s, n, padded, s.key_step.data,
                   s.key_zero.data, s.key_square.data, norm, scores);
+      else if (plainly)
+        few.score_plainly(batch, head, block, scores);
       else
         Op::product(m, padded, dim, query_pitch, PITCH, PITCH, false, query + m0 * query_pitch, keys, scores);
       for (int r = 0; r < used; r++) {
@@ -613,23 +669,28 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
           const i64 visible = min<i64>(max<i64>((row0 + row) % a.length + diagonal + 1, 0), n);
           std::fill(x + visible, x + n, -INF);
         }
-        // The correction is subtracted on the way to the exponential. Until then its least value in the block stands for it:
-        // scores may fall short of `top`, but not by so much that weights vanish. Otherwise it is subtracted here.
-        const float* c = norm + row * groups;
-        float least = 0, most = 0;
-        for (int g = 0; g < min(biased, 4); g++) least += c[g] * lowest[g], most += c[g] * highest[g];
-        const bool late = biased <= 4 && most - least < 30;
-        if (!late) least = 0;
-        float peak = corrected_max(late ? 0 : biased, x, c, s.key_square.data, padded);
+        const float *c = norm + row * groups, *square = s.key_square.data;
+        int terms = current || integers ? 0 : groups;  // of the correction, still to be subtracted
+        if (terms > 4 || (terms && a.mask)) correct(terms, x, c, square, padded), terms = 0;
         if (a.mask) {
           const i64 h = head * plan.repeat + (row0 + row) / a.length, i = (row0 + row) % a.length;
           apply_mask(a, a.mask + (batch * a.mask_b + h * a.mask_h + i * a.mask_l + block.column * a.mask_k) * width_of(a.mask_dtype), x, factor, n);
           factor = 1.f;
-          peak = corrected_max<0>(x, nullptr, nullptr, padded);
         }
-        const float new_top = max(top[row], peak * factor - least);
+        auto raise = [&](float to) {  // the exponents' origin, so that what was summed up shrinks
+          const float shrink = exp2f(top[row] - to);
+          top[row] = to, sum[row] *= shrink;
+          float* o = output + row * dv;
+          #pragma omp simd
+          for (i64 c = 0; c < dv; c++) o[c] *= shrink;
+        };
+        const bool in_place = integers || plainly;
+        if (in_place || top[row] == -INF) {
+          const float highest = highest_score(terms, x, c, square, factor, padded);
+          if (highest > top[row]) raise(highest);
+        }
         auto* p = weights + r * PITCH;
-        if (new_top == -INF) {  // nothing seen yet
+        if (top[row] == -INF) {  // nothing seen yet
           bool nan = false;
           for (int j = 0; j < n; j++) nan |= x[j] != x[j];
           if (nan) sum[row] = NAN;
@@ -637,19 +698,23 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
           std::fill(x, x + padded, 0.f);
           continue;
         }
-        const float total = integers ? FewRows::exponentiate(x, new_top, padded) : exponentiate<Op>(late ? biased : 0, x, c, s.key_square.data, factor, new_top, p, half_n);
-        const float shrink = exp2f(top[row] - new_top);
-        top[row] = new_top;
-        sum[row] = sum[row] * shrink + total;
-        if (shrink != 1.f) {
-          float* o = output + row * dv;
-          #pragma omp simd
-          for (i64 c = 0; c < dv; c++) o[c] *= shrink;
+        if (in_place) {
+          sum[row] += FewRows::exponentiate(x, factor, top[row], padded);
+          continue;
         }
+        // Higher scores than any before only mean weights above 1, unless they are much higher.
+        Exponentials e = exponentiate<Op>(terms, x, c, square, factor, top[row], p, half_n);
+        if (e.highest > 16) {
+          raise(top[row] + e.highest);
+          e = exponentiate<Op>(terms, x, c, square, factor, top[row], p, half_n);
+        }
+        sum[row] += e.sum;
       }
       if (integers)
         few.add_values(a.values.codes + batch * a.values.codes_b + head * a.values.codes_h + block.start * a.values.codes_s, n, padded,
                        s.value_step.data, s.value_zero.data, scores, output);
+      else if (plainly)
+        few.add_values_plainly(batch, head, block, scores, output);
       else
         Op::product(m, dv, padded, PITCH, value_pitch, dv, true, weights, values, output + m0 * dv);
     }

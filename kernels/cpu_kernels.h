@@ -130,9 +130,10 @@ template <class F> inline void by_bits(i64 bits, F f) {
 }
 inline i64 width_of(i64 dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2; }
 
-// 2^-bits-spaced float in [1, 2) with the code in byte i of x as its leading mantissa bits: 1 + c / 2^bits.
-template <int BITS> inline float one_plus(u32 x, int i) {
-  return as_float(((x >> 8 * i << (23 - BITS)) & (((1u << BITS) - 1) << (23 - BITS))) | 0x3f800000u);
+// The code in bits `at` … of x as the leading mantissa bits of a float in [1, 2): 1 + c / 2^bits.
+template <int BITS> inline float one_plus(u32 x, int at) {
+  constexpr int TO = 23 - BITS;
+  return as_float(((at < TO ? x << (TO - at) : x >> (at - TO)) & (((1u << BITS) - 1) << TO)) | 0x3f800000u);
 }
 
 // Runs f(0) … f(n - 1) on some threads, and finish() on each of them; false if one of them threw.
