@@ -124,7 +124,8 @@ def _hint(kind: Kind, target: Tensor | nn.Module, name: str | None) -> Hint:
                 f"{kind}: jkv_compile.{known[1]} was called for the same; call remove() of it first"
             )
         if known is None:
-            table[key] = weakref.ref(target, lambda _: table.pop(key, None)), kind
+            reference: weakref.ref[Any] = weakref.ref(target, lambda _: table.pop(key, None))
+            table[key] = reference, kind
         return Hint(table, key)
 
 

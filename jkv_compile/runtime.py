@@ -128,7 +128,7 @@ def first_contact(
             reason = "it is not known as a cache any more" if owner is None else None
             if owner is not None and not isinstance(owner, PackedKV):
                 reason = obstacle(owner, views=int(owner is not args[argument]))
-            if owner is not None and (is_ignored(owner) or argument in plan.marked and not is_marked(owner)):
+            if owner is not None and (is_ignored(owner) or (argument in plan.marked and not is_marked(owner))):
                 return otherwise(*args)  # one graph serves many tensors, and hints are for single ones
             if reason is not None:
                 warnings.warn(f"jkv: a cache stays in full precision: {reason}", NotRewrittenWarning, stacklevel=2)

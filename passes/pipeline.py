@@ -197,6 +197,8 @@ def _choose(
             continue
         for holder, _ in caches:
             value = example_inputs[position[holder.node]]
+            if isinstance(value, torch.nn.Parameter):
+                break  # learned keys: no near miss
             owner = owners.get(position[holder.node], value)
             reason = next(iter(holder.blockers), None) or obstacle(owner, views=int(owner is not value))
             if reason is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..packed import PackedKV
-from .nodes import CONCATENATIONS, copied, example, identity, mutates
+from .nodes import CONCATENATIONS, copied, example, identity, mutates, name_of
 
 
 class Sources:
@@ -49,3 +49,16 @@ def _may_be_cache(value: Any) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
         return False
     return value.dtype.is_floating_point and value.dim() >= 3
+
+
+_PROJECTIONS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+
+
+def hands_tokens_on(node: Node) -> bool:
+    """Whether a result may still be the keys or values that went in, turned, scaled or laid out anew.
+
+    Nothing is left of them where only their size is used, nor where they are features that keys are yet to be made of,
+    as frames that a causal convolution keeps.
+    """
+    name = name_of(node)
+    return name not in _PROJECTIONS and not name.endswith("_like") and not name.startswith("new_")

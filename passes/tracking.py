@@ -52,6 +52,7 @@ from .segments import (
     overwrite,
     shift,
 )
+from .sources import hands_tokens_on
 
 
 class Unsupported(Exception):
@@ -227,7 +228,7 @@ class Tracker:
 
     def _compute(self, node: Node) -> None:
         """Anything else: it reads its arguments as ordinary tensors."""
-        sources = self._inputs_sources(node)
+        sources = self._inputs_sources(node) if hands_tokens_on(node) else []
         for argument in node.all_input_nodes:
             self._read(node, argument)
         for value in _tensors(example(node)) if sources else ():
