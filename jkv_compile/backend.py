@@ -15,6 +15,7 @@ from .adopt import Written
 from .compat import compile_inner
 from .config import Config
 from .errors import NoCachedAttentionError, NotRewrittenWarning
+from .glimpse import Sightings, glimpsing_call
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
 from .report import GraphReport, MemoryReport
@@ -32,6 +33,7 @@ class State:
         self.reports: list[GraphReport] = []
         self.written = Written()
         self.seen = Seen()
+        self.sightings = Sightings()
 
 
 _states: weakref.WeakValueDictionary[Config, State] = weakref.WeakValueDictionary()
@@ -91,6 +93,8 @@ class JKVBackend:
 
         if plan.outcome == "untouched":
             inner = compile_plain(gm, list(example_inputs))
+            if plan.glimpses:
+                inner = glimpsing_call(inner, plan.glimpses, self.config, self._state.stores, self._state.sightings)
             return recorded_call(inner, plan, self._state.written) if plan.written else inner
         if plan.outcome == "eager":
             return gm.forward

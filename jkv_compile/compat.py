@@ -50,6 +50,18 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one that a transform of `torch.func` (`vmap`, …) sees in place of another."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that transforms of `torch.func` stand in front of; any other as it is."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def storage_holders(tensor: Tensor) -> int:
     """How many tensors hold a plain tensor's storage, the tensor itself among them."""
     storage = tensor.untyped_storage()
@@ -146,3 +158,14 @@ def weak_view(tensor: Tensor) -> Callable[[], Tensor | None]:
             return torch.empty(0, dtype=dtype, device=device).set_(memory, offset, size, stride)
 
     return view
+
+
+def refuse_unknown_sizes(operator: torch._ops.OpOverload, arguments: Any) -> None:
+    """Have Dynamo break the graph where a number among the arguments is known to the data only.
+
+    It could not tell where the size of a subclass comes from then (2.13), and would stop compiling with an error.
+    """
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+    if any(isinstance(a, torch.SymInt) and not a.node.has_hint() for a in arguments):
+        raise DynamicOutputShapeException(operator)

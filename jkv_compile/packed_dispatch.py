@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import is_composite, is_fake
+from .compat import is_composite, is_fake, refuse_unknown_sizes
 from .errors import PackedCacheError, PackedReadWarning
 from .packed import PackedKV
 from .store import Store
@@ -31,6 +31,7 @@ def implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., 
     return register
 
 
+@torch.compiler.disable  # eager operations between two graphs run within Dynamo's reach
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operator with a `PackedKV` among its arguments."""
     kind = _kind(func)
@@ -90,6 +91,7 @@ def _remember(source: PackedKV, meta: Tensor) -> Tensor:
 
 def _view(func: Any, source: PackedKV, args: Any, kwargs: Any) -> Any:
     """Any view operation: do it to a tensor without data, and take over the outcome."""
+    refuse_unknown_sizes(func, args)
     result = func(shadow(source), *args[1:], **kwargs)
     if isinstance(result, Tensor):
         return _view_like(func, source, result)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..adopt import Written, obstacle
 from ..compat import dynamic_input
 from ..config import Config
 from ..geometry import same
+from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
 from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Returned, Tracking
@@ -24,6 +25,7 @@ from .nodes import example
 from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
+from .roles import Roles
 from .tracking import Tracker
 
 
@@ -54,6 +56,7 @@ class Plan:
     first_tokens: dict[int, int] = field(default_factory=dict)  # by argument: the symbol of where its window begins
     ignores: bool = False  # tensors of the call that is compiled are to be left alone; those of others may be packed
     marked: set[int] = field(default_factory=set)  # arguments that are caches because they were marked as such
+    glimpses: list[Glimpse] = field(default_factory=list)
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
 
     def inner_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
@@ -130,6 +133,7 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         plan = Plan("untouched", report, attentions)
         plan.symbols = _symbol_arguments(placeholders)
         plan.written = _written_ranges(tracking, position, plan.symbols)
+        plan.glimpses = _glimpses(copied.graph, position)
         return plan
     report.outcome = outcome
     report.caches = [h.node.name for h in plans]
@@ -167,6 +171,19 @@ def _marked(
     """Inputs that the user has marked as caches."""
     arguments = {h: position[h.node] for h in tracking.caches if not h.packed}
     return {h for h, i in arguments.items() if is_marked(owners.get(i, example_inputs[i]))}
+
+
+def _glimpses(graph: Graph, position: dict[Node, int]) -> list[Glimpse]:
+    """Attention over plain arguments, which may be slices of caches that eager code writes."""
+    roles = Roles(graph)
+    found = {}
+    for node in graph.nodes:
+        if (call := as_attention(node)) is not None:
+            key, value = roles.input_of(call.key), roles.input_of(call.value)
+            if key in roles.axes and value in roles.axes and not example(node).requires_grad:
+                glimpse = Glimpse(position[key], position[value], roles.axes[key], roles.axes[value])  # type: ignore[index]
+                found[glimpse.key, glimpse.value] = glimpse
+    return list(found.values())
 
 
 def _packed_plan(holder: Holder) -> CachePlan:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
+from ..compat import is_wrapped
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
 from .attention_forms import as_attention
 from .nodes import as_write, copied, example, identity, name_of
 
+_PROJECTIONS = {"linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"}
 _ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "addcmul", "lerp", "where", "mul_", "add_", "sub_"}
 
 
@@ -50,6 +52,16 @@ class Roles:
             if len(partial) == 1:
                 self.axes.setdefault(base, partial.pop())
 
+    def input_of(self, node: Node) -> Node | None:
+        """The input whose memory a node shows or copies, where it is a single one."""
+        base = self.first[identity(example(node))]
+        while base.op != "placeholder":
+            parts = copied(base)
+            if len(parts) != 1:
+                return None
+            base = self.first[identity(example(parts[0]))]
+        return base
+
     def _follow(self, node: Any, dim: int) -> None:
         value = example(node)
         if not isinstance(value, Tensor) or isinstance(value, PackedKV) or dim >= value.dim():
@@ -76,9 +88,10 @@ class Roles:
         """Through an operation that is not known: its arguments' dimensions are told by their sizes.
 
         The dimension's own size and those after it, or before it, must be the result's (rotary embeddings change what
-        comes after tokens, repeated heads or batches what comes before).
+        comes after tokens, repeated heads or batches what comes before). Not through projections: what they are made
+        from are hidden states.
         """
-        if node in self.followed:
+        if node in self.followed or _projects(node):
             return
         self.followed.add(node)
         result = example(node)
@@ -106,11 +119,19 @@ class Roles:
 
     def _locate(self, value: Tensor, base: Node) -> Window | None:
         whole = example(base)
-        if isinstance(whole, PackedKV):
+        if isinstance(whole, PackedKV) or is_wrapped(value):
             return None
         return locate(
             value.size(), value.stride(), value.storage_offset() - whole.storage_offset(), whole.shape, whole.stride()
         )
+
+
+def _projects(node: Node) -> bool:
+    """Whether a node is a layer's: attention, or the product with a matrix of weights."""
+    if as_attention(node) is not None or name_of(node) in _PROJECTIONS:
+        return True
+    weights = any(isinstance(v := example(a), nn.Parameter) and v.dim() > 1 for a in node.all_input_nodes)
+    return weights and name_of(node) not in _ARITHMETIC
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> bool:

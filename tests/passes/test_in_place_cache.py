@@ -148,16 +148,39 @@ def test_output_is_what_the_reference_computes(bits: Any, correction: str) -> No
 
 
 @pytest.mark.parametrize("capture_scalar_outputs", [False, True])
-def test_positions_that_only_data_tells_run_as_written(capture_scalar_outputs: bool) -> None:
+def test_slices_that_eager_code_takes_show_a_cache_by_growing(capture_scalar_outputs: bool) -> None:
+    """Slicing with a tensor breaks the graph: attention sees plain views, and the caches are packed after the second."""
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(TensorPositionAttention(), backend)
+    cache, reference_cache = (eager.new_cache(1, 10 * CHUNK) for _ in range(2))  # type: ignore[operator]
+
+    def steps() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            x = torch.randn(1, CHUNK, 256)
+            yield compiled(x, cache, 0), eager(x, reference_cache, 0)
+
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=capture_scalar_outputs):
+        run_beside(steps(), calls=8, stable_from=5)
+    assert is_packed(cache["k"]) and is_packed(cache["v"])
+
+
+def test_slices_of_what_stays_the_same_are_no_cache() -> None:
+    """Keys of a text, computed once and sliced in every call: nothing grows."""
     torch.manual_seed(0)
     backend = fresh_backend(bits=2)
-    model = TensorPositionAttention()
-    compiled, eager = twins(model, backend)
-    cache, reference_cache = model.new_cache(1, 64), model.new_cache(1, 64)
-    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=capture_scalar_outputs):
-        for _ in range(3):
-            x = torch.randn(1, CHUNK, 256)
-            torch.testing.assert_close(compiled(x, cache, 0), eager(x, reference_cache, 0))
+    text = torch.randn(2, 1, 4, 32, 64)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    compiled = torch.compile(attend, backend=backend)
+    with torch.no_grad():
+        for _ in range(4):
+            q = torch.randn(1, 4, CHUNK, 64)
+            k, v = text[0, :, :, :20], text[1, :, :, :20]
+            torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+    assert not is_packed(text)
 
 
 def test_memory_ratio_counts_every_byte() -> None:
