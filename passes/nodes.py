@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..compat import fake_mode_of
+from ..compat import fake_mode_of, unwrapped
 from ..geometry import same
 from ..packed import PackedKV
 
@@ -26,6 +26,7 @@ def example(node: Any) -> Any:
 
 def identity(value: Tensor) -> int:
     """The same for all tensors of a graph that share memory."""
+    value = unwrapped(value)
     return id(value._store.codes) if isinstance(value, PackedKV) else value.untyped_storage()._cdata
 
 

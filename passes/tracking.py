@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from ..compat import is_wrapped
 from ..geometry import Window, four_dimensional, locate, same
 from ..packed import PackedKV
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Returned, Scatter, Tracking
@@ -561,6 +562,8 @@ class Tracker:
 
 
 def _locate_in(value: Tensor, holder: Holder) -> Window | None:
+    if is_wrapped(value):  # its sizes lack a dimension
+        return None
     return locate(value.size(), value.stride(), offset(value) - holder.offset, holder.shape, holder.strides)
 
 
