@@ -164,7 +164,9 @@ class Tracker:
         for value in _tensors(example(node)):
             holders = self.holders.get(identity(value), [])
             own = self._of(value)
-            sources += [h.cache for h in (holders if own is None else [own])]
+            for holder in holders if own is None else [own]:
+                held = [s.content.cache for s in holder.segments if not isinstance(s.content, Fresh)]
+                sources += [c for c in held or [holder.cache] if c not in sources]
             sources += self.computed.get(identity(value), [])
         return sources
 
@@ -469,7 +471,7 @@ class Tracker:
     # ---- attention ----
 
     def _attention(self, call: AttentionCall) -> None:
-        for other in (call.query, call.mask):
+        for other in (call.query, call.mask, *(call.others or ())):
             if isinstance(other, Node):
                 self._read(call.node, other)
         sources = [self._sources(call.key), self._sources(call.value)]
@@ -515,6 +517,8 @@ class Tracker:
         return False
 
     def _attend(self, call: AttentionCall) -> Attend:
+        if call.others is not None:
+            raise Unsupported("flex_attention keeps its own scores")
         key_holder, value_holder = self._holder(call.key), self._holder(call.value)
         if key_holder is None or value_holder is None:
             what = call.key if key_holder is None else call.value

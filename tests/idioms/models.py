@@ -174,6 +174,25 @@ class Composite(Projections):
         return out
 
 
+class TwoCaches(Projections):
+    """F (AnyFlow-FAR): old tokens compressed in one cache, recent ones in another, turned together after the read."""
+
+    def __init__(self, rope_on_read: bool = True) -> None:
+        super().__init__()
+        self.rope_on_read = rope_on_read
+
+    def forward(self, x: Tensor, old: dict[str, Tensor], new: dict[str, Tensor], n_old: int, n_new: int) -> Tensor:
+        q, k, v = self.project(x)
+        keys = torch.cat([old["k"][:, :n_old], new["k"][:, :n_new], k], 1)
+        values = torch.cat([old["v"][:, :n_old], new["v"][:, :n_new], v], 1)
+        if self.rope_on_read:
+            q, keys = rope(q, n_old + n_new), rope(keys)
+        out = self.sdpa(q, keys, values)
+        old["k"][:, n_old : n_old + 2], old["v"][:, n_old : n_old + 2] = k[:, ::4], v[:, ::4]
+        new["k"][:, n_new : n_new + x.shape[1]], new["v"][:, n_new : n_new + x.shape[1]] = k, v
+        return out
+
+
 class MaskedBuffer(Projections):
     """G (transformers StaticCache): `index_copy_` at positions held in a tensor, a mask hides the rest of the buffer."""
 
