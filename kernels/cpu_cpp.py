@@ -34,7 +34,7 @@ SOURCES = {  # and how hard to optimise: torch's headers are long, and calls are
     FOLDER / "cpu_store.cpp": "-O3",
     FOLDER / "cpu_operators.cpp": "-O1",
 }
-HEADER = FOLDER / "cpu_kernels.h"
+HEADERS = tuple(sorted(FOLDER.glob("cpu_*.h")))
 FLAGS = (
     "-std=c++20", "-march=native", "-fopenmp", "-fPIC",
     # Allowed to assume: nobody reads errno, traps, or the sign of zero. Not that NaN and infinity do not occur.
@@ -76,7 +76,7 @@ def cache_folder() -> Path:
 def library_path() -> Path:
     """Where the compiled library of this source, compiler, processor and torch belongs."""
     # The compiler is no part of the key: a machine without one may use what was built when there was one.
-    sources = (path.read_text() for path in (*SOURCES, HEADER))
+    sources = (path.read_text() for path in (*SOURCES, *HEADERS))
     key = "\n".join((*sources, *SOURCES.values(), *FLAGS, *X86_FLAGS, _processor(), torch.__version__))
     return cache_folder() / f"cpu_kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 

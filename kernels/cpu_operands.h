@@ -1,0 +1,194 @@
+// Blocks of packed keys and values as operands of `brgemm`.
+#pragma once
+#include <ATen/native/CPUBlas.h>
+
+#include "cpu_kernels.h"
+
+namespace {
+
+namespace blas = at::native::cpublas;
+
+constexpr int KEYS = 512;         // keys per block
+constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
+constexpr float LOG2E = 1.44269504f;
+
+// Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
+inline u32 pair(float low, float high) { return (as_bits(low) + 0x8000) >> 16 | ((as_bits(high) + 0x8000) & 0xffff0000u); }
+
+template <class T> struct Buffer {  // grows, is never cleared, lives as long as its thread
+  T* data = nullptr;
+  size_t size = 0;
+  T* get(size_t n) {
+    if (n > size) {
+      free(data);
+      size = (n + 63) / 64 * 64;
+      data = (T*)aligned_alloc(64, size * sizeof(T));
+      memset((void*)data, 0, size * sizeof(T));
+    }
+    return data;
+  }
+  ~Buffer() { free(data); }
+};
+
+// [n][WIDTH] to [WIDTH][PITCH]. All columns at once and a constant width let the compiler do it with shuffles.
+template <int WIDTH> void transpose(const u8* x, int n, u32* __restrict out) {
+  #pragma omp simd
+  for (int j = 0; j < n; j++)
+    for (int w = 0; w < WIDTH; w++) memcpy(out + w * PITCH + j, x + 4 * (WIDTH * j + w), 4);
+}
+
+// Words of n tokens, [bytes / 4][PITCH]: lanes are tokens.
+void transpose_words(const u8* x, i64 stride, int width, int n, u32* __restrict words) {
+  if (stride == 32 && width == 8) transpose<8>(x, n, words);
+  else if (stride == 16 && width == 4) transpose<4>(x, n, words);
+  else
+    for (int j = 0; j < n; j++)
+      for (int w = 0; w < width; w++) memcpy(words + w * PITCH + j, x + j * stride + 4 * w, 4);
+}
+
+// Steps through the quads of channels (4q … 4q + 3) in the words of tokens: 3 bits have a plane of two and a plane of one.
+template <int BITS> struct Quads {
+  static constexpr int P = BITS == 3 ? 2 : BITS;
+  const u32* words;
+  int n, n_high, low = 0, shift = 0, high = 0, high_shift = 0;  // n, n_high: words of a plane
+  Quads(const u32* words, i64 dim) : words(words), n(dim * P / 32), n_high(dim / 32) {}
+  void next() {
+    if (++low == n) low = 0, shift += P;
+    if (BITS == 3 && ++high == n_high) high = 0, high_shift++;
+  }
+  u32 operator()(int j) const {  // one code in the low bits of each byte, and for other than 3 bits something above it
+    u32 u = words[low * PITCH + j] >> shift;
+    if (BITS == 3) u = (u & 0x03030303u) | (words[(n + high) * PITCH + j] >> high_shift & 0x01010101u) << 2;
+    return u;
+  }
+};
+
+// step' and zero' of n tokens from `start`, times `factor`, as [G][PITCH]; with `square`, also step'².
+void load_scales(const Packed& c, const u16* scales, i64 start, int n, float factor, float* step, float* zero, float* square) {
+  for (i64 g = 0; g < c.groups; g++, step += PITCH, zero += PITCH) {
+    const u16* s = scales + g * c.scales_g;
+    if (c.block == 1 && c.scales_s == 2) {
+      s += 2 * start;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) step[j] = half(s[2 * j]), zero[j] = half(s[2 * j + 1]);
+    } else {
+      for (int j = 0; j < n; j++) {
+        const u16* p = s + (start + j) / c.block * c.scales_s;
+        step[j] = half(p[0]), zero[j] = half(p[1]);
+      }
+    }
+    if (square) {
+      float* q = square + g * PITCH;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) q[j] = step[j] * step[j];
+    }
+    if (factor != 1.f) {
+      #pragma omp simd
+      for (int j = 0; j < n; j++) step[j] *= factor, zero[j] *= factor;
+    }
+  }
+}
+
+// Keys are [D][PITCH] and values [keys][DV], but bf16 operands hold two rows of that in one row of 32-bit pairs (VNNI).
+// Values and weights pair key j with key j + half, not with its neighbour: both are then packed without shuffles.
+
+struct Bfloat16 {
+  typedef u16 type;
+  typedef u32 word;
+  static constexpr int STACK = 2;
+  static u16 from(float f) { return to_bfloat16(f); }
+  static void key4(u32* k, int j, float a, float b, float c, float d) { k[j] = pair(a, b), k[PITCH + j] = pair(c, d); }
+  static void value2(u32* v, i64, i64 c, float a, float b) { v[c] = pair(a, b); }
+  static void weight2(u16* p, int, int j, float a, float b) { u32 u = pair(a, b); memcpy(p + 2 * j, &u, 4); }
+  static float exp2_fraction(float f) { return ((0.05517166f * f + 0.24261114f) * f + 0.69326099f) * f + 0.99992807f; }  // 7e-5
+  static void product(i64 m, i64 n, i64 k, i64 lda, i64 ldb, i64 ldc, bool add, const u16* a, const u32* b, float* c) {
+    blas::brgemm(m, n, k, lda, ldb, ldc, add, (const at::BFloat16*)a, (const at::BFloat16*)b, c, true);
+  }
+};
+
+struct Float32 {
+  typedef float type;
+  typedef float word;
+  static constexpr int STACK = 1;
+  static float from(float f) { return f; }
+  static void key4(float* k, int j, float a, float b, float c, float d) { k[j] = a, k[PITCH + j] = b, k[2 * PITCH + j] = c, k[3 * PITCH + j] = d; }
+  static void value2(float* v, i64 half_rows, i64 c, float a, float b) { v[c] = a, v[half_rows + c] = b; }
+  static void weight2(float* p, int half, int j, float a, float b) { p[j] = a, p[half + j] = b; }
+  static float exp2_fraction(float f) {  // 8e-8
+    return ((((0.00132765f * f + 0.00967554f) * f + 0.05550713f) * f + 0.2402212f) * f + 0.69314697f) * f + 1.00000007f;
+  }
+  static void product(i64 m, i64 n, i64 k, i64 lda, i64 ldb, i64 ldc, bool add, const float* a, const float* b, float* c) {
+    blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+  }
+};
+
+template <class Op, int BITS>
+void expand_keys(const u32* __restrict words, i64 dim, i64 group, int n, const float* step, const float* zero, typename Op::word* out) {
+  Quads<BITS> quads(words, dim);
+  for (int q = 0; q < dim / 4; q++, quads.next()) {
+    const Quads<BITS> x = quads;
+    const float *s0 = step + 4 * q / group * PITCH, *z0 = zero + 4 * q / group * PITCH;
+    typename Op::word* o = out + 4 / Op::STACK * q * PITCH;
+    if (group % 4 == 0) {
+      #pragma omp simd
+      for (int j = 0; j < n; j++) {
+        const u32 u = x(j);
+        Op::key4(o, j, z0[j] + one_plus<BITS>(u, 0) * s0[j], z0[j] + one_plus<BITS>(u, 8) * s0[j],
+                 z0[j] + one_plus<BITS>(u, 16) * s0[j], z0[j] + one_plus<BITS>(u, 24) * s0[j]);
+      }
+    } else {
+      const i64 g1 = (4 * q + 1) / group * PITCH, g2 = (4 * q + 2) / group * PITCH, g3 = (4 * q + 3) / group * PITCH;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) {
+        const u32 u = x(j);
+        Op::key4(o, j, z0[j] + one_plus<BITS>(u, 0) * s0[j], zero[g1 + j] + one_plus<BITS>(u, 8) * step[g1 + j],
+                 zero[g2 + j] + one_plus<BITS>(u, 16) * step[g2 + j], zero[g3 + j] + one_plus<BITS>(u, 24) * step[g3 + j]);
+      }
+    }
+  }
+}
+
+// Channels are taken in runs of SEGMENT that lie in one plane of each kind and in one group. Scales beyond n are zero.
+template <class Op, int BITS, int SEGMENT>
+void expand_values(const u8* x, i64 stride, i64 dim, i64 group, i64 pitch, int n, int half_n, const float* step, const float* zero,
+                   const u8* nothing, u32* __restrict both, typename Op::word* __restrict out) {
+  constexpr int P = BITS == 3 ? 2 : BITS;
+  const i64 low = dim * P / 8, high = dim / 8, bytes = dim * BITS / 8;
+  std::vector<i64> groups;  // divisions cost more than what is done with them
+  for (i64 c = 0; c < dim; c += SEGMENT) groups.push_back(c / group * PITCH);
+  constexpr int AHEAD = 8;  // rows: what has just been stored in other pieces than it is loaded in takes long to load
+  for (int j = 0; j < half_n; j++) {
+    if (j % AHEAD == 0)
+      for (int r = 0; r < AHEAD; r++) {
+        const u8 *x0 = j + r < n ? x + (j + r) * stride : nothing, *x1 = j + r + half_n < n ? x + (j + r + half_n) * stride : nothing;
+        for (i64 b = 0; b < bytes; b += SEGMENT) {  // a constant length, here too: what is left over from vectors would cost more
+          #pragma omp simd
+          for (i64 i = 0; i < SEGMENT; i++) both[r * dim + b + i] = x0[b + i] | (u32)x1[b + i] << 16;
+        }
+      }
+    const int k = j + half_n;
+    const u32* row = both + j % AHEAD * dim;
+    const i64* g = groups.data();
+    typename Op::word* o = out + j * pitch;
+    #pragma GCC unroll 4
+    for (int plane = 0; plane < 8 / P; plane++)
+      for (i64 c = 0; c < low; c += SEGMENT, g++, o += SEGMENT) {
+        const float *sp = step + *g, *zp = zero + *g;
+        const float s0 = sp[j], z0 = zp[j], s1 = sp[k], z1 = zp[k];
+        const i64 channel = plane * low + c;
+        const u32 *y = row + c, *y3 = row + low + channel % high;
+        const int shift3 = channel / high;
+        #pragma omp simd
+        for (int i = 0; i < SEGMENT; i++) {
+          if (BITS == 3) {
+            const u32 u = (y[i] >> plane * P & 0x30003) | (y3[i] >> shift3 & 0x10001) << 2;
+            Op::value2(o, half_n * pitch, i, z0 + one_plus<BITS>(u, 0) * s0, z1 + one_plus<BITS>(u, 16) * s1);
+          } else {
+            Op::value2(o, half_n * pitch, i, z0 + one_plus<BITS>(y[i], plane * P) * s0, z1 + one_plus<BITS>(y[i], plane * P + 16) * s1);
+          }
+        }
+      }
+  }
+}
+
+}  // namespace
