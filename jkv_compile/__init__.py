@@ -1,5 +1,6 @@
 """Unmodified autoregressive video models keep their K/V cache in 2 bits, attention corrected (arXiv 2605.26266)."""
 
+from . import packed_flex as packed_flex
 from .backend import JKVBackend, jkv_backend
 from .compat import check_torch_version
 from .config import Config

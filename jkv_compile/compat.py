@@ -169,3 +169,22 @@ def refuse_unknown_sizes(operator: torch._ops.OpOverload, arguments: Any) -> Non
 
     if any(isinstance(a, torch.SymInt) and not a.node.has_hint() for a in arguments):
         raise DynamicOutputShapeException(operator)
+
+
+def register_for_subclass(operator: Any, subclass: type, fake: Callable[..., Any], eager: Callable[..., Any]) -> None:
+    """Have a higher-order operator call `fake(operator, *args)`, or `eager`, where an argument is of a tensor subclass.
+
+    Their own rule for fake tensors refuses subclasses before a rule of the subclass is asked for, so it is wrapped.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    known = operator.python_key_table[FakeTensorMode]
+
+    def traced(mode: FakeTensorMode, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, subclass) for a in tree_leaves(args)):
+            with mode:
+                return fake(operator, *args, **kwargs)
+        return known(mode, *args, **kwargs)
+
+    operator.python_key_table[FakeTensorMode] = traced
+    operator.py_impl(subclass)(lambda *args, **kwargs: eager(operator, *args, **kwargs))

@@ -1,4 +1,6 @@
-"""The one form of attention that the passes know, `F.scaled_dot_product_attention`, and how others are described.
+"""The forms of attention that the passes know, and how others are described.
+
+They are `F.scaled_dot_product_attention`, and flex_attention as the function `flex` here.
 
 `canonicalise` rewrites every other spelling to it; `spelled_as_calls`, `spelled_by_hand` and `spelled_by_users`
 describe them as `AttentionArguments`.
@@ -12,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import Node
 
 from ..errors import ConfigurationError
@@ -23,7 +26,8 @@ aten = torch.ops.aten
 class AttentionCall:
     """softmax(scale · query @ keyᵀ + mask) @ value, all `[B, H, L, D]`, as a node of a graph.
 
-    `mask` is a node (boolean or additive) or None; `is_causal` means PyTorch's: query i sees keys j <= i.
+    `mask` is a node (boolean or additive) or None; `is_causal` means PyTorch's: query i sees keys j <= i. `others` is
+    None, but for flex_attention: tensors that its score function and its mask read.
     """
 
     node: Node
@@ -34,13 +38,38 @@ class AttentionCall:
     is_causal: bool
     scale: float
     dropout: float
+    others: tuple[Node, ...] | None = None
 
 
 SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 
 
+FLEX = torch.ops.higher_order.flex_attention
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Any,
+    block_mask: tuple[Any, ...],
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_mod_other_buffers: tuple[Any, ...] = (),
+    mask_mod_other_buffers: tuple[Any, ...] = (),
+) -> Tensor:
+    """The result of flex_attention's operator, `[B, H, L, D]`, without what else it returns; arguments are its own."""
+    return FLEX(
+        query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers, mask_mod_other_buffers
+    )[0]
+
+
 def as_attention(node: Node) -> AttentionCall | None:
     """The attention that a node computes, or None."""
+    if node.op == "call_function" and node.target is flex:
+        query, key, value, _, _, scale, *_ = node.args
+        others = tuple(n for n in node.all_input_nodes if n not in (query, key, value) and n.op != "get_attr")
+        return AttentionCall(node, query, key, value, None, False, scale, 0.0, others)  # type: ignore[arg-type]
     if node.op != "call_function" or node.target not in SDPA:
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

@@ -18,7 +18,8 @@ from torch.fx import Graph, Node
 
 from ..compat import fake_mode_of
 from ..geometry import same
-from .attention_forms import AttentionArguments, NotCanonical, as_attention
+from .attention_forms import FLEX, AttentionArguments, NotCanonical, as_attention
+from .flex import canonicalise_flex
 from .nodes import example, identity, mutates, name_of
 from .sources import Sources
 from .spelled_as_calls import attention_call
@@ -62,6 +63,10 @@ def canonicalise(graph: Graph) -> list[Left]:
 
 
 def _canonicalise(graph: Graph, node: Node, sources: Sources) -> None:
+    if node.target is FLEX:
+        if sources.may_read_a_cache(*node.args[:3]):
+            canonicalise_flex(graph, node, _only_result(node))
+        return
     attention: AttentionArguments | HandWritten | None = (
         registered_call(node) or attention_call(node) or hand_written(node)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .nodes import CONCATENATIONS, copied, example
 from .pieces import CachePlan
 from .segments import Fresh
 
+_TORCH = str(Path(torch.__file__).parent)  # functions of torch that Dynamo looks into are not the model's
 _BYTES_PER_SCALE = 4  # a step and a zero point in float16
 
 
@@ -131,6 +133,7 @@ def source_line(node: Node) -> str:
     """Where a node stands in the model's own code: `file:line in function`, as far as Dynamo recorded it."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    frames = [frame for frame in frames if _TORCH not in frame] or frames
     if not frames:
         return node.name
     file, line, function = (part.strip() for part in frames[-1].removeprefix("File ").split(",")[:3])

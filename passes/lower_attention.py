@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .actions import Attend, Dense
+from .flex import lower_flex
 from .nodes import example
 from .pieces import Pieces
 from .segments import Fresh, Scattered, Segment
@@ -47,6 +48,11 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         delta, why = uncertainty.of(call.key, call.node), ""
     except NotLinear as error:
         delta, why = None, f"`{error}` stands between cache and attention"
+    if call.others is not None:
+        if delta is None or correction == "none":
+            return lower_flex(pieces, call, None, 1, False), why
+        groups, halves = _groups(pieces, dense, uncertainty)
+        return lower_flex(pieces, call, _variance(pieces, delta, groups, halves), groups, halves), why
     query, key, value = (_cast(pieces, x, dtype) for x in (call.query, call.key, call.value))
     if delta is None or correction == "none":
         grouped = bool(example(call.query).shape[1] != example(call.key).shape[1])
@@ -65,6 +71,14 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
     call.node.replace_all_uses_with(result)
     pieces.graph.erase_node(call.node)
     return result, why
+
+
+def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int, bool]:
+    """How many groups of channels keys have, and whether each lies half in both halves of the head."""
+    head_dim = example(dense.call.key).shape[-1]
+    size = pieces.plans[next(h for h in dense.key_caches if h in pieces.plans)].group_size
+    groups = head_dim // size if head_dim % size == 0 else 1
+    return groups, dense.call.key in uncertainty.joined and groups % 2 == 0
 
 
 def _variance(pieces: Pieces, delta: Node, groups: int, halves: bool) -> Node:

@@ -1,0 +1,106 @@
+"""`flex_attention` over packed caches: it stays what it is, with its score function and block mask, and is corrected.
+
+In Dynamo's graph it is a higher-order operator that returns a tuple. `canonicalise_flex` makes it one node with one
+result; `lower_flex` makes it the operator again, on dequantized keys, with the correction composed into its score
+function: what is subtracted from a score is gathered from small tensors per query and per key (as arXiv 2605.26266 does).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from .attention_forms import FLEX, AttentionCall, NotCanonical, flex
+from .nodes import example, name_of
+from .pieces import Pieces
+
+
+def canonicalise_flex(graph: Graph, node: Node, result: Node) -> None:
+    """Make the operator `node`, of whose outputs only `result` is used, one node that returns it.
+
+    Raises:
+        NotCanonical: the operator is called in a way that is not known.
+    """
+    if len(node.args) < 7 or node.kwargs:
+        raise NotCanonical(f"`{name_of(node)}` is called in a way that is not known")
+    with graph.inserting_before(node):
+        canonical = graph.call_function(flex, node.args)
+    canonical.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+    canonical.meta["example_value"] = example(result)
+    result.replace_all_uses_with(canonical)
+    for user in list(node.users):
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+class CorrectedScores(nn.Module):
+    """A score function of flex_attention with the correction subtracted before it: score_mod(s·q·k_j - b_ij, …).
+
+    b_ij = Σ_g norms[g][b, h, i] · variances[g][b, h / repeat, j]: the last 2 · `groups` buffers.
+    """
+
+    def __init__(self, score_mod: nn.Module, groups: int, repeat: int) -> None:
+        super().__init__()
+        self.score_mod, self.groups, self.repeat = score_mod, groups, repeat
+
+    def forward(self, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, *buffers: Any) -> Tensor:
+        first = len(buffers) - 2 * self.groups
+        norms, variances = buffers[first : first + self.groups], buffers[first + self.groups :]
+        key_head = head if self.repeat == 1 else head // self.repeat
+        for norm, variance in zip(norms, variances):
+            score = score - (norm[batch, head, query] * variance[batch, key_head, key]).to(score.dtype)
+        return self.score_mod(score, batch, head, query, key, *buffers[:first])
+
+
+def group_norms(query: Tensor, groups: int, halves: bool) -> list[Tensor]:
+    """‖q_g‖² per channel group, each float32 `[B, H, L]`; `halves` as for `jkv::attention_dense`."""
+    query = query.float()
+    grouped = query.unflatten(-1, (2, groups, -1)).transpose(-3, -2).flatten(-2) if halves else None
+    grouped = query.unflatten(-1, (groups, -1)) if grouped is None else grouped
+    return list(grouped.square().sum(-1).unbind(-1))
+
+
+def key_variances(variance: Tensor, batch: int, scale: float) -> list[Tensor]:
+    """s²/24 · Δ² per channel group, each float32 `[B, H_kv, S]`, from Δ² `[B or 1, H_kv, S, G]`."""
+    return list((variance * (scale**2 / 24)).expand(batch, -1, -1, -1).unbind(-1))
+
+
+def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, groups: int, halves: bool) -> Node:
+    """Put the operator on keys as the model computes them in the place of a canonical node, which is erased.
+
+    Args:
+        variance: Δ² of the keys, `[B, H_kv, S, groups]`, or None where scores are not to be corrected.
+
+    Returns:
+        The operator's node, which reads what the canonical one did.
+    """
+    node, graph = call.node, pieces.graph
+    query, key, value, score_mod, block_mask, scale, options, *buffers = node.args
+    score_buffers, mask_buffers = (*buffers, (), ())[:2]
+    if variance is not None:
+        repeat = example(query).shape[1] // example(key).shape[1]
+        batch = pieces.number(example(query).shape[0])
+        norms = pieces.call(group_norms, query, groups, halves)
+        variances = pieces.call(key_variances, variance, batch, scale)
+        parts = [pieces.call(operator.getitem, part, g) for part in (norms, variances) for g in range(groups)]
+        score_buffers = (*score_buffers, *parts)  # type: ignore[misc]
+        score_mod = _corrected(graph, score_mod, groups, int(repeat))
+    result = pieces.call(FLEX, query, key, value, score_mod, block_mask, scale, options, score_buffers, mask_buffers)
+    result.meta["stack_trace"] = node.meta.get("stack_trace", "")
+    node.replace_all_uses_with(pieces.call(operator.getitem, result, 0))
+    graph.erase_node(node)
+    return result
+
+
+def _corrected(graph: Graph, score_mod: Any, groups: int, repeat: int) -> Node:
+    """A node for the module that corrects the scores that the module of `score_mod` is given."""
+    module = graph.owning_module
+    name = f"{score_mod.target}_corrected"
+    inner = functools.reduce(getattr, score_mod.target.split("."), module)
+    module.add_submodule(name, CorrectedScores(inner, groups, repeat))  # type: ignore[union-attr, arg-type]
+    return graph.get_attr(name)
