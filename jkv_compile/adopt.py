@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compat import storage_holders, storage_key, swap_implementation
+from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
 from .geometry import four_dimensional
 from .packed import PackedKV
@@ -32,7 +32,7 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
         return "its storage holds more than this tensor"
     if not tensor.untyped_storage().resizable() or (tensor.device.type == "cpu" and tensor.is_shared()):
         return "its memory is shared with NumPy, another library or another process"
-    others = storage_holders(tensor) - 1 - views
+    others = storage_holders(tensor) - 1 - views - only_view(tensor)
     if others > 0:
         return (
             "another live tensor shares its memory" if others == 1 else f"{others} other live tensors share its memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,17 @@ def storage_holders(tensor: Tensor) -> int:
     """How many tensors hold a plain tensor's storage, the tensor itself among them."""
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) - 1  # less the Python object that asks
+
+
+def only_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view, and what it is a view of is held by nothing else."""
+    return tensor._is_view() and _base_references(tensor) == _base_references(torch.empty(2).view(1, 2))
+
+
+def _base_references(view: Tensor) -> tuple[int, int]:
+    """How often the tensor that a view was taken of is held, by Python and by all."""
+    base: Any = view._base
+    return sys.getrefcount(base), base._use_count()
 
 
 def compile_inner(

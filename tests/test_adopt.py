@@ -181,6 +181,21 @@ def test_tensor_that_cannot_be_packed_has_its_reason(make, reason):
     assert found is not None and reason in found
 
 
+def test_a_view_is_packed_where_nothing_else_reaches_its_memory():
+    """As eager code leaves keys: a projection split into heads, of which only the view is kept."""
+    torch.manual_seed(0)
+    made = torch.randn(1, 8, 64)
+    plain, cache = made.clone(), made.view(1, 8, 2, 32)
+    assert obstacle(cache) == "another live tensor shares its memory"
+    storage = StorageWeakRef(made.untyped_storage())
+    del made
+    assert obstacle(cache) is None
+    adopt(cache, AXES["bshd"], 8, Config(bits=8))
+    assert_agrees(cache, plain.view(1, 8, 2, 32))
+    gc.collect()
+    assert storage.expired()
+
+
 def test_plain_caches_have_no_obstacle_whatever_refers_to_the_object():
     cache = torch.zeros(SHAPE)
     holder = {"k": cache, "list": [cache]}

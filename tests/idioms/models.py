@@ -103,6 +103,23 @@ class FixedPast(Projections):
         return self.out(o.transpose(1, 2).flatten(2))
 
 
+class TwoParts(Projections):
+    """B (HY-WorldPlay): a head's channels are two parts side by side, each attended by itself."""
+
+    def produce(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, k, v = self.project(x)
+        return torch.cat([k, rope(k)], -1).clone(), torch.cat([v, 2 * v], -1).clone()
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.project(x)
+        n = past[0].shape[1]
+        first_k, second_k = past[0].to(x.dtype).chunk(2, -1)
+        first_v, second_v = past[1].to(x.dtype).chunk(2, -1)
+        first = self.sdpa(rope(q, n), rope(torch.cat([first_k, k], 1)), torch.cat([first_v, v], 1))
+        second = self.sdpa(q, torch.cat([second_k, k], 1), torch.cat([second_v, v], 1))
+        return first + second
+
+
 class CloneEditAttend(Projections):
     """C (LongLive): a temporary copy is edited and attended; the cache itself is written below, or after the call."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jkv_compile import JKVBackend, is_packed
+from jkv_compile.kernels import reference
 
 from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins
 from .models import (
@@ -30,6 +31,8 @@ from .models import (
     RollingCache,
     StackedKeysValues,
     TwoCaches,
+    TwoParts,
+    rope,
 )
 
 pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
@@ -53,9 +56,9 @@ def rolling(backend: JKVBackend) -> Steps:
         yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
 
 
-def fixed_past(rope_on_read: str = "", **settings: Any) -> Callable[[JKVBackend], Steps]:
+def fixed_past(*settings: Any, kind: type[FixedPast | TwoParts] = FixedPast) -> Callable[[JKVBackend], Steps]:
     def steps(backend: JKVBackend) -> Steps:
-        model = FixedPast(rope_on_read, **settings)
+        model = kind(*settings)
         compiled, eager = twins(model, backend)
         x = chunk()
         past, reference_past = torch.compile(model.produce, backend=backend)(x), eager.produce(x)
@@ -170,11 +173,12 @@ CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
     "a fixed past, concatenated": (fixed_past(), 3),
     "a fixed past, turned after the read": (fixed_past("interleaved"), 3),
     "a fixed past, turned in halves after the read": (fixed_past("half"), 3),
-    "a fixed past, its batch doubled": (fixed_past(double=True), 3),
+    "a fixed past, its batch doubled": (fixed_past("", True), 3),
     "a concatenation that grows and is returned": (growing_past, 4),
     "keys beside values in one tensor": (keys_beside_values, 4),
     "keys and values stacked, written by another graph": (stacked(), 3),
     "keys and values stacked, batch of two": (stacked(batch=2), 3),
+    "a fixed past of two parts": (fixed_past(kind=TwoParts), 3),
     "two caches, concatenated": (two_caches(rope_on_read=False), 4),
     "two caches, turned after the read": (two_caches(rope_on_read=True), 4),
     "a whole buffer under a boolean mask": (masked_buffer(), 2),
@@ -216,6 +220,31 @@ def test_rolling_moves_packed_data_bit_for_bit() -> None:
     assert torch.equal(store.codes[:, :, :4], codes[:, :, :4])
     assert torch.equal(store.codes[:, :, 4:24], codes[:, :, 12:32])
     assert torch.equal(store.scales[:, :, :, 4:24], scales[:, :, :, 12:32])
+
+
+@pytest.mark.parametrize("correction", ["none", "taylor", "exact"])
+def test_a_past_turned_after_the_read_is_corrected_as_the_reference_is(correction: str) -> None:
+    """Interleaved pairs lie within a group, whose norm no rotation changes: turned queries give the right correction."""
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2, correction=correction)
+    model = FixedPast("interleaved")
+    compiled = torch.compile(model, backend=backend)
+    past = tuple(2 * torch.randn(1, HEADS, 40, HEAD_DIM) for _ in range(2))
+    packed = [reference.quantize(t, 2, 32) for t in past]
+    old_k, old_v = (reference.dequantize(*p, 2) for p in packed)
+    delta = reference.quantization_step(packed[0][1], 2)
+    with torch.no_grad():
+        for _ in range(3):  # the past is packed once it is seen again
+            x = 2 * chunk()
+            got = compiled(x, past)
+        q, k, v = (t.transpose(1, 2) for t in model.project(x))
+        keys = rope(torch.cat([old_k, k], 2).transpose(1, 2)).transpose(1, 2)
+        q = rope(q.transpose(1, 2), 40).transpose(1, 2)
+        scores = HEAD_DIM**-0.5 * q @ keys.mT
+        scores[..., :40] -= reference.correction_bias(q, delta, HEAD_DIM**-0.5, correction)
+        want = model.out((scores.softmax(-1) @ torch.cat([old_v, v], 2)).transpose(1, 2).flatten(2))
+    assert is_packed(past[0])
+    assert relative_error(got, want) < 1e-4
 
 
 def test_two_children_of_one_past_do_not_see_each_other() -> None:
