@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .backend import JKVBackend, jkv_backend
 
 
 @contextlib.contextmanager
-def enable(bits: int | tuple[int, int] = 2, **settings: Any) -> Iterator[JKVBackend]:
+def enable(bits: int | tuple[int, int] | EllipsisType = ..., **settings: Any) -> Iterator[JKVBackend]:
     """Everything wrapped in `torch.compile` uses `jkv_backend(bits, **settings)` within this context.
 
     Built on `torch.compiler.set_stance(force_backend=...)`, with its reach: the current thread, nested contexts restore

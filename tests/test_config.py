@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from jkv_compile import Config, ConfigurationError, JKVError, jkv_backend
+from jkv_compile.config import PRESETS
 
 BAD = {
     "width that is not packed": ({"bits": 5}, r"bits=5: expected one of \(2, 3, 4, 8\), or a pair"),
@@ -31,7 +32,10 @@ BAD = {
     ),
     "no correction by None": ({"correction": None}, r"correction=None: expected one of .*'none'"),
     "unknown inner compiler": ({"inner": "nvfuser"}, r"inner='nvfuser': expected one of .*'inductor'"),
-    "unknown quantizer": ({"quantizer": "quarrot"}, r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased'\)"),
+    "unknown quantizer": (
+        {"quantizer": "quarrot"},
+        r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased'\)",
+    ),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
 }
 
@@ -72,3 +76,32 @@ def test_groups_that_do_not_tile_a_head_name_those_that_would(head_dim, group_si
 def test_configuration_cannot_be_changed_behind_the_compiler():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().bits = 4  # type: ignore[misc]
+
+
+# ---- presets ----
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_sets_what_is_not_given(preset):
+    config = jkv_backend(preset=preset).config
+    assert config == Config(**PRESETS[preset])
+    assert jkv_backend(preset=preset, correction="none").config == dataclasses.replace(config, correction="none")
+    assert jkv_backend(8, preset=preset, group_size=32).config == dataclasses.replace(config, bits=8, group_size=32)
+
+
+def test_presets_are_ordered_by_what_they_cost():
+    def bits(preset):
+        config = jkv_backend(preset=preset).config
+        return (config.key_bits + config.value_bits) / 2 + 32 / config.group_size
+
+    assert [bits(name) for name in ("quality", "balanced", "memory")] == [4.0, 3.0, 2.5]
+
+
+def test_without_a_preset_nothing_changes():
+    assert jkv_backend().config == Config()
+    assert jkv_backend(4).config == Config(bits=4)
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(ConfigurationError, match=r"preset='best': expected one of \('quality', 'balanced', 'memory'\)"):
+        jkv_backend(preset="best")
