@@ -5,10 +5,14 @@ INSTALLED := .venv/.installed
 RUN := $(BIN)/python
 TREE := .venv/tree# the packages as they are imported: mypy knows nothing of setuptools' package-dir
 
-.PHONY: demo test lint format bench bench-gpu kernels clean
+.PHONY: demo quality test lint format bench bench-gpu kernels clean
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.demo $(ARGS)
+
+# Every quantizer and correction on the example model; ARGS=--quick for a few of them.
+quality: $(INSTALLED)
+	$(RUN) -m examples.quality $(ARGS)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q $(ARGS)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import jkv_compile
+from jkv_compile.kernels.quantizers import rotate
 
 
 def jensen_bias(query: Tensor, step: Tensor, scale: float) -> Tensor:
@@ -42,14 +43,15 @@ class AttentionMass(TorchFunctionMode):
         cached: number of cached keys, the first ones; those after them belong to the current chunk.
         steps: per layer, quantization steps of at least ``cached`` tokens, [B, S, H, G]. The scores of cached keys are
             then corrected, as the compiled model corrects them. None: no correction.
+        rotated: whether steps are those of rotated keys.
 
     Attributes:
         per_call: mean over batch, heads and queries, one number per attention call.
     """
 
-    def __init__(self, cached: int, steps: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, cached: int, steps: Sequence[Tensor] | None = None, rotated: bool = False) -> None:
         super().__init__()
-        self.cached, self.steps = cached, steps
+        self.cached, self.steps, self.rotated = cached, steps, rotated
         self.per_call: list[float] = []
 
     @property
@@ -76,7 +78,7 @@ class AttentionMass(TorchFunctionMode):
         scores = query @ key.mT * scale
         if self.steps is not None:
             step = self.steps[len(self.per_call) % len(self.steps)][:, : self.cached]
-            scores[..., : self.cached] -= jensen_bias(query, step, scale)
+            scores[..., : self.cached] -= jensen_bias(rotate(query) if self.rotated else query, step, scale)
         weights = scores.softmax(-1)
         self.per_call.append(weights[..., : self.cached].sum(-1).mean().item())
         return (weights @ value).to(args[0].dtype)

@@ -20,6 +20,7 @@ from examples.data import FRAME_HEIGHT, FRAME_WIDTH
 from examples.video_model.autoencoder import DOWNSAMPLE, Autoencoder
 from examples.video_model.model import CausalVideoTransformer, KVCache, ModelConfig
 from examples.video_model.sampling import Denoiser, Sampler
+from jkv_compile.kernels.quantizers import rotates
 
 WEIGHTS = Path(__file__).parent / "weights"
 PROMPT_CHUNKS = 3
@@ -32,9 +33,11 @@ class Variant:
     """How a rollout keeps its cache: ``bits`` None is plain ``torch.compile`` with the cache in BF16."""
 
     name: str
-    bits: int | None = None
+    bits: int | tuple[int, int] | None = None
     group_size: int = 32
     correction: str = "none"
+    quantizer: str = "rtn"
+    inner: str = "inductor"
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -43,8 +46,14 @@ class Variant:
             jkv_compile.ConfigurationError: the settings are not ones that the library knows.
         """
         if self.bits is None:
-            return "inductor"
-        return jkv_compile.jkv_backend(bits=self.bits, group_size=self.group_size, correction=self.correction)
+            return self.inner
+        return jkv_compile.jkv_backend(
+            bits=self.bits,
+            group_size=self.group_size,
+            correction=self.correction,
+            quantizer=self.quantizer,
+            inner=self.inner,
+        )
 
 
 @dataclass
@@ -154,7 +163,7 @@ def probe(
     steps = None
     if variant.correction != "none":
         steps = [jkv_compile.quantization_step(cache["k"]) for cache in caches]
-    with AttentionMass(cached, steps) as mass:
+    with AttentionMass(cached, steps, rotates(variant.quantizer)) as mass:
         sampler.denoise(noise)
     return mass.mean
 

@@ -1,0 +1,123 @@
+"""What the quality study compares: every way of storing a cache, with every correction worth showing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from examples.rollout import Variant
+from examples.simulated import FLOAT8_BITS, Clustered, MinMax, Quantized, Symmetric, SymmetricUnbiased
+from jkv_compile.kernels.quantizers import QUANTIZERS
+
+Quantize = Callable[[Tensor], Quantized]
+FRAME_TOKENS = 48  # of the example model: three blocks of them make a chunk, so that KIVI needs no tail
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kind of cache. What the package does not pack is simulated: quantized and at once dequantized."""
+
+    quantizer: str
+    bits_k: int
+    bits_v: int
+    group_size: int
+    correction: str = "none"
+
+    @property
+    def storage(self) -> Setting:
+        """The same without a correction."""
+        return Setting(self.quantizer, self.bits_k, self.bits_v, self.group_size)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the package cannot run this."""
+        return self.quantizer not in QUANTIZERS or self.correction not in ("none", "taylor", "exact")
+
+    @property
+    def bits(self) -> str:
+        """As in INT2, or INT3/2 for keys and values."""
+        return f"INT{self.bits_k}" + (f"/{self.bits_v}" if self.bits_v != self.bits_k else "")
+
+    @property
+    def name(self) -> str:
+        """For progress bars, tables and files."""
+        return f"{self.quantizer} {self.bits} g={self.group_size} {self.correction}"
+
+    def variant(self) -> Variant:
+        """As the package runs it; without Inductor, whose compilations would take most of the study's time."""
+        bits = self.bits_k, self.bits_v
+        return Variant(self.name, bits, self.group_size, self.correction, self.quantizer, inner="eager")
+
+    def quantizers(self) -> tuple[Quantize, Quantize]:
+        """Simulations for keys and for values."""
+        return _quantizer(self, self.bits_k, True), _quantizer(self, self.bits_v, False)
+
+
+def _quantizer(setting: Setting, bits: int, keys: bool) -> Quantize:
+    group_size = setting.group_size
+    match setting.quantizer:
+        case "rtn":
+            return MinMax(bits, group_size)
+        case "quarot":
+            return MinMax(bits, group_size, rotated=True)
+        case "unbiased":
+            return MinMax(bits, group_size, rotated=True, unbiased=True)
+        case "symmetric_unbiased":
+            return SymmetricUnbiased(bits, group_size)
+        case "centred_quarot":
+            return MinMax(bits, group_size, rotated=True, centred=True)
+        case "symmetric_quarot":
+            return Symmetric(bits, group_size, rotated=True)
+        case "ternary":
+            return Symmetric(bits, group_size, ternary=True)
+        case "kivi":
+            return MinMax(bits, 1, block=FRAME_TOKENS) if keys else MinMax(bits, group_size)
+        case "qvg":
+            return Clustered(Symmetric(bits, group_size, ternary=True, scale_bits=FLOAT8_BITS), centroids=1)
+        case "qvg_4":
+            return Clustered(Symmetric(bits, group_size, ternary=True, scale_bits=FLOAT8_BITS), centroids=4)
+        case "qvg_pro":
+            return Clustered(Symmetric(bits, group_size, ternary=True, scale_bits=FLOAT8_BITS), centroids=1, stages=4)
+        case "qvg_asymmetric":
+            return Clustered(MinMax(bits, group_size), centroids=1)
+    raise ValueError(f"quantizer={setting.quantizer!r} is not one that the study knows")
+
+
+def full() -> list[Setting]:
+    """What the package packs, then the simulations; with a correction too where keys have two bits."""
+    both, plain = ("none", "taylor"), ("none",)
+    sizes = (
+        ((2, 2, 64), both), ((2, 2, 32), both), ((2, 3, 64), both),
+        ((3, 2, 64), plain), ((3, 3, 64), plain), ((4, 4, 64), plain),
+    )  # fmt: skip
+    storages = [((quantizer, *size), forms) for quantizer in QUANTIZERS for size, forms in sizes]
+    storages += [(("unbiased", 2, 4, 64), plain), (("unbiased", 3, 4, 64), plain)]
+    storages += [((name, 2, 2, 64), both) for name in ("kivi", "ternary", "qvg", "symmetric_unbiased")]
+    storages += [
+        ((name, 2, 2, 64), plain) for name in ("symmetric_quarot", "centred_quarot", "qvg_4", "qvg_asymmetric")
+    ]
+    storages += [(("qvg_pro", 2, 2, 16), plain), (("symmetric_unbiased", 2, 3, 64), plain)]
+    return [Setting(*storage, form) for storage, forms in storages for form in forms]
+
+
+def corrections() -> list[Setting]:
+    """Other corrections, for the teacher-forced study alone."""
+    guards = [
+        Setting(quantizer, 2, 2, 64, correction)
+        for quantizer in (*QUANTIZERS, "qvg")
+        for correction in ("clamped", "second_moment", "calibrated")
+    ]
+    return [*guards, Setting("rtn", 2, 2, 64, "exact"), Setting("unbiased", 2, 2, 64, "exact")]
+
+
+def quick() -> list[Setting]:
+    """A few of them, from which the order of the others can be guessed."""
+    return [
+        Setting("rtn", 4, 4, 64),
+        *(Setting("rtn", 2, 2, 64, correction) for correction in ("none", "taylor")),
+        *(Setting("unbiased", 2, 2, 64, correction) for correction in ("none", "taylor")),
+        Setting("unbiased", 2, 3, 64),
+        Setting("qvg", 2, 2, 64),
+    ]
