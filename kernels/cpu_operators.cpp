@@ -3,8 +3,8 @@
 // They take the calls that the kernels are made for. All others (a form of the correction, a layout, an error to be
 // reported) they pass to the Python implementation in ops.py, which was there before them. `jkv_cpp::` holds the same
 // operators without that way out, for tests and for the check that comes before they are installed.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include "cpu_kernels.h"
@@ -101,7 +101,7 @@ bool dequantize(const IValue* a, Stack& results) {
   const i64 batch = codes.size(0), heads = codes.size(1), tokens = a[3].toInt() - a[2].toInt(), dim = call.cache.dim;
   const i64 sizes[] = {batch, heads, tokens, dim}, rows = max<i64>(tokens, 1);
   const i64 strides[] = {max<i64>(heads, 1) * rows * dim, rows * dim, dim, 1};
-  const Tensor output = at::empty_strided(sizes, strides, codes.options().dtype(a[5].toScalarType()));
+  const Tensor output = at::detail::empty_strided_cpu(sizes, strides, a[5].toScalarType());
   if (!is_float(output)) return false;
   call.output = (char*)output.data_ptr(), call.dtype = dtype_of(output), call.batch = batch, call.heads = heads, call.tokens = tokens;
   call.start = a[2].toInt(), call.threads = threads_for(output.numel());
@@ -147,12 +147,12 @@ bool attention(const IValue* cache, const IValue* rest, AttentionCall& call, boo
     call.mask_b = mask.stride(0), call.mask_h = mask.stride(1), call.mask_l = mask.stride(2), call.mask_k = mask.stride(3);
   }
   const i64 sizes[] = {batch, heads, length, dv}, strides[] = {length * heads * dv, dv, heads * dv, 1};
-  const Tensor output = at::empty_strided(sizes, strides, query.options());
+  const Tensor output = at::detail::empty_strided_cpu(sizes, strides, query.scalar_type());
   call.output = (char*)output.data_ptr();
   Tensor lse;
   call.lse = nullptr;
   if (with_lse) {
-    lse = at::empty_strided(at::IntArrayRef(sizes, 3), {heads * length, length, 1}, query.options().dtype(at::kFloat));
+    lse = at::detail::empty_strided_cpu(at::IntArrayRef(sizes, 3), {heads * length, length, 1}, at::kFloat);
     call.lse = lse.data_ptr<float>();
   }
   call.threads = threads_for(query.numel() * columns / 64);
