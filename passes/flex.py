@@ -2,7 +2,7 @@
 
 In Dynamo's graph it is a higher-order operator that returns a tuple. `canonicalise_flex` makes it one node with one
 result; `lower_flex` makes it the operator again, on dequantized keys, with the correction composed into its score
-function: what is subtracted from a score is gathered from small tensors per query and per key (as arXiv 2605.26266 does).
+function: what is subtracted from a score is gathered from small tensors per query and per key (arXiv 2605.26266).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
