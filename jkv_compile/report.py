@@ -138,6 +138,7 @@ class GraphReport:
         outcome: "untouched", "adopted", "watched", "packed" or "eager"; see `passes.pipeline.Plan`.
         before, after: the graph as text, as Dynamo made it and as it was rewritten ("" where it was not).
         graph_break: where the graph ended early, where that parts a cache from its attention.
+        seconds: what the passes took.
     """
 
     nodes: int
@@ -148,6 +149,7 @@ class GraphReport:
     before: str = ""
     after: str = ""
     graph_break: Break | None = None
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"rejections": [r.to_dict() for r in self.rejections]}

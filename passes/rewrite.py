@@ -141,11 +141,12 @@ class _Rewriter:
         self._erase_edited_copies()
         self._erase_dead()
         self._lower_dense()
+        with self.graph.inserting_before(output):
+            self._lower_output(output)
+        self._erase_dead()
         for node in self.pieces.walk():
             for read in self.reads.get(node, []):
                 node.replace_input_with(read.argument, materialize(self.pieces, read))
-        with self.graph.inserting_before(output):
-            self._lower_output(output)
         self._erase_dead()
         for cache in {holder.node for holder in self.plans}:
             if cache.users:

@@ -434,6 +434,11 @@ class Tracker:
             self.result.writes.append(Append(node, holder, first, last, part.node, named.axes, part.first))
             holder.segments = overwrite(holder.segments, first, last, named)
             holder.writes.append((self.time, first, last))
+        if source is not holder and window.covers(source.shape, source.token_axis):
+            source.segments = [  # what it was copied from is gone, but the cache now holds the same
+                replace(s, content=Cached(holder, start + s.start, self.time)) if isinstance(s.content, Cached) else s
+                for s in source.segments
+            ]
         return True
 
     def _names_in(

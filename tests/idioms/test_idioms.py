@@ -3,194 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import expecttest
 import pytest
 import torch
-from torch import Tensor
 
 from jkv_compile import JKVBackend, is_packed
 from jkv_compile.kernels import reference
 
 from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins
-from .models import (
-    CHUNK,
-    DIM,
-    HEAD_DIM,
-    HEADS,
-    CloneEditAttend,
-    Composite,
-    FixedPast,
-    GrowingPast,
-    KeysBesideValues,
-    LazyBuffers,
-    MaskedBuffer,
-    RolledBuffer,
-    RollingCache,
-    StackedKeysValues,
-    TwoCaches,
-    TwoParts,
-    rope,
+from .cases import (
+    CASES,
+    Steps,
+    chunk,
+    clone_edit,
+    composite,
+    fixed_past,
+    growing_past,
+    keys_beside_values,
+    masked_buffer,
+    rolled_buffer,
+    rolling,
+    stacked,
+    two_caches,
 )
+from .models import CHUNK, HEAD_DIM, HEADS, FixedPast, GrowingPast, RollingCache, rope
 
 pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
-Steps = Iterator[tuple[Tensor, Tensor]]
-
-
-def chunk() -> Tensor:
-    return torch.randn(1, CHUNK, DIM)
-
-
-def caches(tokens: int = 96) -> dict[str, Tensor]:
-    return {name: torch.zeros(1, tokens, HEADS, HEAD_DIM) for name in ("k", "v")}
-
-
-def rolling(backend: JKVBackend) -> Steps:
-    model = RollingCache()
-    compiled, eager = twins(model, backend)
-    cache, reference_cache = model.new_cache(), model.new_cache()
-    for call in range(99):
-        x = chunk()
-        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
-
-
-def fixed_past(*settings: Any, kind: type[FixedPast | TwoParts] = FixedPast) -> Callable[[JKVBackend], Steps]:
-    def steps(backend: JKVBackend) -> Steps:
-        model = kind(*settings)
-        compiled, eager = twins(model, backend)
-        x = chunk()
-        past, reference_past = torch.compile(model.produce, backend=backend)(x), eager.produce(x)
-        while True:
-            x = chunk()
-            yield compiled(x, past), eager(x, reference_past)
-
-    return steps
-
-
-def clone_edit(write_in_graph: bool) -> Callable[[JKVBackend], Steps]:
-    def steps(backend: JKVBackend) -> Steps:
-        compiled, eager = twins(CloneEditAttend(write_in_graph), backend)
-        cache, reference_cache = caches(), caches()
-        for call in range(99):
-            x, start = chunk(), call * CHUNK
-            (got, k, v), (want, k0, v0) = compiled(x, cache, start), eager(x, reference_cache, start)
-            if not write_in_graph:
-                for name, new, new0 in (("k", k, k0), ("v", v, v0)):
-                    cache[name][:, start : start + CHUNK] = new
-                    reference_cache[name][:, start : start + CHUNK] = new0
-            yield got, want
-
-    return steps
-
-
-def composite(backend: JKVBackend) -> Steps:
-    compiled, eager = twins(Composite(), backend)
-    cache, reference_cache = caches(), caches()
-    for call in range(1, 99):
-        x = chunk()
-        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
-
-
-def lazy_buffers(backend: JKVBackend) -> Steps:
-    compiled, eager = twins(LazyBuffers(tokens=96), backend)
-    for call in range(99):
-        x = chunk()
-        yield compiled(x, call * CHUNK), eager(x, call * CHUNK)
-
-
-def masked_buffer(**settings: Any) -> Callable[[JKVBackend], Steps]:
-    def steps(backend: JKVBackend) -> Steps:
-        compiled, eager = twins(MaskedBuffer(**settings), backend)
-        cache, reference_cache = ({n: torch.zeros(1, HEADS, 96, HEAD_DIM) for n in ("k", "v")} for _ in range(2))
-        for call in range(12):
-            x, positions = chunk(), torch.arange(call * CHUNK, (call + 1) * CHUNK)
-            yield compiled(x, cache, positions), eager(x, reference_cache, positions)
-
-    return steps
-
-
-def rolled_buffer(edit: bool) -> Callable[[JKVBackend], Steps]:
-    def steps(backend: JKVBackend) -> Steps:
-        compiled, eager = twins(RolledBuffer(edit), backend)
-        cache, reference_cache = caches(4 * CHUNK), caches(4 * CHUNK)
-        for _ in range(99):
-            x = chunk()
-            yield compiled(x, cache), eager(x, reference_cache)
-
-    return steps
-
-
-def growing_past(backend: JKVBackend) -> Steps:
-    compiled, eager = twins(GrowingPast(), backend)
-    past = reference_past = None
-    while True:
-        x = chunk()
-        out, past = compiled(x, past)
-        want, reference_past = eager(x, reference_past)
-        yield out, want
-
-
-def keys_beside_values(backend: JKVBackend) -> Steps:
-    compiled, eager = twins(KeysBesideValues(), backend)
-    cache, reference_cache = (torch.zeros(96, HEADS, 2 * HEAD_DIM) for _ in range(2))
-    for call in range(12):
-        x = chunk()
-        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
-
-
-def stacked(batch: int = 1) -> Callable[[JKVBackend], Steps]:
-    def steps(backend: JKVBackend) -> Steps:
-        model = StackedKeysValues()
-        compiled, eager = twins(model, backend)
-        write = torch.compile(model.write, backend=backend)
-        cache, reference_cache = (torch.zeros(2, batch, HEADS, 96, HEAD_DIM) for _ in range(2))
-        for call in range(12):
-            x, start = torch.randn(batch, CHUNK, DIM), call * CHUNK
-            write(x, cache, start)
-            eager.write(x, reference_cache, start)
-            x = torch.randn(batch, CHUNK, DIM)
-            yield compiled(x, cache, start + CHUNK), eager(x, reference_cache, start + CHUNK)
-
-    return steps
-
-
-def two_caches(rope_on_read: bool) -> Callable[[JKVBackend], Steps]:
-    def steps(backend: JKVBackend) -> Steps:
-        compiled, eager = twins(TwoCaches(rope_on_read), backend)
-        ours, reference = ((caches(), caches()) for _ in range(2))
-        for call in range(1, 12):
-            x, places = chunk(), (2 * call, CHUNK * call)
-            yield compiled(x, *ours, *places), eager(x, *reference, *places)
-
-    return steps
-
-
-CASES: dict[str, tuple[Callable[[JKVBackend], Steps], int]] = {
-    # the way of holding a cache, and from which call on nothing may compile any more
-    "eviction by rolling, with a sink": (rolling, 8),
-    "a fixed past, concatenated": (fixed_past(), 3),
-    "a fixed past, turned after the read": (fixed_past("interleaved"), 3),
-    "a fixed past, turned in halves after the read": (fixed_past("half"), 3),
-    "a fixed past, its batch doubled": (fixed_past("", True), 3),
-    "a concatenation that grows and is returned": (growing_past, 4),
-    "keys beside values in one tensor": (keys_beside_values, 4),
-    "keys and values stacked, written by another graph": (stacked(), 3),
-    "keys and values stacked, batch of two": (stacked(batch=2), 3),
-    "a fixed past of two parts": (fixed_past(kind=TwoParts), 3),
-    "two caches, concatenated": (two_caches(rope_on_read=False), 4),
-    "two caches, turned after the read": (two_caches(rope_on_read=True), 4),
-    "a whole buffer under a boolean mask": (masked_buffer(), 2),
-    "a whole buffer under an additive mask": (masked_buffer(additive=True), 2),
-    "a whole buffer, heads repeated": (masked_buffer(repeats=2), 2),
-    "a buffer rolled and copied back": (rolled_buffer(edit=True), 2),
-    "a buffer shifted by cat and copied back": (rolled_buffer(edit=False), 2),
-    "a copy edited and attended, written back in the graph": (clone_edit(True), 2),
-    "a copy edited and attended, written back in eager code": (clone_edit(False), 3),
-    "a concatenation of sink, window and current chunk": (composite, 4),
-    "buffers allocated in the first forward": (lazy_buffers, 3),
-}
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -333,3 +173,73 @@ jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
 jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
 """,
         )
+
+    def test_a_past_turned_after_the_read(self) -> None:
+        self.assertExpectedInline(self.graph(fixed_past("half")), """\
+dequantize_active_default = jkv::dequantize_active(l_past_0__codes, l_past_0__scales, l_past_0__active, l_past_0__active_range, 0, 8, 2, torch.float32)
+dequantize_active_default_1 = jkv::dequantize_active(l_past_1__codes, l_past_1__scales, l_past_1__active, l_past_1__active_range, 0, 8, 2, torch.float32)
+attention_dense_default = jkv::attention_dense(q_2, k_2, v_1, mean, None, False, 0.17677669529663687, False, 'taylor')
+""")
+
+    def test_a_growing_concatenation(self) -> None:
+        self.assertExpectedInline(self.graph(growing_past, 5), """\
+attention_active_default = jkv::attention_active(transpose_2, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, s69, k_1, v_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
+extend_default = jkv::extend(l_past_0__codes, l_past_0__scales, [0, s69], k_1, 2)
+extend_default_1 = jkv::extend(l_past_1__codes, l_past_1__scales, [0, s89], v_1, 2)
+""")
+
+    def test_keys_beside_values(self) -> None:
+        self.assertExpectedInline(self.graph(keys_beside_values, 5, index=1), """\
+jkv::append(l_cache__codes, l_cache__scales, permute, l_start_, 2)
+extend_default = jkv::extend(l_cache__codes, l_cache__scales, [0, l_start_], permute_1, 2)
+""")
+        self.assertExpectedInline(self.graph(keys_beside_values, 5, index=0), """\
+dequantize_active_default = jkv::dequantize_active(l_keys__codes, l_keys__scales, l_keys__active, l_keys__active_range, 0, s23, 2, torch.float32)
+dequantize_active_default_1 = jkv::dequantize_active(l_keys__codes, l_keys__scales, l_keys__active, l_keys__active_range, add_2, s23, 2, torch.float32)
+attention_dense_default = jkv::attention_dense(transpose, narrow_2, narrow_3, mean, None, False, 0.17677669529663687, False, 'taylor')
+""")
+
+    def test_stacked_keys_and_values(self) -> None:
+        self.assertExpectedInline(self.graph(stacked(), 5, index=0), """\
+jkv::append(narrow, narrow_1, transpose, l_start_, 2)
+jkv::append(narrow_2, narrow_3, transpose_1, l_start_, 2)
+""")
+        self.assertExpectedInline(self.graph(stacked(), 5, index=1), """\
+attention_active_default = jkv::attention_active(transpose_2, narrow, narrow_1, narrow_2, narrow_3, narrow_4, l_cache__active_range, narrow_5, l_cache__active_range, 0, l_length_, transpose, transpose_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
+""")
+
+    def test_two_caches(self) -> None:
+        self.assertExpectedInline(self.graph(two_caches(rope_on_read=True), 5), """\
+dequantize_default = jkv::dequantize(l_old_k__codes, l_old_k__scales, 0, l_n_old_, 2, torch.float32)
+dequantize_default_1 = jkv::dequantize(l_new_k__codes, l_new_k__scales, 0, l_n_new_, 2, torch.float32)
+dequantize_default_2 = jkv::dequantize(l_old_v__codes, l_old_v__scales, 0, l_n_old_, 2, torch.float32)
+dequantize_default_3 = jkv::dequantize(l_new_v__codes, l_new_v__scales, 0, l_n_new_, 2, torch.float32)
+attention_dense_default = jkv::attention_dense(transpose, transpose_1, transpose_2, mean, None, False, 0.17677669529663687, False, 'taylor')
+jkv::append(l_old_k__codes, l_old_k__scales, permute, l_n_old_, 2)
+jkv::append(l_old_v__codes, l_old_v__scales, permute_1, l_n_old_, 2)
+jkv::append(l_new_k__codes, l_new_k__scales, permute_2, l_n_new_, 2)
+jkv::append(l_new_v__codes, l_new_v__scales, permute_3, l_n_new_, 2)
+""")
+
+    def test_a_masked_buffer(self) -> None:
+        self.assertExpectedInline(self.graph(masked_buffer()), """\
+jkv::append_at(l_cache_k__codes, l_cache_k__scales, transpose, l_positions_, 2)
+jkv::append_at(l_cache_v__codes, l_cache_v__scales, transpose_1, l_positions_, 2)
+attention_default = jkv::attention(transpose_2, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 176], transpose, transpose_1, cat, False, 0.17677669529663687, 2, 2, 'taylor')
+""")
+
+    def test_a_buffer_copied_back(self) -> None:
+        self.assertExpectedInline(self.graph(rolled_buffer(edit=False)), """\
+jkv::move(l_cache_k__codes, l_cache_k__scales, 8, 0, 24)
+jkv::append(l_cache_k__codes, l_cache_k__scales, permute, 24, 2)
+jkv::move(l_cache_v__codes, l_cache_v__scales, 8, 0, 24)
+jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, 24, 2)
+attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
+""")
+        self.assertExpectedInline(self.graph(rolled_buffer(edit=True)), """\
+jkv::move(l_cache_k__codes, l_cache_k__scales, 8, 0, 24)
+jkv::append(l_cache_k__codes, l_cache_k__scales, permute, 24, 2)
+jkv::move(l_cache_v__codes, l_cache_v__scales, 8, 0, 24)
+jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, 24, 2)
+attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
+""")
