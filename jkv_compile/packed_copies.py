@@ -12,18 +12,39 @@ from .geometry import Window
 from .packed import PackedKV
 from .packed_dispatch import aten, implements, shadow
 from .packed_writes import same_steps
-from .store import CHANNEL, Store
+from .store import CHANNEL, TOKEN, Store
 
 
 @implements(aten.clone.default)
 def clone(source: PackedKV, memory_format: Any = None) -> Any:
     window = whole_heads(source)
     if window is None:
+        repeated = _repeated(source)
+        if repeated is not None:
+            return repeated
         return source.dequantize_window().clone(memory_format=memory_format or torch.preserve_format)
     stride = torch.empty_like(shadow(source), memory_format=memory_format or torch.preserve_format).stride()
     strides = canonical_strides(window, source.shape, stride)
     store = source._store.extract(window.starts, window.lengths, strides)
     return PackedKV(store, source.shape, stride, 0, source.dtype)
+
+
+def _repeated(source: PackedKV) -> PackedKV | None:
+    """A copy of a view in which batch entries or heads stand several times each, as `repeat_interleave` makes it."""
+    expanded = [dim for dim, step in enumerate(source.stride()) if step == 0 and source.shape[dim] > 1]
+    if len(expanded) != 1 or expanded[0] == 0:
+        return None
+    dim, times = expanded[0], source.shape[expanded[0]]
+    once = source.select(dim, 0)
+    window = whole_heads(once)
+    axis = None if window is None else window.axes[dim - 1]
+    if window is None or axis is None or axis in (TOKEN, CHANNEL):
+        return None
+    index = torch.arange(once.shape[dim - 1]).repeat_interleave(times)
+    merged = torch.empty((*once.shape[: dim - 1], len(index), *once.shape[dim:]), device="meta")
+    strides = canonical_strides(window, merged.shape, merged.stride())
+    store = once._store.gather(axis, index, window.starts, window.lengths, strides)
+    return PackedKV(store, source.shape, torch.empty(source.shape, device="meta").stride(), 0, source.dtype)
 
 
 @implements(aten._to_copy.default)

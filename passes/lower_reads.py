@@ -107,7 +107,7 @@ def _assemble(
         return pieces.call(torch.narrow, node, 2, pieces.number(content.first), pieces.number(length))
 
     segments = [s for s in read.segments if not same(s.length, 0)] or read.segments[:1]
-    node = pieces.concatenate([part(s) for s in segments])
+    node = pieces.concatenate([part(s) for s in segments]) if segments else cached(0, 0)
     for role in (0, 1, 3):  # a view of some batch entries, heads or channels
         axis = axes[role]
         if not window.covers(holder.shape, axis):

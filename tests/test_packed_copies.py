@@ -42,6 +42,8 @@ COPIES = {
     "roll backwards by more than once around": lambda x: torch.roll(x, -21, 1),
     "roll of tokens and heads": lambda x: x.roll((3, 1), (1, 2)),
     "index_select of batch entries": lambda x: x.index_select(0, torch.tensor([1, 0, 1])),
+    "repeat_interleave of batch entries": lambda x: x.repeat_interleave(2, 0),
+    "repeat_interleave of heads": lambda x: x[:, 3:9].repeat_interleave(3, 2),
     "index of tokens": lambda x: x[:, torch.tensor([7, 3, -1])],
     "boolean index of tokens": lambda x: x[:, torch.arange(16) % 3 == 0],
 }
