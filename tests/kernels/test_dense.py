@@ -86,13 +86,6 @@ def test_keys_that_were_never_quantized_are_not_corrected() -> None:
     torch.testing.assert_close(got, plain)
 
 
-@pytest.mark.parametrize("correction", ["none", "taylor", "exact"])
-def test_attention_dense_passes_opcheck(correction: str) -> None:
-    query, key, value, delta = case()
-    args = query, key, value, delta.square(), torch.rand(5, 24) > 0.2, False, 0.2, False, correction
-    torch.library.opcheck(ops.attention_dense.default, args)
-
-
 def packed(tokens: int = 32) -> tuple[Tensor, Tensor]:
     return reference.quantize(torch.randn(2, 3, tokens, 64), 2, 32)
 
@@ -119,11 +112,6 @@ def test_append_at_outside_the_cache_is_an_error() -> None:
     assert torch.equal(codes, before)
 
 
-def test_append_at_passes_opcheck() -> None:
-    args = *packed(), torch.randn(2, 3, 2, 64), torch.tensor([1, 7]), 2
-    torch.library.opcheck(ops.append_at.default, args)
-
-
 def test_extend_keeps_the_old_cache_and_quantizes_after_it() -> None:
     torch.manual_seed(0)
     (codes, scales), source = packed(), torch.randn(2, 3, 5, 64)
@@ -139,8 +127,3 @@ def test_extend_keeps_the_old_cache_and_quantizes_after_it() -> None:
 def test_extend_with_a_range_outside_the_cache_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="tokens 20:33 do not lie within the cache's 32 tokens"):
         ops.extend(*packed(), [20, 33], torch.randn(2, 3, 1, 64), 2)
-
-
-@pytest.mark.parametrize("tokens", [0, 3])
-def test_extend_passes_opcheck(tokens: int) -> None:
-    torch.library.opcheck(ops.extend.default, (*packed(), [0, 8], torch.randn(2, 3, tokens, 64), 2))

@@ -41,6 +41,11 @@ def active_arguments(written=(5, 8), values_written=None):
     return (query, *components, *held, 0, 9, key, value, mask, causal, scale, key_bits, value_bits, correction)
 
 
+def dense_arguments(correction):
+    key, value, variance = torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 32), torch.rand(1, 2, 9, 2)
+    return torch.randn(1, 4, 3, 64), key, value, variance, torch.rand(3, 9) > 0.2, False, 0.2, False, correction
+
+
 CALLS = {
     "append": lambda: (*packed(), torch.randn(1, 2, 5, 64), 3, 2),
     "append of another dtype": lambda: (*packed(bits=8), torch.randn(1, 5, 2, 64).bfloat16().transpose(1, 2), 3, 8),
@@ -55,6 +60,12 @@ CALLS = {
     "attention with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
     "attention, causal": lambda: attention_arguments(causal=True),
     "attention_active": active_arguments,
+    "attention_dense": lambda: dense_arguments("taylor"),
+    "attention_dense, exact": lambda: dense_arguments("exact"),
+    "attention_dense, not corrected": lambda: dense_arguments("none"),
+    "append_at": lambda: (*packed(), torch.randn(1, 2, 3, 64), torch.tensor([1, 7, 4]), 2),
+    "extend": lambda: (*packed(), [0, 4, 6, 8], torch.randn(1, 2, 3, 64), 2),
+    "extend by nothing": lambda: (*packed(), [0, 4], torch.randn(1, 2, 0, 64), 2),
     "round_unbiased": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48),
     "round_unbiased of part of a tensor": lambda: (torch.randn(1, 5, 2, 192)[..., :64], 2, 64),
     "fill_rotated": lambda: (*packed(), 2, 4, 2, 1.5),
