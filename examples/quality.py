@@ -189,7 +189,9 @@ def main(arguments: list[str] | None = None) -> None:
     summary = quality_report.summarise_layers(layers)
     write_records(results / "quality_layers.json", summary)
     quality_plots.draw(rollouts, summary, results)
-    print(quality_report.report(rollouts, summary))
+    report = quality_report.report(rollouts, summary)
+    (results / "quality.md").write_text(f"# Quality, every setting\n\n{report}\n")
+    print(report)
 
 
 def write_records(path: Path, records: list[Record]) -> None:

@@ -56,6 +56,7 @@ def pareto(rollouts: Sequence[Record]) -> plt.Figure:
         axis.plot(*zip(*sorted(front), strict=True), color="gray", lw=0.8, ls=":", zorder=0)
         axis.set(title=f"PSNR to the BF16 rollout, {title}", xlabel="effective bits per element", ylabel="dB")
         axis.grid(alpha=0.3)
+        axis.set_xlim(right=4.9)
     axes[1].legend(fontsize=7, title="filled: corrected\nsquare: simulated", title_fontsize=7)
     return figure
 
@@ -69,14 +70,15 @@ def bias_maps(layers: Sequence[Record]) -> plt.Figure:
         for correction in ("none", "taylor")
     ]
     shown = [k for k in wanted if k in seen]
-    limit = max(abs(v) for k in shown for layer in seen[k]["mass_shift"] for v in layer)
+    shifts = sorted(abs(v) for k in shown for layer in seen[k]["mass_shift"] for v in layer)
+    limit = shifts[int(0.93 * len(shifts))]  # a few heads of ternary grids lie far beyond, and would hide the others
     figure, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 3.4), sharey=True, squeeze=False)
     for axis, k in zip(axes[0], shown, strict=True):
         image = axis.imshow(seen[k]["mass_shift"], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set(title=f"{label(k)}\n{k[4]}", xlabel="head")
         axis.title.set_fontsize(8)
     axes[0][0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes[0], label="attention mass on cached keys, less BF16's")
+    figure.colorbar(image, ax=axes[0], extend="both", label="attention mass on cached keys, less BF16's")
     return figure
 
 
@@ -97,5 +99,5 @@ def chunks(rollouts: Sequence[Record]) -> plt.Figure:
         axis.plot(range(1, len(by_chunk) + 1), by_chunk, marker="o", ms=4, label=text)
     axis.set(xlabel="generated chunk", ylabel="PSNR to the BF16 rollout, dB")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -174,10 +174,10 @@ def per_clip(group: Sequence[Record], values: Sequence[float], reduce: Callable[
 def report(rollouts: Sequence[Record], layers: Sequence[Record]) -> str:
     """All tables, in Markdown."""
     notes = (
-        "PSNR in dB against the BF16 rollout from the same noise, mean [95 % bootstrap interval] over clips and draws. "
-        "*mass*: attention on cached keys less that of the BF16 rollout. *One chunk*: true history quantized, one "
-        "chunk generated; *JSD*: Jensen-Shannon divergence of attention; *output error*: squared, relative; both mean "
-        "over layers and heads. *: reference simulation in plain torch, not packed."
+        "PSNR in dB and SSIM against the BF16 rollout from the same noise; mean [95 % bootstrap interval] over clips "
+        "and draws of noise. *Mass*: attention on cached keys less that of the BF16 rollout. *One chunk*: true history "
+        "quantized, one chunk generated; *JSD*: Jensen-Shannon divergence of attention; *output "
+        "error*: squared, relative; both mean over layers and heads. *: simulated in plain torch, not packed."
     )
     parts = [notes, table(rollouts, layers), "## Corrections, against none", corrections(rollouts, layers)]
     return "\n\n".join([*parts, "## Statements", statements(rollouts)])
