@@ -49,7 +49,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"not known as a cache any more", Reason.NOT_A_CACHE),
     (r"changes it in place|is written|are written|is edited|is broadcast", Reason.WRITE),
     (r"are used$|steps or merged|have been changed", Reason.READ),
-    (r"called in a way that is not known", Reason.SPELLING),
+    (r"which is not known$|called in a way that is not known", Reason.SPELLING),
     (r"scores|softmax|weights|its products|its query has|query heads|plain attention|sequences|causal|boolean|"
      r"packed into one dimension|beside the result|not only the attention's result|is used .* times|returns a",
      Reason.SPELLING),

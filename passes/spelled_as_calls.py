@@ -149,11 +149,15 @@ def attention_call(node: Node) -> AttentionArguments | None:
         for name in aliases:
             if given.get(name) is not None:
                 roles[role] = given.pop(name)
+    if not {"query", "key", "value"} <= roles.keys():
+        return None
     packed = [given.pop(name) for name in _SEQUENCES if given.get(name) is not None]
     _check_plain(node, convention, given)
     if "mask" in roles and example(roles["mask"]).dtype == torch.bool and not _takes_boolean_mask(node.target):
         raise NotCanonical(f"`{qualified_name(node.target)}` adds its mask to the scores, and is given a boolean one")
-    layout = convention.layout or {"HND": "BHLD", "NHD": "BLHD"}[roles.get("layout", "HND")]
+    layout = convention.layout or {"HND": "BHLD", "NHD": "BLHD"}.get(roles.get("layout", "HND"))
+    if layout is None:
+        raise NotCanonical(f"its queries are laid out as {roles['layout']!r}, which is not known")
     query, key = example(roles["query"]), example(roles["key"])
     length, keys = query.shape[layout.index("L") - 4], key.shape[layout.index("L") - 4]
     if packed or (query.dim() == 3 and "varlen" in qualified_name(node.target)):
@@ -199,7 +203,7 @@ def _check_one_sequence(boundaries: list[Any], queries: int, keys: int) -> None:
 def _causal(convention: Convention, flag: Any, equal_lengths: bool, one_query: bool) -> Causal | None:
     if not flag:
         return None
-    kind = {1: "top_left", 2: "bottom_right"}[flag] if type(flag) is int else convention.causal
+    kind = {1: "top_left", 2: "bottom_right"}.get(flag, "equal_lengths") if type(flag) is int else convention.causal
     if kind == "equal_lengths" and not equal_lengths:
         raise NotCanonical("it is causal with more keys than queries, which this function leaves undefined")
     if kind == "bottom_right" and one_query:

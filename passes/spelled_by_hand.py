@@ -125,7 +125,7 @@ def _behind_weights(node: Any, chain: list[Node]) -> Node | None:
         chain.append(node)
         if node.target in _SOFTMAX:
             return node
-        if name_of(node) in COPIES:
+        if name_of(node) in COPIES and node.args:
             node = node.args[0]
         elif node.target in (F.dropout, torch.dropout):
             given = dict(zip(("input", "p", "training"), node.args)) | node.kwargs
@@ -176,7 +176,7 @@ def _behind_scores(node: Any, masks: list[Mask], chain: list[Node]) -> tuple[Pro
         if (product := as_product(node)) is not None:
             return product, factor
         args: Any = node.args
-        if name_of(node) in COPIES:
+        if name_of(node) in COPIES and args:
             node = args[0]
         elif (scaled := _times_number(node)) is not None:
             node, number = scaled
@@ -186,9 +186,9 @@ def _behind_scores(node: Any, masks: list[Mask], chain: list[Node]) -> tuple[Pro
         elif node.target in _FILL and len(args) == 3 and isinstance(args[2], (int, float)):
             masks.append(Mask(args[1], fill=float(args[2]) * factor))
             node = args[0]
-        elif node.target is torch.where and isinstance(args[2], (int, float)):
+        elif node.target is torch.where and len(args) == 3 and isinstance(args[2], (int, float)):
             raise NotCanonical("its scores are masked by `where`; write `masked_fill`")
-        elif node.target in (torch.baddbmm, "baddbmm"):
+        elif node.target in (torch.baddbmm, "baddbmm") and len(args) >= 3:
             given: dict[str, Any] = dict(zip(("beta", "alpha"), args[3:])) | node.kwargs
             if given.get("beta", 1) != 0:
                 masks.append(Mask(args[0], factor * given.get("beta", 1)))

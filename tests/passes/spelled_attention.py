@@ -90,6 +90,8 @@ def sageattn(
 ) -> Tensor:
     if tensor_layout == "HND":
         return _attend(*(x.transpose(1, 2) for x in (q, k, v)), is_causal, sm_scale).transpose(1, 2)
+    if tensor_layout != "NHD":  # a layout that this stand-in alone has
+        return sageattn(q, k, v, is_causal=is_causal, sm_scale=sm_scale)
     return _attend(q, k, v, is_causal, sm_scale)
 
 
@@ -197,6 +199,11 @@ def scores_edited(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
     scores[..., 0] = -1e4
     return scores.softmax(-1) @ v
+
+
+def masked_by_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.where(bottom_right(q, k), torch.clone(input=q) @ k.mT, -math.inf)
+    return F.dropout(input=torch.softmax(input=scores, dim=-1), p=0.0) @ v
 
 
 def keys_overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -161,6 +161,14 @@ LEFT: dict[str, tuple[Spelling, str]] = {
         lambda q, k, v: spelled.sageattn(q, k, v, is_causal=True),
         "it is causal with more keys than queries, which this function leaves undefined",
     ),
+    "a layout of another kind": (
+        lambda q, k, v: spelled.sageattn(q, k, v, tensor_layout="NDH"),
+        "its queries are laid out as 'NDH', which is not known",
+    ),
+    "arguments by keyword, and a mask by `where`": (
+        spelled.masked_by_where,
+        "its scores are masked by `where`; write `masked_fill`",
+    ),
     "a softmax over the queries": (
         lambda q, k, v: (q @ k.mT).softmax(2) @ v,
         "its products `bhkj,bhik->bhij` and `…,bhj#->bhi#` have more dimensions than batch, head, token and channel",
