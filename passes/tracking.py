@@ -12,76 +12,28 @@ all others are `Cached`, however the model spells it (slice write and slice read
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx import Graph, Node
 
-from ..compat import is_wrapped
-from ..geometry import Window, four_dimensional, locate, same
-from ..packed import PackedKV
+from ..geometry import Window, same
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Returned, Scatter, Tracking
 from .attention_forms import AttentionCall, as_attention
-from .nodes import (
-    CONCATENATIONS,
-    Write,
-    as_write,
-    copied,
-    example,
-    identity,
-    is_dense,
-    mutates,
-    name_of,
-    offset,
-    repeated,
-)
-from .roles import Roles
-from .segments import (
-    Cached,
-    Content,
-    Fresh,
-    Scattered,
-    Segment,
-    UnknownPosition,
-    at_most,
-    cut,
-    equal,
-    hint,
-    overlap,
-    overwrite,
-    shift,
-)
+from .contents import CANNOT_FOLLOW, Contents, Unsupported, locate_in, reason_of, tensors
+from .copies import copy_of_tokens
+from .nodes import CONCATENATIONS, Write, as_write, example, identity, mutates, name_of
+from .segments import Cached, Content, Fresh, Scattered, Segment, at_most, equal, overlap, overwrite
 from .sources import hands_tokens_on
-
-
-class Unsupported(Exception):
-    """Something about a cache that cannot be followed; the message says what and why."""
-
-
-CANNOT_FOLLOW = (Unsupported, UnknownPosition, GuardOnDataDependentSymNode)
-
-
-def _reason(error: Exception) -> str:
-    return (
-        "a position is not known before the data is" if isinstance(error, GuardOnDataDependentSymNode) else str(error)
-    )
 
 
 class Tracker:
     """The walk. `owners` gives, per placeholder that is a slice of a larger cache, that cache's shape and strides."""
 
-    def __init__(self, graph: torch.fx.Graph, owners: dict[Node, Tensor] | None = None) -> None:
+    def __init__(self, graph: Graph, owners: dict[Node, Tensor] | None = None) -> None:
         self.graph = graph
         self.time = 0
-        self.holders: dict[int, list[Holder]] = {}  # by storage; several where it is parted
-        self.plain: dict[Node, list[Holder]] = {}  # views of a holder that are no boxes of it: ordinary tensors
-        self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
-        self.result = Tracking([], [], [], [], [], [], [], [])
-        self.roles = Roles(graph)
-        for node in graph.find_nodes(op="placeholder"):
-            self._add_cache(node, (owners or {}).get(node))
+        self.contents = Contents(graph, owners or {})
+        self.result = Tracking(self.contents.caches, [], [], [], [], [], [], [])
 
     def run(self) -> Tracking:
         for time, node in enumerate(self.graph.nodes):
@@ -91,110 +43,9 @@ class Tracker:
             try:
                 self._visit(node)
             except CANNOT_FOLLOW as error:
-                for holder in {id(h): h for a in node.all_input_nodes for h in self._sources(a)}.values():
-                    holder.blockers.append(_reason(error))
+                for holder in {id(h): h for a in node.all_input_nodes for h in self.contents.sources(a)}.values():
+                    holder.blockers.append(reason_of(error))
         return self.result
-
-    # ---- holders ----
-
-    def _add_cache(self, node: Node, owner: Tensor | None) -> None:
-        value = example(node)
-        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-            return
-        if isinstance(value, PackedKV):
-            store = value._store
-            holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True, roles=(0, 1, 2, 3))
-            stacked = value.dim() == 5 and same(value.shape[0], 2)
-            window = locate(value.size(), value.stride(), value.offset, store.shape, store.strides)
-            if not stacked and window is not None and not window.covers(store.shape, 0):
-                self._add_parts(holder, value, [(window.starts[0], window.lengths[0])])
-                return
-        else:
-            shaped = value if owner is None else owner
-            geometry = four_dimensional(shaped.shape, shaped.stride())
-            if geometry is None or (owner is None and not is_dense(value)):
-                return
-            token_axis = self.roles.axes.get(node)
-            if token_axis is not None and owner is not None and owner is not value:
-                window = locate(value.size(), value.stride(), offset(value), owner.shape, owner.stride())
-                token_axis = None if window is None else window.axes[token_axis]
-            if token_axis is None or token_axis == shaped.dim() - 1:
-                return  # an ordinary input
-            token_axis += 4 - shaped.dim()
-            batch, head = (axis for axis in range(3) if axis != token_axis)
-            holder = Holder(node, *geometry, value.dtype, token_axis, None, roles=(batch, head, token_axis, 3))
-            stacked = shaped.dim() == 5 and same(shaped.shape[0], 2)
-        if stacked:  # keys and values
-            half = holder.shape[0] // 2
-            self._add_parts(holder, value, [(0, half), (half, half)])
-        else:
-            self._add(holder, value)
-
-    def _add_parts(self, whole: Holder, value: Tensor, parts: list[tuple[int, int]]) -> None:
-        for first, length in parts:
-            shape = (length, *whole.shape[1:])
-            part = replace(whole, shape=shape, part=(first, length), offset=first * whole.strides[0], blockers=[])
-            part.segments, part.writes = [], []
-            self._add(part, value)
-
-    def _add(self, holder: Holder, value: Tensor) -> None:
-        holder.segments = [Segment(0, holder.shape[holder.token_axis], Cached(holder, 0, -1))]
-        self.holders.setdefault(identity(value), []).append(holder)
-        self.result.caches.append(holder)
-
-    def _of(self, value: Tensor) -> Holder | None:
-        """The holder whose memory a tensor lies in; None where it lies in none, or in several parts of one."""
-        holders = self.holders.get(identity(value), [])
-        if len(holders) < 2:
-            return holders[0] if holders else None
-        begins = hint(offset(value))
-        own = [h for h in holders if h.offset <= begins < h.offset + h.shape[0] * h.strides[0]]
-        return next((h for h in own if _locate_in(value, h) is not None), None)
-
-    def _holder(self, node: Any) -> Holder | None:
-        """Whose box a tensor is a view of."""
-        value = example(node) if isinstance(node, Node) and node not in self.plain else None
-        return self._of(value) if isinstance(value, Tensor) else None
-
-    def _sources(self, node: Any) -> list[Holder]:
-        """The caches that a node's values come from, by whatever way."""
-        if node in self.plain:
-            return self.plain[node]
-        sources: list[Holder] = []
-        for value in _tensors(example(node)):
-            holders = self.holders.get(identity(value), [])
-            own = self._of(value)
-            for holder in holders if own is None else [own]:
-                held = [s.content.cache for s in holder.segments if not isinstance(s.content, Fresh)]
-                sources += [c for c in held or [holder.cache] if c not in sources]
-            sources += self.computed.get(identity(value), [])
-        return sources
-
-    def _inputs_sources(self, node: Node) -> list[Holder]:
-        return list({id(h): h for argument in node.all_input_nodes for h in self._sources(argument)}.values())
-
-    def _window(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
-        """The box that a view shows of a holder, and the tokens it holds, counted from its own first one."""
-        window = _locate_in(value, holder)
-        if window is None:
-            raise Unsupported(f"the view of size {tuple(value.shape)} has steps or merged dimensions")
-        axis = holder.token_axis
-        start = window.starts[axis]
-        segments = shift(cut(holder.segments, start, start + window.lengths[axis]), -start)
-        if holder.root is None:
-            segments = [
-                Segment(s.start, s.stop, replace(s.content, time=self.time)) if isinstance(s.content, Cached) else s
-                for s in segments
-            ]
-        return window, [Segment(s.start, s.stop, _renamed(s.content, window.axes)) for s in segments]
-
-    def _content(self, value: Tensor, holder: Holder) -> tuple[Window, list[Segment]]:
-        """As `_window`, of a view that shows whole tokens."""
-        window, segments = self._window(value, holder)
-        for other in range(len(holder.shape)):
-            if other != holder.token_axis and not window.covers(holder.shape, other):
-                raise Unsupported("only some of its batch entries, heads or channels are used")
-        return window, segments
 
     # ---- nodes ----
 
@@ -212,49 +63,41 @@ class Tracker:
 
     def _is_view(self, node: Node) -> bool:
         """Whether a node shows memory of a holder. Where it is no box of it, it is an ordinary tensor from here on."""
-        shown = [v for v in _tensors(example(node)) if identity(v) in self.holders]
+        shown = [v for v in tensors(example(node)) if identity(v) in self.contents.holders]
         if not shown:
             return False
         for argument in node.all_input_nodes:
             if mutates(node, argument):
                 raise Unsupported(f"`{name_of(node)}` changes it in place")
-        boxes = all(self._is_box(v) for v in shown)
-        if not boxes or any(argument in self.plain for argument in node.all_input_nodes):
-            self.plain[node] = self._inputs_sources(node)
+        boxes = all(self.contents.is_box(v) for v in shown)
+        if not boxes or any(argument in self.contents.plain for argument in node.all_input_nodes):
+            self.contents.plain[node] = self.contents.sources_of_inputs(node)
             for argument in node.all_input_nodes:
                 self._read(node, argument)
         return True
 
-    def _is_box(self, value: Tensor) -> bool:
-        holder = self._of(value)
-        return holder is not None and _locate_in(value, holder) is not None
-
     def _compute(self, node: Node) -> None:
         """Anything else: it reads its arguments as ordinary tensors."""
-        sources = self._inputs_sources(node) if hands_tokens_on(node) else []
+        sources = self.contents.sources_of_inputs(node) if hands_tokens_on(node) else []
         for argument in node.all_input_nodes:
             self._read(node, argument)
-        for value in _tensors(example(node)) if sources else ():
-            self._derive(value, sources)
-
-    def _derive(self, value: Tensor, sources: list[Holder]) -> None:
-        known = self.computed.setdefault(identity(value), [])
-        known += [h for h in sources if h not in known]
+        for value in tensors(example(node)) if sources else ():
+            self.contents.derive(value, sources)
 
     def _read(self, consumer: Node, argument: Node) -> None:
-        if mutates(consumer, argument) and self._sources(argument):
+        if mutates(consumer, argument) and self.contents.sources(argument):
             value = example(argument)
-            if isinstance(value, Tensor) and identity(value) in self.holders:
+            if isinstance(value, Tensor) and identity(value) in self.contents.holders:
                 raise Unsupported(f"`{name_of(consumer)}` changes it in place")
-        holder, value = self._holder(argument), example(argument)
+        holder, value = self.contents.holder(argument), example(argument)
         if holder is None or holder.root is not None:
             return
-        window, segments = self._window(value, holder)
+        window, segments = self.contents.window(value, holder, self.time)
         self.result.reads.append(Read(consumer, argument, holder, window, segments))
 
     def _returned(self, argument: Node) -> bool:
         """Record an output that is a copy of cached tokens, and after them tokens of the graph."""
-        copy = self._holder(argument)
+        copy = self.contents.holder(argument)
         if copy is None or copy.root is None or copy.repeats != 1 or None in copy.root_axes:
             return False
         kinds = [isinstance(s.content, Fresh) for s in copy.segments if not same(s.start, s.stop)]
@@ -274,111 +117,30 @@ class Tracker:
 
     def _copy(self, node: Node) -> bool:
         """Record a copy of a holder's content as a holder of its own; False where the node is no such copy."""
-        value = example(node)
-        if not isinstance(value, Tensor):
-            return False
-        try:
-            copy = self._repeated(node) or self._rolled(node) or self._concatenated(node)
-        except CANNOT_FOLLOW:
-            return False  # it reads something else than whole tokens
+        copy = copy_of_tokens(self.contents, node, self.time)
         if copy is None:
             return False
         for argument in node.all_input_nodes:
-            holder = self._holder(argument)
+            holder = self.contents.holder(argument)
             if holder is not None and holder.root is None:
                 self._read(node, argument)
-        self.holders[identity(value)] = [copy]
+        self.contents.holders[identity(example(node))] = [copy]
         self.result.copies.append(copy)
         return True
 
-    def _rolled(self, node: Node) -> Holder | None:
-        """`roll` along tokens."""
-        if name_of(node) != "roll" or (source := self._holder(node.args[0])) is None:
-            return None
-        arguments = {**dict(zip(("shifts", "dims"), node.args[1:])), **node.kwargs}
-        shift_by, dims = (x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x for x in arguments.values())
-        value = example(node)
-        window, segments = self._content(example(node.args[0]), source)
-        token_axis = window.axes.index(source.token_axis)
-        if not isinstance(dims, int) or not isinstance(shift_by, int) or dims % value.dim() != token_axis:
-            return None
-        tokens = value.shape[token_axis]
-        split = -shift_by if shift_by < 0 else tokens - shift_by
-        rolled = shift(cut(segments, split, tokens), -split) + shift(cut(segments, 0, split), tokens - split)
-        return self._copy_of(node, source, window, token_axis, rolled)
-
-    def _repeated(self, node: Node) -> Holder | None:
-        """A copy in which each head stands several times, as grouped queries have it."""
-        if (found := repeated(node)) is None:
-            return None
-        shown, _, dim, times = found
-        source = self._of(shown)
-        if source is None:
-            return None
-        window, segments = self._content(shown, source)
-        token_axis = window.axes.index(source.token_axis)
-        if token_axis != 2 or dim != 1 or source.repeats != 1:
-            return None
-        copy = self._copy_of(node, source, window, token_axis, segments)
-        copy.repeats = times
-        return copy
-
-    def _concatenated(self, node: Node) -> Holder | None:
-        """`cat` along tokens, or a plain copy."""
-        value, parts = example(node), copied(node)
-        source = next((h for p in parts if (h := self._holder(p)) is not None), None)
-        if source is None or value.dim() != example(parts[0]).dim() or value.device != example(parts[0]).device:
-            return None
-        concatenated = node.target in CONCATENATIONS
-        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) if concatenated else None
-        segments: list[Segment] = []
-        first_window, token_axis, length = None, 0, 0
-        for part in parts:
-            holder, shown = self._holder(part), example(part)
-            if holder is None:
-                if self._sources(part):
-                    raise Unsupported("cached tokens that have been changed")
-                axes = tuple(range(shown.dim()))
-                n = shown.shape[dim]
-                segments.append(Segment(length, length + n, Fresh(part, axes, 0)))
-            else:
-                window, content = self._content(shown, holder)
-                token_axis = window.axes.index(holder.token_axis)
-                if concatenated and token_axis != dim % shown.dim():
-                    return None
-                if holder.repeats != source.repeats:
-                    return None
-                first_window = first_window or window
-                segments += shift(content, length)
-                n = shown.shape[token_axis]
-            length = length + n
-        if source.repeats != 1 and any(h is None for h in map(self._holder, parts)):
-            return None
-        assert first_window is not None
-        copy = self._copy_of(node, source, first_window, token_axis, segments)
-        copy.repeats = source.repeats
-        return copy
-
-    def _copy_of(self, node: Node, source: Holder, window: Window, token_axis: int, segments: list[Segment]) -> Holder:
-        value, axes = example(node), window.axes
-        if source.root is not None:
-            axes = tuple(None if a is None else source.root_axes[a] for a in axes)
-        shape, strides = tuple(value.shape), value.stride()
-        return Holder(node, shape, strides, value.dtype, token_axis, source.cache, axes, segments)
-
     def _write(self, node: Node, write: Write) -> None:
-        holder, value = self._of(write.target), write.value
-        if holder is None and identity(write.target) in self.holders:
+        holder, value = self.contents.of(write.target), write.value
+        if holder is None and identity(write.target) in self.contents.holders:
             raise Unsupported("its keys and values are written together")
         if holder is None:
             if isinstance(value, Node):
-                sources = self._sources(value)
+                sources = self.contents.sources(value)
                 self._read(node, value)
                 if sources:
-                    self._derive(write.target, sources)
+                    self.contents.derive(write.target, sources)
             return
         target = write.target
-        window, axis = _locate_in(target, holder), holder.token_axis
+        window, axis = locate_in(target, holder), holder.token_axis
         if window is None:
             raise Unsupported("it is written in a way that has no packed form")
         if not all(window.covers(holder.shape, a) for a in range(len(holder.shape)) if a != axis):
@@ -391,13 +153,14 @@ class Tracker:
             if holder.root is not None:
                 raise Unsupported("a copy of it is edited with a number")
             self.result.writes.append(Fill(node, holder, start, stop, value))
+            holder.segments = overwrite(holder.segments, start, stop, Cached(holder, start, self.time))
             holder.writes.append((self.time, start, stop))
             return
         if list(example(value).shape) != list(target.shape):
             raise Unsupported(f"a value of size {tuple(example(value).shape)} is broadcast into it")
         if self._moved(node, holder, value, start, stop):
             return
-        if self._sources(value):
+        if self.contents.sources(value):
             self._read(node, value)
         holder.segments = overwrite(holder.segments, start, stop, Fresh(value, window.axes, 0))
         if holder.root is None:
@@ -406,10 +169,10 @@ class Tracker:
 
     def _moved(self, node: Node, holder: Holder, value: Node, start: int, stop: int) -> bool:
         """A write of what the cache itself held: packed data is moved, and only what is new is quantized."""
-        source = self._holder(value)
+        source = self.contents.holder(value)
         if source is None or holder.root is not None or source.repeats != 1:
             return False
-        window, segments = self._content(example(value), source)
+        window, segments = self.contents.content(example(value), source, self.time)
         segments = [s for s in segments if not same(s.start, s.stop)]
         moves, fresh = [], []
         for s in segments:
@@ -458,7 +221,7 @@ class Tracker:
             raise Unsupported("it is written twice, at places that a tensor holds")
         if not isinstance(write.value, Node) or example(write.value).dim() != 4:
             raise Unsupported("a value is broadcast to places that a tensor holds")
-        if self._sources(write.value):
+        if self.contents.sources(write.value):
             self._read(node, write.value)
         tokens = holder.shape[holder.token_axis]
         content = Scattered(holder, 0, self.time, write.positions, Fresh(write.value, window.axes, 0))
@@ -479,7 +242,7 @@ class Tracker:
         for other in (call.query, call.mask, *(call.others or ())):
             if isinstance(other, Node):
                 self._read(call.node, other)
-        sources = [self._sources(call.key), self._sources(call.value)]
+        sources = [self.contents.sources(call.key), self.contents.sources(call.value)]
         if not any(sources):
             return
         caches = list({id(h): h for part in sources for h in part}.values())
@@ -489,7 +252,7 @@ class Tracker:
                 self.result.attends.append(self._attend(call))
                 lowered = True
             except CANNOT_FOLLOW as error:
-                dense = Dense(call, *sources, self._gathers(call.key), _reason(error))
+                dense = Dense(call, *sources, self._gathers(call.key), reason_of(error))
                 self.result.dense.append(dense)
         else:
             self.result.rejections.append(Rejection(call.node, reason, caches))
@@ -507,16 +270,16 @@ class Tracker:
 
     def _gathers(self, key: Node) -> bool:
         """Whether keys of this graph stand beside cached ones."""
-        holder = self._holder(key)
+        holder = self.contents.holder(key)
         if holder is not None and any(isinstance(s.content, Fresh) for s in holder.segments):
             return True
         seen, left = set(), [key]
         while left:
             node = left.pop()
-            if node in seen or not self._sources(node):
+            if node in seen or not self.contents.sources(node):
                 continue
             seen.add(node)
-            if node.target in CONCATENATIONS and not all(self._sources(p) for p in node.all_input_nodes):
+            if node.target in CONCATENATIONS and not all(self.contents.sources(p) for p in node.all_input_nodes):
                 return True
             left += node.all_input_nodes
         return False
@@ -524,7 +287,7 @@ class Tracker:
     def _attend(self, call: AttentionCall) -> Attend:
         if call.others is not None:
             raise Unsupported("flex_attention keeps its own scores")
-        key_holder, value_holder = self._holder(call.key), self._holder(call.value)
+        key_holder, value_holder = self.contents.holder(call.key), self.contents.holder(call.value)
         if key_holder is None or value_holder is None:
             what = call.key if key_holder is None else call.value
             raise Unsupported(f"`{name_of(what)}` stands between cache and attention")
@@ -534,7 +297,7 @@ class Tracker:
             raise Unsupported("keys and values are repeated differently")
         contents, axes = [], []
         for argument, holder in ((call.key, key_holder), (call.value, value_holder)):
-            window, segments = self._content(example(argument), holder)
+            window, segments = self.contents.content(example(argument), holder, self.time)
             if window.axes.index(holder.token_axis) != 2:
                 raise Unsupported("tokens are not the third dimension of its keys and values")
             segments = [s for s in segments if not same(s.start, s.stop)]
@@ -568,28 +331,6 @@ class Tracker:
             raise Unsupported("part of a cache is attended that is written at places that a tensor holds")
         if call.mask is not None and not same(example(call.mask).shape[-1], tokens):
             raise Unsupported("a mask of one column for all keys")
-
-
-def _locate_in(value: Tensor, holder: Holder) -> Window | None:
-    if is_wrapped(value):  # its sizes lack a dimension
-        return None
-    return locate(value.size(), value.stride(), offset(value) - holder.offset, holder.shape, holder.strides)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of a result: itself, or the elements of a tuple."""
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def _renamed(content: Content, axes: tuple[int | None, ...]) -> Content:
-    """Fresh values with their dimensions named after the dimensions of a view with these `axes`."""
-    if isinstance(content, Cached):
-        return content
-    if isinstance(content, Scattered):
-        return replace(content, value=_renamed(content.value, axes))
-    names = {axis: i for i, axis in enumerate(axes) if axis is not None}
-    return Fresh(content.node, tuple(None if a is None else names.get(a) for a in content.axes), content.first)
 
 
 def _check_alike(key: list[Segment], value: list[Segment]) -> None:
