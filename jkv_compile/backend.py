@@ -61,6 +61,10 @@ class JKVBackend:
     def __repr__(self) -> str:
         return f"jkv_backend({self.config})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, as configurations that hold a backend make them, know what this one knows."""
+        return JKVBackend, (self.config,)
+
     def memory(self) -> MemoryReport:
         """Bytes of the caches that backends of this configuration have packed and that are still alive."""
         stores = list(self._state.stores)
