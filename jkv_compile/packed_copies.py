@@ -43,7 +43,7 @@ def _repeated(source: PackedKV) -> PackedKV | None:
     index = torch.arange(once.shape[dim - 1]).repeat_interleave(times)
     merged = torch.empty((*once.shape[: dim - 1], len(index), *once.shape[dim:]), device="meta")
     strides = canonical_strides(window, merged.shape, merged.stride())
-    store = once._store.gather(axis, index, window.starts, window.lengths, strides)
+    store = source._store.gather(axis, index, window.starts, window.lengths, strides)
     return PackedKV(store, source.shape, torch.empty(source.shape, device="meta").stride(), 0, source.dtype)
 
 
