@@ -122,6 +122,12 @@ def dynamic_input(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: 
 _dynamic_inputs = 0
 
 
+def static_input(tensor: Tensor) -> Tensor:
+    """A fake tensor for a compiler's example inputs that has one size in all calls."""
+    mode = current_fake_mode()
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
 def is_composite(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator is written in terms of others; subclasses meet those whole in inference mode only."""
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)

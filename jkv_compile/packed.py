@@ -32,6 +32,7 @@ class PackedKV(torch.Tensor):
     _first_token: Tensor | None
     _shadow: Tensor | None
     _told: tuple[Any, Any] | None
+    _views: dict[str, Tensor] | None
 
     @staticmethod
     def __new__(
@@ -44,7 +45,7 @@ class PackedKV(torch.Tensor):
     ) -> None:
         self._store = store
         self.offset = offset  # elements from where the tensor begins that the store replaces
-        self._first_token = self._shadow = self._told = None
+        self._first_token = self._shadow = self._told = self._views = None
 
     # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes become
     # dynamic one by one, while storage offsets that are equal are taken to be one symbol. Everything else that a graph
@@ -52,11 +53,27 @@ class PackedKV(torch.Tensor):
 
     @property
     def codes(self) -> Tensor:
-        return self._store.codes
+        return self._own("codes", 2)
 
     @property
     def scales(self) -> Tensor:
-        return self._store.scales
+        return self._own("scales", 3)
+
+    def _own(self, name: str, tokens: int) -> Tensor:
+        """A component of the store; of a growing one a tensor on the same memory that belongs to this window alone.
+
+        Dynamo (2.13) loses sizes that are dynamic where two of its inputs have one and the same tensor inside.
+        """
+        tensor = getattr(self._store, name)
+        if not self._store.grows or is_fake(tensor):
+            return tensor
+        if self._views is None:
+            self._views = {}
+        if name not in self._views:
+            with torch.inference_mode(tensor.is_inference()):
+                self._views[name] = tensor.new_empty(0).set_(tensor)  # no view: it has sizes of its own
+            maybe_mark_dynamic(self._views[name], tokens)
+        return self._views[name]
 
     @property
     def first_token(self) -> Tensor:

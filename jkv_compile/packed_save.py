@@ -16,7 +16,7 @@ from .store import Store, rebuild_store
 if TYPE_CHECKING:
     from .packed import PackedKV
 
-_OWN = ("_store", "offset", "_first_token", "_shadow", "_told")
+_OWN = ("_store", "offset", "_first_token", "_shadow", "_told", "_views")
 
 
 def _attributes(tensor: PackedKV) -> dict[str, Any]:

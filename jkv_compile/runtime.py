@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .adopt import Written, adopt, in_four_dimensions, obstacle
-from .compat import maybe_mark_dynamic
 from .config import Config
 from .errors import NotRewrittenWarning
 from .hints import is_ignored, is_marked
@@ -98,8 +97,6 @@ def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any,
 def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store:
     """A cache that a graph has made of `parent`'s tokens and new ones."""
     codes, scales = outputs[new.codes], outputs[new.scales]
-    for tensor, tokens in ((codes, 2), (scales, 3)):  # a cache that is made anew in every call is likely to grow
-        maybe_mark_dynamic(tensor, tokens)
     shape, strides = (*codes.shape[:3], parent.shape[3]), [outputs[i] for i in new.strides]
     store = Store(shape, strides, parent.dtype, parent.bits, codes, scales, parent.quantizer)
     store.grows = True

@@ -1,9 +1,11 @@
 """Graph passes, in the order they run.
 
-canonicalise: every spelling of attention (spelled_as_calls, spelled_by_hand, spelled_by_users) as the one of
+canonicalise: every spelling of attention (spelled_as_calls, spelled_by_hand, spelled_by_users) as one of those in
 attention_forms; sources tells what it is made of, small_integers what boundaries of sequences hold.
-roles, tracking: whose tokens lie where, as `actions`.
+tracking: whose tokens lie where, as `actions`: a walk over the graph that knows roles (which dimension of an input runs
+along tokens), contents (what tensors hold) and copies.
 pipeline: what becomes of the graph.
-rewrite: the graph of plain tensors.
-nodes, segments, symbols and printing serve them.
+rewrite: the graph of plain tensors, out of pieces: lower_attention on packed tokens, or lower_reads, the model's own
+operations and attention corrected for the uncertainty of its keys; flex for flex_attention.
+describe: the same for people. nodes, segments, symbols and printing serve them all.
 """

@@ -49,6 +49,8 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
     except NotLinear as error:
         delta, why = None, f"`{error}` stands between cache and attention"
     if call.others is not None:
+        if correction == "exact":
+            delta, why = None, "flex_attention takes the Taylor correction only"
         if delta is None or correction == "none":
             return lower_flex(pieces, call, None, 1, False), why
         groups, halves = _groups(pieces, dense, uncertainty)
@@ -59,10 +61,7 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         args = query, key, value, call.mask, 0.0, call.is_causal
         result = pieces.call(F.scaled_dot_product_attention, *args, scale=call.scale, enable_gqa=grouped)
     else:
-        head_dim = example(call.key).shape[-1]
-        size = pieces.plans[next(h for h in dense.key_caches if h in pieces.plans)].group_size
-        groups = head_dim // size if head_dim % size == 0 else 1
-        halves = call.key in uncertainty.joined and groups % 2 == 0
+        groups, halves = _groups(pieces, dense, uncertainty)
         variance = _variance(pieces, delta, groups, halves)
         args = query, key, value, variance, call.mask, call.is_causal, call.scale, halves, correction
         result = pieces.call(ops.attention_dense.default, *args)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..adopt import Written, obstacle
-from ..compat import dynamic_input
+from ..compat import dynamic_input, static_input
 from ..config import Config
 from ..geometry import same
 from ..glimpse import Glimpse
@@ -73,9 +73,9 @@ class Plan:
             elif component == "first_token":
                 inputs.append(self.first_tokens[argument])
             elif component == "active_range":
-                inputs.append(torch.zeros(2, dtype=torch.int64))
+                inputs.append(static_input(torch.zeros(2, dtype=torch.int64)))
             else:
-                inputs.append(getattr(value._store, component))
+                inputs.append(getattr(value, component))  # the tensor that Dynamo has seen
         return inputs
 
 
