@@ -92,7 +92,7 @@ def _place(view: Any, dim: int) -> tuple[Tensor, tuple[int, ...], tuple[int, int
     geometry = four_dimensional(base.shape, base.stride())
     if geometry is None or base.numel() == view.numel():
         return None
-    window = locate(view.size(), view.stride(), view.storage_offset() - base.storage_offset(), *geometry)
+    window = locate(view.size(), view.stride(), int(view.storage_offset() - base.storage_offset()), *geometry)
     token = None if window is None else window.axes[dim]
     if window is None or token is None or token == 3:
         return None

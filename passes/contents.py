@@ -138,7 +138,7 @@ class Contents:
         return window, [Segment(s.start, s.stop, renamed(s.content, window.axes)) for s in segments]
 
     def content(self, value: Tensor, holder: Holder, time: int) -> tuple[Window, list[Segment]]:
-        """As `_window`, of a view that shows whole tokens."""
+        """As `window`, of a view that shows whole tokens."""
         window, segments = self.window(value, holder, time)
         for other in range(len(holder.shape)):
             if other != holder.token_axis and not window.covers(holder.shape, other):
@@ -171,6 +171,10 @@ def renamed(content: Content, axes: tuple[int | None, ...]) -> Content:
     if isinstance(content, Cached):
         return content
     if isinstance(content, Scattered):
-        return replace(content, value=renamed(content.value, axes))
+        return replace(content, value=_renamed(content.value, axes))
+    return _renamed(content, axes)
+
+
+def _renamed(value: Fresh, axes: tuple[int | None, ...]) -> Fresh:
     names = {axis: i for i, axis in enumerate(axes) if axis is not None}
-    return Fresh(content.node, tuple(None if a is None else names.get(a) for a in content.axes), content.first)
+    return Fresh(value.node, tuple(None if a is None else names.get(a) for a in value.axes), value.first)

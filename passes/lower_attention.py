@@ -63,8 +63,8 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
     else:
         groups, halves = _groups(pieces, dense, uncertainty)
         variance = _variance(pieces, delta, groups, halves)
-        args = query, key, value, variance, call.mask, call.is_causal, call.scale, halves, correction
-        result = pieces.call(ops.attention_dense.default, *args)
+        settings = call.mask, call.is_causal, call.scale, halves, correction
+        result = pieces.call(ops.attention_dense.default, query, key, value, variance, *settings)
         if stride != _attention_stride(example(call.node)):
             result = pieces.method("contiguous", result)
     call.node.replace_all_uses_with(result)

@@ -119,7 +119,7 @@ def _assemble(
         node = pieces.method("permute", node, [*order, *dropped])
     for _ in dropped:
         node = pieces.method("squeeze", node, -1)
-    for i, axis in enumerate(window.axes):
-        if axis is None:
+    for i, shown in enumerate(window.axes):
+        if shown is None:
             node = pieces.method("unsqueeze", node, i)
     return node

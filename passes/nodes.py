@@ -132,7 +132,9 @@ def _item_write(node: Node, base: Node, target: Tensor) -> Write | None:
         return Write(_indexed(target, torch.fx.node.map_arg(node.args[1], example)), base, node.args[2])
     (dim, *others), rest = tensors, [part for part in index if part != slice(None)]
     positions = index[dim]
-    if others or len(rest) != 1 or example(positions).dim() != 1 or example(positions).dtype == torch.bool:
+    if others or not isinstance(positions, Node) or len(rest) != 1:
+        return None
+    if example(positions).dim() != 1 or example(positions).dtype == torch.bool:
         return None
     place = _literal(positions)
     if place is not None:  # a tensor written out in the model's source: the place is known

@@ -202,7 +202,9 @@ def _choose(
 ) -> dict[Holder, CachePlan]:
     """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for."""
     plans: dict[Holder, CachePlan] = {}
-    for action in [*tracking.attends, *tracking.dense, *(r for r in tracking.returned if r.mirrors)]:
+    mirrored = [r for r in tracking.returned if r.mirrors]
+    actions: list[Attend | Dense | Returned] = [*tracking.attends, *tracking.dense, *mirrored]
+    for action in actions:
         if isinstance(action, Attend):
             keys, values = [(action.key_cache, action.key_axes)], [(action.value_cache, action.value_axes)]
         elif isinstance(action, Returned):  # keys beside values, as far as can be seen

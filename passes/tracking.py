@@ -252,7 +252,8 @@ class Tracker:
                 self.result.attends.append(self._attend(call))
                 lowered = True
             except CANNOT_FOLLOW as error:
-                dense = Dense(call, *sources, self._gathers(call.key), reason_of(error))
+                keys, values = sources
+                dense = Dense(call, keys, values, self._gathers(call.key), reason_of(error))
                 self.result.dense.append(dense)
         else:
             self.result.rejections.append(Rejection(call.node, reason, caches))
@@ -339,8 +340,12 @@ def _check_alike(key: list[Segment], value: list[Segment]) -> None:
         type(k.content) is type(v.content)
         and equal(k.length, v.length)
         and (isinstance(k.content, Fresh) or equal(k.content.first, v.content.first))
-        and (not isinstance(k.content, Scattered) or k.content.positions is v.content.positions)
+        and _positions(k.content) is _positions(v.content)
         for k, v in zip(key, value)
     )
     if not alike:
         raise Unsupported("keys and values hold different ranges of cached tokens")
+
+
+def _positions(content: Content) -> Node | None:
+    return content.positions if isinstance(content, Scattered) else None

@@ -122,5 +122,8 @@ def test_quantization_step_wants_a_packed_cache_and_whole_heads():
 
 def test_repr_tells_shape_and_bits_and_dequantizes_nothing(recwarn):
     cache, _ = new_cache(bits=2)
-    assert repr(cache) == "PackedKV(size=(2, 16, 2, 64), dtype=torch.float32, device=cpu, bits=2, group_size=32, quantizer='rtn')"
+    assert (
+        repr(cache)
+        == "PackedKV(size=(2, 16, 2, 64), dtype=torch.float32, device=cpu, bits=2, group_size=32, quantizer='rtn')"
+    )
     assert not [w for w in recwarn if w.category is PackedReadWarning]

@@ -38,7 +38,9 @@ def account(steps: Callable[[Any], Steps]) -> dict[str, Any]:
     backend = fresh_backend()
     error = _run(steps(backend))
     nodes, seconds = (sum(getattr(r, name) for r in backend.reports) for name in ("nodes", "seconds"))
-    lowerings = {m.lowering.split()[0].rstrip(":,") for r in backend.reports for m in r.matches if r.outcome == "packed"}
+    lowerings = {
+        m.lowering.split()[0].rstrip(":,") for r in backend.reports for m in r.matches if r.outcome == "packed"
+    }
     return {
         "plain": plain.graphs,
         "packed": len(backend.reports),
