@@ -47,6 +47,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"shares? (its|their) memory|its memory is shared|view of a larger|storage holds more", Reason.SHARED_MEMORY),
     (r"not a plain tensor|two views of", Reason.SHARED_MEMORY),
     (r"not known as a cache any more", Reason.NOT_A_CACHE),
+    (r"beside caches that are packed", Reason.NOT_A_CACHE),
     (r"changes it in place|is written|are written|is edited|is broadcast", Reason.WRITE),
     (r"are used$|steps or merged|have been changed", Reason.READ),
     (r"which is not known$|called in a way that is not known", Reason.SPELLING),

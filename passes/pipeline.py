@@ -128,6 +128,8 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
         if not plans:
             outcome = "watched"
             plans = _choose(tracking, _may_persist, position, example_inputs, owners, config, report)
+    else:
+        report.rejections += _beside_packed(tracking)
     report.rejections = list(dict.fromkeys(report.rejections))
     if not plans:
         plan = Plan("untouched", report, attentions)
@@ -236,6 +238,18 @@ def _choose(
         if other is not None:  # the tensor is packed as a whole
             plans[part] = plans[other]
     return plans
+
+
+def _beside_packed(tracking: Tracking) -> list[Rejected]:
+    """Plain caches that are attended together with packed ones: they were none yet when those were packed."""
+    rejected = []
+    for action in [*tracking.attends, *tracking.dense]:
+        caches = [action.key_cache, action.value_cache] if isinstance(action, Attend) else action.caches
+        for holder in caches:
+            if any(h.packed for h in caches) and not holder.packed and _looks_cached(holder):
+                why = "it is written beside caches that are packed already, and stays in full precision"
+                rejected.append(Rejected(source_line(action.call.node), f"{holder.node.name}: {why}"))
+    return rejected
 
 
 def _gathers(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
