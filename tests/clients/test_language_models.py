@@ -7,15 +7,15 @@ import pytest
 from .clients import Client, check, graphs_of_plain_compile, run
 from .language_models import CLIENTS
 
+COUNTED = CLIENTS[:2]  # at most one graph more than plain torch.compile makes
+
 
 @pytest.mark.parametrize("client", CLIENTS, ids=str)
 def test_caches(client: Client) -> None:
-    check(client, run(client))
-
-
-@pytest.mark.parametrize("client", CLIENTS[:2], ids=str)
-def test_compiles_at_most_one_graph_more_than_plain_torch_compile(client: Client) -> None:
-    assert run(client).graphs <= graphs_of_plain_compile(client) + 1
+    result = run(client)
+    check(client, result)
+    if client in COUNTED:
+        assert result.graphs <= graphs_of_plain_compile(client) + 1
 
 
 def test_inductor() -> None:
