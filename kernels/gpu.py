@@ -144,9 +144,10 @@ def attention(
     per_channel = _token_block(key_codes, key_scales) > 1 or _token_block(value_codes, value_scales) > 1
     groups = 1 if per_channel else key_scales.shape[2]
     meta, options = tile(architecture, head_dim, value_dim, _power_of_2(rows), query.dtype == torch.float32)
+    crowded = mask is not None or 3 in (key_bits, value_bits)  # a tile of the mask, a second plane: registers too
     meta = _variant(
         meta,
-        BLOCK_N=meta.BLOCK_N if mask is None else min(meta.BLOCK_N, 64),  # a tile of the mask needs registers too
+        BLOCK_N=min(meta.BLOCK_N, 64) if crowded else meta.BLOCK_N,
         KEY_BITS=key_bits,
         VALUE_BITS=value_bits,
         KEY_GROUPS=groups,

@@ -281,7 +281,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
 """What `make kernels` shows: head_dim 128, 2 bits, group size 32."""
 
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "fused_3_bits": (_compile_attention, {**_FUSED, "KEY_BITS": 3, "VALUE_BITS": 3}),
+    "fused_3_bits": (_compile_attention, {**_FUSED, "KEY_BITS": 3, "VALUE_BITS": 3, "BLOCK_N": 64}),
     "fused_4_bits": (_compile_attention, {**_FUSED, "KEY_BITS": 4, "VALUE_BITS": 4}),
     "fused_8_bits": (_compile_attention, {**_FUSED, "KEY_BITS": 8, "VALUE_BITS": 8}),
     "fused_group_64": (_compile_attention, {**_FUSED, "group": 64}),
