@@ -243,7 +243,8 @@ def _choose(
 def _beside_packed(tracking: Tracking) -> list[Rejected]:
     """Plain caches that are attended together with packed ones: they were none yet when those were packed."""
     rejected = []
-    for action in [*tracking.attends, *tracking.dense]:
+    actions: list[Attend | Dense] = [*tracking.attends, *tracking.dense]
+    for action in actions:
         caches = [action.key_cache, action.value_cache] if isinstance(action, Attend) else action.caches
         for holder in caches:
             if any(h.packed for h in caches) and not holder.packed and _looks_cached(holder):
