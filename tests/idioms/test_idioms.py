@@ -33,15 +33,11 @@ from .models import CHUNK, HEAD_DIM, HEADS, FixedPast, GrowingPast, RollingCache
 pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
 
 
-COMPILED = (  # one of each lowering and of each operator that mutates
-    "eviction by rolling, with a sink",
+COMPILED = (  # one of each lowering
     "a fixed past, turned in halves after the read",
     "a concatenation that grows and is returned",
-    "keys beside values in one tensor",
     "keys and values stacked, batch of two",
     "a whole buffer, heads repeated",
-    "a buffer rolled and copied back",
-    "a copy edited and attended, written back in eager code",
 )
 
 
