@@ -38,7 +38,16 @@ library.define(
     "int key_bits, int value_bits, str correction) -> Tensor",
     tags=_TAGS,
 )
-
+library.define(
+    "attention_lse(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
+    "SymInt[] ranges, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
+    "int key_bits, int value_bits, str correction) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+library.define(
+    "sdpa_lse(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
 
 library.define("fill(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, float value) -> ()", tags=_TAGS)
 library.define(
@@ -192,16 +201,81 @@ def attention(
     Raises:
         RuntimeError: a range does not lie within the cache.
     """
-    for start, stop in zip(ranges[::2], ranges[1::2]):
-        if not 0 <= start <= stop <= key_codes.shape[2]:
-            raise RuntimeError(
-                f"jkv::attention: tokens {start}:{stop} do not lie within the cache's {key_codes.shape[2]} tokens"
-            )
+    _check_ranges("attention", ranges, key_codes)
     output, _ = _kernels(query.device).attention(
         query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
         value_bits, correction,
     )  # fmt: skip
     return output
+
+
+def _check_ranges(name: str, ranges: list[int], codes: Tensor) -> None:
+    for start, stop in zip(ranges[::2], ranges[1::2]):
+        if not 0 <= start <= stop <= codes.shape[2]:
+            raise RuntimeError(
+                f"jkv::{name}: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens"
+            )
+
+
+def attention_lse(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    ranges: list[int],
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    key_bits: int,
+    value_bits: int,
+    correction: str,
+) -> tuple[Tensor, Tensor]:
+    """As `attention`, and the log-sum-exp of each row's scores: results over disjoint keys can be merged exactly.
+
+    With scores S_i over the keys of part i, softmax over all of them is Σ_i exp(lse_i - lse) · out_i, with
+    lse = log Σ_i exp(lse_i) (`jkv_compile.distributed.merge`). The correction is in the scores, hence in lse.
+
+    Returns:
+        The result of `attention`, and float32 `[B, H, L]`, the natural logarithm. A query that sees no key, as where a
+        part holds no tokens yet, has a result of zeros and a log-sum-exp of -inf, and adds nothing to a merge.
+
+    Raises:
+        RuntimeError: a range does not lie within the cache.
+    """
+    _check_ranges("attention_lse", ranges, key_codes)
+    if sum(ranges[1::2]) - sum(ranges[::2]) + key.shape[2] == 0:
+        output = _empty_attention_output(query, value.shape[-1])
+        return output.zero_(), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    output, lse = _kernels(query.device).attention(
+        query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
+        value_bits, correction,
+    )  # fmt: skip
+    if mask is not None or causal:
+        output.masked_fill_((lse == -torch.inf).unsqueeze(-1), 0)
+    return output, lse
+
+
+def sdpa_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over keys and values in full precision, and its log-sum-exp; see `attention_lse`.
+
+    What a graph's attention over part of the tokens is before its cache is packed; `passes` replaces it. query
+    `[B, H, L, D]`, key `[B, H_kv, N, D]`, value `[B, H_kv, N, Dv]`; causal: query i sees key j only if j <= i.
+    """
+    if causal:  # of `attention_lse` the other corner is meant
+        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = visible if mask is None else mask & visible if mask.dtype == torch.bool else (
+            mask.masked_fill(~visible, -torch.inf)
+        )  # fmt: skip
+    nothing = [t.new_empty(*t.shape[:2], 0, t.shape[3] // 4, dtype=torch.uint8) for t in (key, value)]
+    scales = [t.new_empty(*t.shape[:2], 1, 0, 2, dtype=torch.float16) for t in (key, value)]
+    return attention_lse(
+        query, nothing[0], scales[0], nothing[1], scales[1], [], key, value, mask, False, scale, 2, 2, "none"
+    )
 
 
 # A cache that was written in another graph, or in eager code, holds the range written last in full precision too
@@ -277,6 +351,15 @@ def _attention_fake(query, key_codes, key_scales, value_codes, value_scales, ran
     return _empty_attention_output(query, value.shape[-1])
 
 
+def _attention_lse_fake(query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, *_):
+    return _sdpa_lse_fake(query, key, value)
+
+
+def _sdpa_lse_fake(query, key, value, *_):
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return _empty_attention_output(query, value.shape[-1]), lse
+
+
 def _attention_active_fake(query, *others):
     return _empty_attention_output(query, others[11].shape[-1])
 
@@ -310,6 +393,8 @@ for _name, _kernel, _fake in (
     ("move", move, lambda *_: None),
     ("dequantize", dequantize, _dequantize_fake),
     ("attention", attention, _attention_fake),
+    ("attention_lse", attention_lse, _attention_lse_fake),
+    ("sdpa_lse", sdpa_lse, _sdpa_lse_fake),
     ("fill", fill, lambda *_: None),
     ("dequantize_active", dequantize_active, _dequantize_active_fake),
     ("attention_active", attention_active, _attention_active_fake),

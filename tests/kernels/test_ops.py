@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from jkv_compile.kernels import reference
 from jkv_compile.kernels.layout import SUPPORTED_BITS, pack, packed_bytes, packed_width, unpack
@@ -59,6 +60,10 @@ CALLS = {
     "attention without a cached range": lambda: attention_arguments(ranges=()),
     "attention with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
     "attention, causal": lambda: attention_arguments(causal=True),
+    "attention_lse": attention_arguments,
+    "attention_lse of no keys": lambda: attention_arguments(current=0, ranges=()),
+    "attention_lse with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
+    "sdpa_lse": lambda: (*attention_arguments()[:1], *attention_arguments()[6:8], None, True, 0.125),
     "attention_active": active_arguments,
     "attention_dense": lambda: dense_arguments("taylor"),
     "attention_dense, exact": lambda: dense_arguments("exact"),
@@ -92,25 +97,32 @@ def test_every_operator_is_checked():
     assert {operator(name)._schema.name.partition("::")[2] for name in CALLS} == defined
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n.split()[0].startswith(("dequantize", "attention"))])
+READS = [n for n in CALLS if n.split()[0].startswith(("dequantize", "attention", "sdpa"))]
+
+
+@pytest.mark.parametrize("name", READS)
 @pytest.mark.parametrize("heads_first", [True, False], ids=["contiguous queries", "queries from [B, L, H, D]"])
 def test_fake_result_has_the_strides_of_the_real_one(name, heads_first):
     arguments = CALLS[name]()
-    if not heads_first and name.startswith("attention"):
+    if not heads_first and not name.startswith("dequantize"):
         query = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
         arguments = (query, *arguments[1:])
     real = operator(name)(*arguments)
     mode = FakeTensorMode()
     fake = operator(name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (real.shape, real.stride(), real.dtype, real.device)
+    for one, other in zip(tree_leaves(fake), tree_leaves(real), strict=True):
+        assert (one.shape, one.stride(), one.dtype, one.device) == (
+            other.shape, other.stride(), other.dtype, other.device
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n.split()[0].startswith(("dequantize", "attention"))])
+@pytest.mark.parametrize("name", READS)
 def test_result_is_the_same_under_autocast(name):
     arguments = CALLS[name]()
     plain = operator(name)(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(operator(name)(*arguments), plain)
+        again = operator(name)(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(again), tree_leaves(plain), strict=True))
         assert torch.is_autocast_enabled("cpu")
 
 
@@ -134,6 +146,9 @@ OUT_OF_RANGE = {
     "fill before the beginning": lambda c: ops.fill(*c, -2, 3, 0.0),
     "dequantize beyond the end": lambda c: ops.dequantize(*c, 8, 13, 2, torch.float32),
     "dequantize backwards": lambda c: ops.dequantize(*c, 8, 7, 2, torch.float32),
+    "attention_lse beyond the end": lambda c: ops.attention_lse(
+        torch.randn(1, 2, 3, 64), *c, *packed(), [0, 13], *torch.randn(2, 1, 2, 1, 64), None, False, 1.0, 2, 2, "none"
+    ),
     "attention beyond the end": lambda c: ops.attention(
         torch.randn(1, 2, 3, 64), *c, *packed(), [0, 13], *torch.randn(2, 1, 2, 1, 64), None, False, 1.0, 2, 2, "none"
     ),
@@ -322,6 +337,69 @@ def test_active_ranges_that_differ_are_not_used():
     start, stop, *rest = arguments[9:]
     want = ops.attention(query, *components, [start, stop], *rest)
     assert torch.equal(ops.attention_active(*arguments), want)
+
+
+# ---- log-sum-exp ----
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("case", ["plain", "mask", "additive mask", "causal", "one query", "no current tokens"])
+def test_log_sum_exp_is_the_reference(case, correction):
+    mask = {"mask": torch.rand(1, 1, 3, 11) < 0.7, "additive mask": torch.randn(1, 4, 3, 11)}.get(case)
+    length, current = (1 if case == "one query" else 3), (0 if case == "no current tokens" else 4)
+    arguments = (*attention_arguments(length, current, mask=mask, causal=case == "causal")[:-1], correction)
+    out, lse = ops.attention_lse(*arguments)
+    assert torch.equal(out, ops.attention(*arguments)) and lse.dtype == torch.float32
+    torch.testing.assert_close(lse, reference.attention(*arguments)[1], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_sum_exp_weighs_parts_of_the_keys_exactly(correction, dtype):
+    """Two attentions over halves of the keys, weighted by exp(lse_i - lse), are the attention over all of them."""
+    query, *store, _, key, value, _, _, scale, key_bits, value_bits, _ = attention_arguments(length=5)
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    rest = (None, False, scale, key_bits, value_bits, correction)
+    whole, whole_lse = ops.attention_lse(query, *store, [0, 9], key, value, *rest)
+    first = ops.attention_lse(query, *store, [0, 5], key[:, :, :0], value[:, :, :0], *rest)
+    second = ops.attention_lse(query, *store, [5, 9], key, value, *rest)
+    lse = torch.logaddexp(first[1], second[1])
+    merged = sum((part.float() * (own - lse).exp().unsqueeze(-1)) for part, own in (first, second))
+    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(lse, whole_lse, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(merged, whole.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", ["no keys", "a mask that hides all"])
+def test_a_query_that_sees_no_key_gives_zeros_and_minus_infinity(case):
+    hidden = torch.ones(1, 4, 3, 11, dtype=torch.bool).index_fill_(2, torch.tensor([1]), False)
+    if case == "no keys":
+        out, lse = ops.attention_lse(*attention_arguments(current=0, ranges=()))
+        blind = slice(None)
+    else:
+        out, lse = ops.attention_lse(*attention_arguments(mask=hidden))
+        blind = slice(1, 2)
+        assert lse[:, :, ::2].isfinite().all() and out[:, :, ::2].abs().min() > 0
+    assert torch.equal(out[:, :, blind], torch.zeros_like(out[:, :, blind]))
+    assert (lse[:, :, blind] == -math.inf).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+def test_attention_in_full_precision_with_its_log_sum_exp(causal, mask):
+    """By hand; queries are grouped, and causal is PyTorch's: query i sees keys j <= i."""
+    query, key, value = torch.randn(1, 4, 3, 64), torch.randn(1, 2, 7, 64), torch.randn(1, 2, 7, 32)
+    given = {"boolean": torch.rand(3, 7) < 0.8, "additive": torch.randn(1, 4, 3, 7)}.get(mask)
+    if mask == "boolean":
+        given[:, 0] = True
+    out, lse = ops.sdpa_lse(query, key, value, given, causal, 0.2)
+    scores = 0.2 * query @ key.repeat_interleave(2, 1).mT
+    if given is not None:
+        scores = scores.masked_fill(~given, -math.inf) if mask == "boolean" else scores + given
+    if causal:
+        scores = scores.masked_fill(torch.arange(7) > torch.arange(3)[:, None], -math.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(out, scores.softmax(-1) @ value.repeat_interleave(2, 1))
 
 
 # ---- the correction does what it is for ----
