@@ -62,6 +62,13 @@ library.define(
     "int key_bits, int value_bits, str correction) -> Tensor",
     tags=_TAGS,
 )
+library.define(
+    "attention_active_lse(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
+    "Tensor key_active, Tensor key_active_range, Tensor value_active, Tensor value_active_range, "
+    "SymInt start, SymInt stop, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
+    "int key_bits, int value_bits, str correction) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
 
 library.define("rotate(Tensor x) -> Tensor", tags=_TAGS)
 library.define("round_unbiased(Tensor x, int bits, int group_size) -> Tensor", tags=_TAGS)
@@ -320,26 +327,36 @@ def attention_active(
 
     Where the active ranges of keys and values differ (only one of them has been written since), neither is used.
     """
+    return attention(*_with_active(
+        query, key_codes, key_scales, value_codes, value_scales, key_active, key_active_range, value_active,
+        value_active_range, start, stop, key, value, mask, causal, scale, key_bits, value_bits, correction,
+    ))  # fmt: skip
+
+
+def attention_active_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `attention_active`, and the log-sum-exp, see `attention_lse`."""
+    return attention_lse(*_with_active(*arguments))
+
+
+def _with_active(
+    query: Tensor, key_codes: Tensor, key_scales: Tensor, value_codes: Tensor, value_scales: Tensor,
+    key_active: Tensor, key_active_range: Tensor, value_active: Tensor, value_active_range: Tensor,
+    start: int, stop: int, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `attention` in which the active range is among the keys in full precision."""
     written = key_active_range.tolist()
     first, last = (min(max(p, start), stop) for p in written)
+    store = key_codes, key_scales, value_codes, value_scales
     if written != value_active_range.tolist() or first >= last:
-        return attention(
-            query, key_codes, key_scales, value_codes, value_scales, [start, stop], key, value, mask, causal, scale,
-            key_bits, value_bits, correction,
-        )  # fmt: skip
+        return (query, *store, [start, stop], key, value, mask, *settings)
     held = slice(first - written[0], last - written[0])
     key, value = (
         torch.cat((active[:, :, held].to(x.dtype), x), 2) for active, x in ((key_active, key), (value_active, value))
     )
-    if (
-        mask is not None and last < stop and mask.shape[-1] > 1
-    ):  # the mask's columns follow: packed, then full precision
+    if mask is not None and last < stop and mask.shape[-1] > 1:  # columns follow: packed, then full precision
         a, b, end = first - start, last - start, stop - start
         mask = torch.cat((mask[..., :a], mask[..., b:end], mask[..., a:b], mask[..., end:]), -1)
-    return attention(
-        query, key_codes, key_scales, value_codes, value_scales, [start, first, last, stop], key, value, mask, causal,
-        scale, key_bits, value_bits, correction,
-    )  # fmt: skip
+    return (query, *store, [start, first, last, stop], key, value, mask, *settings)
 
 
 def _empty_attention_output(query: Tensor, head_dim: int) -> Tensor:
@@ -362,6 +379,10 @@ def _sdpa_lse_fake(query, key, value, *_):
 
 def _attention_active_fake(query, *others):
     return _empty_attention_output(query, others[11].shape[-1])
+
+
+def _attention_active_lse_fake(query, *others):
+    return _sdpa_lse_fake(query, others[10], others[11])
 
 
 def _dequantize_active_fake(codes, scales, active, active_range, start, stop, bits, dtype):
@@ -398,6 +419,7 @@ for _name, _kernel, _fake in (
     ("fill", fill, lambda *_: None),
     ("dequantize_active", dequantize_active, _dequantize_active_fake),
     ("attention_active", attention_active, _attention_active_fake),
+    ("attention_active_lse", attention_active_lse, _attention_active_lse_fake),
     ("rotate", quantizers.rotate, torch.empty_like),
     ("round_unbiased", quantizers.round_unbiased, lambda x, *_: x.new_empty(x.shape, dtype=torch.float32)),
     ("fill_rotated", quantizers.fill_rotated, lambda *_: None),

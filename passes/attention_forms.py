@@ -1,6 +1,7 @@
 """The forms of attention that the passes know, and how others are described.
 
-They are `F.scaled_dot_product_attention`, and flex_attention as the function `flex` here.
+They are `F.scaled_dot_product_attention`, `jkv::sdpa_lse` where the log-sum-exp is used too, and flex_attention as the
+function `flex` here.
 
 `canonicalise` rewrites every other spelling to it; `spelled_as_calls`, `spelled_by_hand` and `spelled_by_users`
 describe them as `AttentionArguments`.
@@ -9,6 +10,7 @@ describe them as `AttentionArguments`.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from .. import kernels as kernels  # defines the operators
 from ..errors import ConfigurationError
 
 aten = torch.ops.aten
@@ -27,7 +30,8 @@ class AttentionCall:
     """softmax(scale · query @ keyᵀ + mask) @ value, all `[B, H, L, D]`, as a node of a graph.
 
     `mask` is a node (boolean or additive) or None; `is_causal` means PyTorch's: query i sees keys j <= i. `others` is
-    None, but for flex_attention: tensors that its score function and its mask read.
+    None, but for flex_attention: tensors that its score function and its mask read. With `lse`, the node is
+    `jkv::sdpa_lse`, a pair of the result and its log-sum-exp.
     """
 
     node: Node
@@ -39,11 +43,19 @@ class AttentionCall:
     scale: float
     dropout: float
     others: tuple[Node, ...] | None = None
+    lse: bool = False
+
+    @property
+    def result(self) -> Tensor:
+        """The value of the attention's result."""
+        value = self.node.meta["example_value"]
+        return value[0] if self.lse else value
 
 
 SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 
 
+SDPA_LSE = torch.ops.jkv.sdpa_lse
 FLEX = torch.ops.higher_order.flex_attention
 
 
@@ -71,6 +83,12 @@ def as_attention(node: Node) -> AttentionCall | None:
         others = tuple(n for n in node.all_input_nodes if n not in (query, key, value) and n.op != "get_attr")
         return AttentionCall(node, query, key, value, None, False, scale, 0.0, others)  # type: ignore[arg-type]
     if node.op != "call_function" or node.target not in SDPA:
+    if node.op == "call_function" and node.target in (SDPA_LSE, SDPA_LSE.default):
+        if any(user.target is not operator.getitem for user in node.users):
+            return None
+        names = ("query", "key", "value", "mask", "causal", "scale")
+        query, key, value, mask, causal, scale = ({**dict(zip(names, node.args)), **node.kwargs}[n] for n in names)
+        return AttentionCall(node, query, key, value, mask, causal, scale, 0.0, lse=True)  # type: ignore[arg-type]
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}

@@ -26,6 +26,7 @@ from .spelled_as_calls import attention_call
 from .spelled_by_hand import HandWritten, Mask, check_unchanged, hand_written, untransposed
 from .spelled_by_users import registered_call
 from .symbols import Symbols
+from .with_lse import canonicalise_with_lse, returns_used_lse
 
 _FULL = "BHLD"
 _CALLS = ("call_function", "call_method")
@@ -57,6 +58,10 @@ def canonicalise(graph: Graph) -> list[Left]:
             _canonicalise(graph, node, sources)
         except NotCanonical as error:
             operands = [a for a in node.all_input_nodes if isinstance(example(a), Tensor)]
+            if returns_used_lse(node):
+                if sources.may_read_a_cache(*node.args[:3]):
+                    canonicalise_with_lse(graph, node)
+                continue
             if any(sources.gathered(a) for a in operands):
                 left.append(Left(node, str(error)))
     return left

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .actions import Attend, Dense
+from .actions import Attend, Dense, Holder
+from .attention_forms import SDPA_LSE, AttentionCall
 from .flex import lower_flex
 from .nodes import example
 from .pieces import Pieces
@@ -19,20 +22,36 @@ ops = torch.ops.jkv
 def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
     """`jkv::attention` on packed tokens and those of this graph; plain attention where none are packed yet."""
     call = attend.call
-    dtype, stride = example(call.node).dtype, example(call.node).stride()
+    dtype = call.result.dtype
     query = _cast(pieces, call.query, dtype)
     cached = [s for s in attend.key if not isinstance(s.content, Fresh)]
     keys, values = (_fresh_parts(pieces, segments, dtype) for segments in (attend.key, attend.value))
     if cached:
         result = _packed_attention(pieces, attend, query, cached, keys, values, correction)
+    elif call.lse:
+        args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, call.is_causal, call.scale
+        result = pieces.call(SDPA_LSE.default, *args)
     else:  # the first chunk: nothing is quantized yet
         grouped = example(call.query).shape[1] != attend.key_cache.shape[attend.key_axes[1]]
         args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, 0.0, call.is_causal
         keywords = {"scale": call.scale, "enable_gqa": bool(grouped)}
         result = pieces.call(F.scaled_dot_product_attention, *args, **keywords)
-    if cached and stride != _attention_stride(example(call.node)):
-        result = pieces.method("contiguous", result)
-    call.node.replace_all_uses_with(result)
+    _replace(pieces, call, result, attend.value_cache if cached else None)
+
+
+def _replace(pieces: Pieces, call: AttentionCall, result: Node, rotated: Holder | None) -> None:
+    """Put `result` in the place of a call, turned back from the basis of `rotated`, and laid out as it was."""
+    result, lse = (pieces.call(operator.getitem, result, i) for i in range(2)) if call.lse else (result, None)
+    if rotated is not None:
+        result = pieces.rotated(result, rotated)
+        if call.result.stride() != _attention_stride(call.result):
+            result = pieces.method("contiguous", result)
+    if call.lse:
+        for user in list(call.node.users):
+            user.replace_all_uses_with(result if user.args[1] == 0 else lse)  # type: ignore[arg-type]
+            pieces.graph.erase_node(user)
+    else:
+        call.node.replace_all_uses_with(result)
     pieces.graph.erase_node(call.node)
 
 
@@ -43,7 +62,7 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         The new node, which reads what the old one did, and why keys are not corrected ("" where they are).
     """
     call = dense.call
-    dtype, stride = example(call.node).dtype, example(call.node).stride()
+    dtype, stride = call.result.dtype, call.result.stride()
     try:
         delta, why = uncertainty.of(call.key, call.node), ""
     except NotLinear as error:
@@ -56,6 +75,11 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         groups, halves = _groups(pieces, dense, uncertainty)
         return lower_flex(pieces, call, _variance(pieces, delta, groups, halves), groups, halves), why
     query, key, value = (_cast(pieces, x, dtype) for x in (call.query, call.key, call.value))
+    if call.lse:
+        result = pieces.call(SDPA_LSE.default, query, key, value, call.mask, call.is_causal, call.scale)
+        call.node.replace_all_uses_with(result)
+        pieces.graph.erase_node(call.node)
+        return result, "the log-sum-exp of dequantized keys is asked for"
     if delta is None or correction == "none":
         grouped = bool(example(call.query).shape[1] != example(call.key).shape[1])
         args = query, key, value, call.mask, 0.0, call.is_causal
@@ -65,7 +89,7 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         variance = _variance(pieces, delta, groups, halves)
         settings = call.mask, call.is_causal, call.scale, halves, correction
         result = pieces.call(ops.attention_dense.default, query, key, value, variance, *settings)
-        if stride != _attention_stride(example(call.node)):
+        if stride != _attention_stride(call.result):
             result = pieces.method("contiguous", result)
     call.node.replace_all_uses_with(result)
     pieces.graph.erase_node(call.node)
@@ -113,6 +137,7 @@ def _packed_attention(
     values: list[Node],
     correction: str,
 ) -> Node:
+    """`jkv::attention`, or what returns its log-sum-exp too, in the basis that values are stored in."""
     call, number = attend.call, pieces.number
     key_cache, value_cache = attend.key_cache, attend.value_cache
     components = [*pieces.packed(key_cache), *pieces.packed(value_cache)]
@@ -128,10 +153,9 @@ def _packed_attention(
     settings = (mask, False, call.scale, pieces.plans[key_cache].bits, pieces.plans[value_cache].bits, correction)
     if len(cached) == 1 and not key_cache.writes and not value_cache.writes:
         args = (*components, *pieces.active(key_cache), *pieces.active(value_cache), *ranges, key, value, *settings)
-        result = pieces.call(ops.attention_active.default, query, *args)
-    else:
-        result = pieces.call(ops.attention.default, query, *components, ranges, key, value, *settings)
-    return pieces.rotated(result, value_cache)
+        return pieces.call(ops.attention_active_lse.default if call.lse else ops.attention_active.default, query, *args)
+    target = ops.attention_lse.default if call.lse else ops.attention.default
+    return pieces.call(target, query, *components, ranges, key, value, *settings)
 
 
 def _causal_mask(pieces: Pieces, attend: Attend) -> Node:

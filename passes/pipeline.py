@@ -182,7 +182,7 @@ def _glimpses(graph: Graph, position: dict[Node, int]) -> list[Glimpse]:
     for node in graph.nodes:
         if (call := as_attention(node)) is not None:
             key, value = roles.input_of(call.key), roles.input_of(call.value)
-            if key in roles.axes and value in roles.axes and not example(node).requires_grad:
+            if key in roles.axes and value in roles.axes and not call.result.requires_grad:
                 glimpse = Glimpse(position[key], position[value], roles.axes[key], roles.axes[value])  # type: ignore[index]
                 found[glimpse.key, glimpse.value] = glimpse
     return list(found.values())

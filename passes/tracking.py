@@ -267,7 +267,7 @@ class Tracker:
             return "only one of key and value comes from a cache"
         if call.dropout:
             return f"dropout of {call.dropout}"
-        return "gradients are required of it" if example(call.node).requires_grad else None
+        return "gradients are required of it" if call.result.requires_grad else None
 
     def _gathers(self, key: Node) -> bool:
         """Whether keys of this graph stand beside cached ones."""

@@ -65,6 +65,7 @@ CALLS = {
     "attention_lse with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
     "sdpa_lse": lambda: (*attention_arguments()[:1], *attention_arguments()[6:8], None, True, 0.125),
     "attention_active": active_arguments,
+    "attention_active_lse": active_arguments,
     "attention_dense": lambda: dense_arguments("taylor"),
     "attention_dense, exact": lambda: dense_arguments("exact"),
     "attention_dense, not corrected": lambda: dense_arguments("none"),
@@ -326,8 +327,13 @@ def test_active_range_is_attended_in_full_precision_and_uncorrected():
     first, last = written.tolist()
     ranges = [start, first, last, stop]
     keys, values = torch.cat((k, key), 2), torch.cat((v, value), 2)
-    want, _ = reference.attention(query, key_codes, key_scales, value_codes, value_scales, ranges, keys, values, *rest)
+    want, lse = reference.attention(
+        query, key_codes, key_scales, value_codes, value_scales, ranges, keys, values, *rest
+    )
     torch.testing.assert_close(ops.attention_active(*arguments), want, rtol=2e-4, atol=2e-4)
+    out, got = ops.attention_active_lse(*arguments)
+    torch.testing.assert_close(out, want, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(got, lse, rtol=2e-4, atol=2e-4)
 
 
 def test_active_ranges_that_differ_are_not_used():
