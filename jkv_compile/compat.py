@@ -206,3 +206,15 @@ def register_for_subclass(operator: Any, subclass: type, fake: Callable[..., Any
 
     operator.python_key_table[FakeTensorMode] = traced
     operator.py_impl(subclass)(lambda *args, **kwargs: eager(operator, *args, **kwargs))
+
+
+def default_store() -> Any:
+    """The key-value store that the ranks of the default process group share."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def gathered(tensor: Tensor, group: Any) -> Tensor:
+    """Every rank's tensor, stacked; in a compiled graph, a collective of its own."""
+    from torch.distributed._functional_collectives import all_gather_tensor
+
+    return all_gather_tensor(tensor.contiguous().unsqueeze(0), 0, group)
