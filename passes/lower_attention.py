@@ -83,17 +83,17 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
     if delta is None or correction == "none":
         grouped = bool(example(call.query).shape[1] != example(call.key).shape[1])
         args = query, key, value, call.mask, 0.0, call.is_causal
-        result = pieces.call(F.scaled_dot_product_attention, *args, scale=call.scale, enable_gqa=grouped)
+        attention = result = pieces.call(F.scaled_dot_product_attention, *args, scale=call.scale, enable_gqa=grouped)
     else:
         groups, halves = _groups(pieces, dense, uncertainty)
         variance = _variance(pieces, delta, groups, halves)
         settings = call.mask, call.is_causal, call.scale, halves, correction
-        result = pieces.call(ops.attention_dense.default, query, key, value, variance, *settings)
+        attention = result = pieces.call(ops.attention_dense.default, query, key, value, variance, *settings)
         if stride != _attention_stride(call.result):
-            result = pieces.method("contiguous", result)
+            result = pieces.method("contiguous", attention)
     call.node.replace_all_uses_with(result)
     pieces.graph.erase_node(call.node)
-    return result, why
+    return attention, why
 
 
 def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int, bool]:
