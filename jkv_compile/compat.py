@@ -138,6 +138,15 @@ def own_expression(value: torch.SymInt) -> Any:
     return value.node._expr
 
 
+def as_function(expression: Any, symbols: list[Any]) -> Callable[..., int]:
+    """Computes an expression of sizes, which may hold functions of torch's own (`FloorDiv`, …), from its symbols."""
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return sympy.lambdify(symbols, expression, modules=[SYMPY_INTERP, "math"], printer=PythonPrinter)
+
+
 def operator_of(target: Any) -> Any:
     """The operator that `torch.library.custom_op` made, for what it returns; anything else as it is."""
     return target._opoverload if isinstance(target, torch._library.custom_ops.CustomOpDef) else target
