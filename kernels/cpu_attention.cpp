@@ -220,7 +220,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
   for (int r = 0; r < rows; r++) {
     const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
     const i64 at = ((batch * a.length + i) * a.heads + h) * dv;
-    const float inverse = 1.f / sum[r];
+    const float inverse = sum[r] == 0 ? 0.f : 1.f / sum[r];  // a row that sees nothing is zero, as PyTorch's
     by_dtype(a.dtype, [&](auto dtype) {
       for (i64 c = 0; c < dv; c++) put(a.output, at + c, output[r * dv + c] * inverse, dtype);
     });
@@ -245,7 +245,7 @@ void merge(const AttentionCall& a, const Plan& plan, i64 task) {
     }
     const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
     const i64 at = ((batch * a.length + i) * a.heads + h) * dv;
-    for (i64 c = 0; c < dv; c++) put(a.output, at + c, row[c] / sum, a.dtype);
+    for (i64 c = 0; c < dv; c++) put(a.output, at + c, sum == 0 ? 0.f : row[c] / sum, a.dtype);
     if (a.lse) a.lse[(batch * a.heads + h) * a.length + i] = (top + log2f(sum)) / LOG2E;
   }
 }

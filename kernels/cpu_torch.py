@@ -152,6 +152,6 @@ def attention(
         attend(scores, value[:, :, first:last], column, hidden)
         column += last - first
 
-    output = (output / total).view(batch, heads, length, head_dim).to(dtype)
+    output = (output / total.masked_fill(total == 0, 1)).view(batch, heads, length, head_dim).to(dtype)
     lse = (peak + total.log()).view(batch, heads, length)
     return output.transpose(1, 2).contiguous().transpose(1, 2), lse

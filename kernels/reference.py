@@ -130,4 +130,6 @@ def attention(
     if causal:
         visible = torch.ones(n_query, n_current, dtype=torch.bool, device=query.device).tril(n_current - n_query)
         scores[..., n_cached:] = scores[..., n_cached:].masked_fill(~visible, -math.inf)
-    return scores.softmax(-1) @ values, scores.logsumexp(-1)
+    lse = scores.logsumexp(-1)
+    weights = scores.softmax(-1).masked_fill((lse == -math.inf).unsqueeze(-1), 0)  # a row that sees nothing is zero
+    return weights @ values, lse
