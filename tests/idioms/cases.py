@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..harness import twins
 from .models import (
@@ -30,7 +30,9 @@ from .models import (
 
 TOKENS = 22 * CHUNK
 Backend = Any  # what torch.compile takes
+Twins = Callable[[nn.Module, Backend], tuple[Callable[..., Any], Any]]  # a model compiled, and what to compare it with
 Steps = Iterator[tuple[Tensor, Tensor]]
+Case = Callable[..., Steps]
 
 
 def chunk() -> Tensor:
@@ -41,7 +43,7 @@ def caches(tokens: int = TOKENS) -> dict[str, Tensor]:
     return {name: torch.zeros(1, tokens, HEADS, HEAD_DIM) for name in ("k", "v")}
 
 
-def rolling(backend: Backend) -> Steps:
+def rolling(backend: Backend, twins: Twins = twins) -> Steps:
     model = RollingCache()
     compiled, eager = twins(model, backend)
     cache, reference_cache = model.new_cache(), model.new_cache()
@@ -50,8 +52,8 @@ def rolling(backend: Backend) -> Steps:
         yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
 
 
-def fixed_past(*settings: Any, kind: type[FixedPast | TwoParts] = FixedPast) -> Callable[[Backend], Steps]:
-    def steps(backend: Backend) -> Steps:
+def fixed_past(*settings: Any, kind: type[FixedPast | TwoParts] = FixedPast) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
         model = kind(*settings)
         compiled, eager = twins(model, backend)
         x = chunk()
@@ -63,8 +65,8 @@ def fixed_past(*settings: Any, kind: type[FixedPast | TwoParts] = FixedPast) -> 
     return steps
 
 
-def clone_edit(write_in_graph: bool) -> Callable[[Backend], Steps]:
-    def steps(backend: Backend) -> Steps:
+def clone_edit(write_in_graph: bool) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
         compiled, eager = twins(CloneEditAttend(write_in_graph), backend)
         cache, reference_cache = caches(), caches()
         for call in range(22):
@@ -79,7 +81,7 @@ def clone_edit(write_in_graph: bool) -> Callable[[Backend], Steps]:
     return steps
 
 
-def composite(backend: Backend) -> Steps:
+def composite(backend: Backend, twins: Twins = twins) -> Steps:
     compiled, eager = twins(Composite(), backend)
     cache, reference_cache = caches(), caches()
     for call in range(1, 22):
@@ -87,15 +89,15 @@ def composite(backend: Backend) -> Steps:
         yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
 
 
-def lazy_buffers(backend: Backend) -> Steps:
+def lazy_buffers(backend: Backend, twins: Twins = twins) -> Steps:
     compiled, eager = twins(LazyBuffers(TOKENS), backend)
     for call in range(22):
         x = chunk()
         yield compiled(x, call * CHUNK), eager(x, call * CHUNK)
 
 
-def masked_buffer(**settings: Any) -> Callable[[Backend], Steps]:
-    def steps(backend: Backend) -> Steps:
+def masked_buffer(**settings: Any) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
         compiled, eager = twins(MaskedBuffer(**settings), backend)
         cache, reference_cache = ({n: torch.zeros(1, HEADS, TOKENS, HEAD_DIM) for n in ("k", "v")} for _ in range(2))
         for call in range(21):
@@ -105,8 +107,8 @@ def masked_buffer(**settings: Any) -> Callable[[Backend], Steps]:
     return steps
 
 
-def rolled_buffer(edit: bool) -> Callable[[Backend], Steps]:
-    def steps(backend: Backend) -> Steps:
+def rolled_buffer(edit: bool) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
         compiled, eager = twins(RolledBuffer(edit), backend)
         cache, reference_cache = caches(4 * CHUNK), caches(4 * CHUNK)
         for _ in range(22):
@@ -116,7 +118,7 @@ def rolled_buffer(edit: bool) -> Callable[[Backend], Steps]:
     return steps
 
 
-def growing_past(backend: Backend) -> Steps:
+def growing_past(backend: Backend, twins: Twins = twins) -> Steps:
     compiled, eager = twins(GrowingPast(), backend)
     past = reference_past = None
     while True:
@@ -126,7 +128,7 @@ def growing_past(backend: Backend) -> Steps:
         yield out, want
 
 
-def keys_beside_values(backend: Backend) -> Steps:
+def keys_beside_values(backend: Backend, twins: Twins = twins) -> Steps:
     compiled, eager = twins(KeysBesideValues(), backend)
     cache, reference_cache = (torch.zeros(TOKENS, HEADS, 2 * HEAD_DIM) for _ in range(2))
     for call in range(21):
@@ -134,8 +136,8 @@ def keys_beside_values(backend: Backend) -> Steps:
         yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
 
 
-def stacked(batch: int = 1) -> Callable[[Backend], Steps]:
-    def steps(backend: Backend) -> Steps:
+def stacked(batch: int = 1) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
         model = StackedKeysValues()
         compiled, eager = twins(model, backend)
         write = torch.compile(model.write, backend=backend)
@@ -150,8 +152,8 @@ def stacked(batch: int = 1) -> Callable[[Backend], Steps]:
     return steps
 
 
-def two_caches(rope_on_read: bool) -> Callable[[Backend], Steps]:
-    def steps(backend: Backend) -> Steps:
+def two_caches(rope_on_read: bool) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
         compiled, eager = twins(TwoCaches(rope_on_read), backend)
         ours, reference = ((caches(), caches()) for _ in range(2))
         for call in range(1, 22):
@@ -161,7 +163,7 @@ def two_caches(rope_on_read: bool) -> Callable[[Backend], Steps]:
     return steps
 
 
-CASES: dict[str, tuple[Callable[[Backend], Steps], int]] = {
+CASES: dict[str, tuple[Case, int]] = {
     # the way of holding a cache, and from which call on nothing may compile any more
     "eviction by rolling, with a sink": (rolling, 8),
     "a fixed past, concatenated": (fixed_past(), 3),
