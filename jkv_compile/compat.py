@@ -227,3 +227,9 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
     from torch.distributed._functional_collectives import all_gather_tensor
 
     return all_gather_tensor(tensor.contiguous().unsqueeze(0), 0, group)
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor; does not import what it takes to make one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)

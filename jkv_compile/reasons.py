@@ -27,6 +27,10 @@ class Reason(Enum):
     ORDER = "Attend to what was read before the cache is written again, or read it again after."
     LAYOUT = "Attention must take keys and values as [batch, head, token, channel], from one cache each."
     NOT_A_CACHE = "Nothing, where this is no cache; otherwise tell with jkv_compile.mark_cache(tensor)."
+    SHARDED = (
+        "Shard caches evenly on heads, and write and read them by slices along tokens; where the tokens of caches are "
+        "parted, attend to one's own with jkv_compile.distributed.sharded_attention."
+    )
     CONFIGURATION = "Change the setting that the reason names."
     IGNORED = "Nothing: it was asked for with jkv_compile.ignore."
     OTHER = "No known way to change this."
@@ -41,6 +45,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),
     (r"group_size|head_dim=", Reason.CONFIGURATION),
+    (r"a DTensor", Reason.SHARDED),
     (r"only one of key and value", Reason.NOT_A_CACHE),
     (r"not known before the data|places that a tensor holds", Reason.POSITION),
     (r"overwritten between|writes to its scores|before they are used", Reason.ORDER),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..compat import fake_mode_of, unwrapped
+from ..compat import fake_mode_of, is_dtensor, unwrapped
 from ..geometry import same
 from ..packed import PackedKV
 
@@ -108,7 +108,7 @@ def as_write(node: Node) -> Write | None:
         return None
     base = node.args[0]
     target = example(base)
-    if not isinstance(base, Node) or not isinstance(target, Tensor):
+    if not isinstance(base, Node) or not isinstance(target, Tensor) or is_dtensor(target):
         return None
     if node.target is operator.setitem:
         return _item_write(node, base, target)
