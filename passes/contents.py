@@ -146,8 +146,14 @@ class Contents:
         return window, segments
 
     def is_box(self, value: Tensor) -> bool:
+        """Whether a tensor shows a box of a holder, or of several parts of one, whose views will tell the box."""
         holder = self.of(value)
-        return holder is not None and locate_in(value, holder) is not None
+        return self.shows_parts(value) if holder is None else locate_in(value, holder) is not None
+
+    def shows_parts(self, value: Any) -> bool:
+        """Whether a tensor lies in the memory of a cache of several parts, and in none of them alone."""
+        parts = self.holders.get(identity(value), []) if isinstance(value, Tensor) else []
+        return len(parts) > 1 and self.of(value) is None
 
     def derive(self, value: Tensor, sources: list[Holder]) -> None:
         known = self.computed.setdefault(identity(value), [])

@@ -90,6 +90,8 @@ class Tracker:
             if isinstance(value, Tensor) and identity(value) in self.contents.holders:
                 raise Unsupported(f"`{name_of(consumer)}` changes it in place")
         holder, value = self.contents.holder(argument), example(argument)
+        if holder is None and argument not in self.contents.plain and self.contents.shows_parts(value):
+            raise Unsupported("its keys and values are read together")
         if holder is None or holder.root is not None:
             return
         window, segments = self.contents.window(value, holder, self.time)
