@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import mark_static as mark_static
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .compat import is_fake, maybe_mark_dynamic
+from .compat import is_fake, mark_static, maybe_mark_dynamic
 from .errors import PackedCacheError
 from .geometry import Window, dense_strides, locate, memory_order
 from .store import CHANNEL, Store
@@ -46,6 +46,9 @@ class PackedKV(torch.Tensor):
         self._store = store
         self.offset = offset  # elements from where the tensor begins that the store replaces
         self._first_token = self._shadow = self._told = self._views = None
+        if not store.grows and not is_fake(store.codes):  # `dynamic=True` is meant for what does change
+            mark_static(store.codes)
+            mark_static(store.scales)
 
     # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes become
     # dynamic one by one, while storage offsets that are equal are taken to be one symbol. Everything else that a graph
@@ -82,8 +85,11 @@ class PackedKV(torch.Tensor):
             with torch.inference_mode(False):  # the same kind of tensor wherever it is asked for
                 self._first_token = self._store.codes.new_empty((MARGIN + offset // row, offset % row, 0))
             # Where a slice begins is likely to move; a whole cache stays where it is.
-            if not is_fake(self._first_token) and self.numel() != self._store.numel:
-                maybe_mark_dynamic(self._first_token, 0)
+            if not is_fake(self._first_token):
+                if self.numel() == self._store.numel:
+                    mark_static(self._first_token)
+                else:
+                    maybe_mark_dynamic(self._first_token, 0)
         return self._first_token
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
