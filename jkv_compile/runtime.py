@@ -7,11 +7,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import Tensor
 
 from .adopt import Written, adopt, in_four_dimensions, obstacle
+from .compat import as_function
 from .config import Config
 from .errors import NotRewrittenWarning
 from .hints import is_ignored, is_marked
@@ -187,7 +187,7 @@ def recorded_call(inner: Callable[..., Any], plan: Plan, written: Written) -> Ca
     places = [plan.symbols[n] for n in names]
 
     def evaluator(value: Any) -> Callable[..., int]:
-        return sympy.lambdify(names, value.node.expr if isinstance(value, torch.SymInt) else value)
+        return as_function(value.node.expr if isinstance(value, torch.SymInt) else value, names)
 
     ranges = [(w.argument, evaluator(w.start), evaluator(w.stop)) for w in plan.written]
 
