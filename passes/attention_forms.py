@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .. import kernels as kernels  # defines the operators
+from ..compat import is_dtensor
 from ..errors import ConfigurationError
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ def flex(
 
 
 def as_attention(node: Node) -> AttentionCall | None:
-    """The attention that a node computes, or None."""
+    """The attention that a node computes on tensors of this device alone, or None."""
     if node.op == "call_function" and node.target is flex:
         query, key, value, _, _, scale, *_ = node.args
         others = tuple(n for n in node.all_input_nodes if n not in (query, key, value) and n.op != "get_attr")
@@ -89,6 +90,7 @@ def as_attention(node: Node) -> AttentionCall | None:
         names = ("query", "key", "value", "mask", "causal", "scale")
         query, key, value, mask, causal, scale = ({**dict(zip(names, node.args)), **node.kwargs}[n] for n in names)
         return AttentionCall(node, query, key, value, mask, causal, scale, 0.0, lse=True)  # type: ignore[arg-type]
+    if node.op != "call_function" or node.target not in SDPA or is_dtensor(node.meta["example_value"]):
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}

@@ -57,12 +57,12 @@ def localise(gm: GraphModule) -> tuple[Localised | None, list[Rejected]]:
     Returns:
         The graph, and why attention over DTensors that stay so is left as it is.
     """
-    if not any(_may_be_cache(node) for node in gm.graph.find_nodes(op="placeholder")):
+    if not any(is_dtensor(example(node)) for node in gm.graph.nodes):
         return None, []
     copied, _ = copy_graph(gm)
     inputs = list(copied.graph.find_nodes(op="placeholder"))
     candidates = {node for node in inputs if _may_be_cache(node)}
-    chosen = {node for node in candidates if _placements(example(node)) is not None}
+    chosen = {n for n in candidates if is_dtensor(example(n)) and _placements(example(n)) is not None}
     while chosen:
         used = _Uses(copied, chosen)
         if not used.refused:
@@ -75,27 +75,23 @@ def localise(gm: GraphModule) -> tuple[Localised | None, list[Rejected]]:
     return Localised(copied, tuple(i for i, node in enumerate(inputs) if node in chosen)), rejected
 
 
-def _rejections(gm: GraphModule, refused: set[Node]) -> list[Rejected]:
-    """The attention that reads inputs which stay DTensors, beside tokens of other tensors or after writes to them."""
-    reaches = {node: {node} for node in refused}
-    rejected, written = [], {a for node in gm.graph.nodes for a in node.all_input_nodes if mutates(node, a)}
+def _rejections(gm: GraphModule, candidates: set[Node]) -> list[Rejected]:
+    """Attention on DTensors that reads `candidates`, where these look like caches: written to, or concatenated."""
+    reaches = {node: {node} for node in candidates}
+    written = {a for node in gm.graph.nodes for a in node.all_input_nodes if mutates(node, a)}
     for node in gm.graph.nodes:
-        sources = {r for a in node.all_input_nodes for r in reaches.get(a, ())}
-        if node in refused or not sources:
-            continue
-        reaches[node] = sources
+        if sources := {r for a in node.all_input_nodes for r in reaches.get(a, ())}:
+            reaches.setdefault(node, sources)
     gathering = {r for node in reaches for r in reaches[node] if node in written or node.target in CONCATENATIONS}
+    rejected = []
     for node in reaches:
-        if node.target not in SDPA:
+        if node.target not in SDPA or not is_dtensor(example(node.args[1])):
             continue
-        for cache in sorted({r for a in node.args[1:3] for r in reaches.get(a, ())} & gathering, key=str):  # type: ignore[arg-type]
-            placements = tuple(example(cache).placements)
-            rejected.append(
-                Rejected(
-                    source_line(node),
-                    f"{cache.name}: it is a DTensor of {placements}, and is not attended shard by shard",
-                )
-            )
+        placements = tuple(example(node.args[1]).placements)
+        read = {r for a in node.args[1:3] if isinstance(a, Node) for r in reaches.get(a, ())}
+        for cache in sorted(read & gathering, key=str):
+            why = f"{cache.name}: its keys are a DTensor of {placements}, and are not attended shard by shard"
+            rejected.append(Rejected(source_line(node), why))
     return rejected
 
 
@@ -205,7 +201,7 @@ def from_local(mesh: Any, placements: tuple[Any, ...]) -> Callable[[Tensor], Any
 
 def _may_be_cache(node: Node) -> bool:
     value = example(node)
-    if not is_dtensor(value) or isinstance(value, nn.Parameter) or value.requires_grad:
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.requires_grad:
         return False
     return value.dtype.is_floating_point and value.dim() >= 3
 
