@@ -83,7 +83,6 @@ def as_attention(node: Node) -> AttentionCall | None:
         query, key, value, _, _, scale, *_ = node.args
         others = tuple(n for n in node.all_input_nodes if n not in (query, key, value) and n.op != "get_attr")
         return AttentionCall(node, query, key, value, None, False, scale, 0.0, others)  # type: ignore[arg-type]
-    if node.op != "call_function" or node.target not in SDPA:
     if node.op == "call_function" and node.target in (SDPA_LSE, SDPA_LSE.default):
         if any(user.target is not operator.getitem for user in node.users):
             return None
