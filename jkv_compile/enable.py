@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from types import EllipsisType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from .backend import JKVBackend, jkv_backend
+from .errors import NotRewrittenWarning
 
 
 @contextlib.contextmanager
@@ -23,9 +25,19 @@ def enable(bits: int | tuple[int, int] | EllipsisType = ..., **settings: Any) ->
     Yields:
         The backend, for `memory()` and `reports`.
 
+    Warns:
+        NotRewrittenWarning: at the end, where no cache was packed at all.
+
     Raises:
         ConfigurationError: a setting has a value that cannot work.
     """
     backend = jkv_backend(bits, **settings)
     with torch.compiler.set_stance(force_backend=backend):
         yield backend
+    if not backend.reports:
+        said = "nothing that ran inside is wrapped in torch.compile: compile the model, or its blocks, first"
+    elif not any(report.outcome in ("adopted", "packed") for report in backend.reports):
+        said = "no cache was packed; jkv_compile.explain(model, *inputs) tells why"
+    else:
+        return
+    warnings.warn(f"jkv_compile.enable: {said}", NotRewrittenWarning, stacklevel=3)

@@ -41,7 +41,10 @@ class MemoryReport:
             ("ratio", f"{self.ratio:.2f}x"),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value:>12}" for name, value in rows)
+        lines = [f"{name:<{width}}  {value:>12}" for name, value in rows]
+        if not self.adopted:
+            lines.append("No cache is packed; jkv_compile.explain(model, *inputs) tells why.")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

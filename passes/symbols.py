@@ -20,6 +20,7 @@ class Symbols:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.known: dict[sympy.Expr, Node] = {}
+        self.tracer = torch.fx.proxy.GraphAppendingTracer(graph)  # one: proxies of several do not mix
 
     def see(self, node: Node) -> None:
         value = node.meta.get("example_value")
@@ -40,9 +41,6 @@ class Symbols:
         expression = value.node.expr
         if expression in self.known:
             return self.known[expression]
-        proxies = {
-            symbol: torch.fx.Proxy(self.known[symbol], torch.fx.proxy.GraphAppendingTracer(self.graph))
-            for symbol in expression.free_symbols
-        }
+        proxies = {symbol: torch.fx.Proxy(self.known[symbol], self.tracer) for symbol in expression.free_symbols}
         result: Any = sympy_interp(PythonReferenceAnalysis, proxies, expression)
         return result.node

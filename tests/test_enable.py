@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jkv_compile
-from jkv_compile import ConfigurationError, is_packed, materialize
+from jkv_compile import ConfigurationError, NotRewrittenWarning, is_packed, materialize
 
 from .models import SelfAttention
 
@@ -63,3 +63,21 @@ def test_nested_contexts_restore_the_outer_configuration() -> None:
 def test_an_impossible_setting_raises_before_anything_runs() -> None:
     with pytest.raises(ConfigurationError, match="bits=5"), jkv_compile.enable(bits=5):
         pass
+
+
+def test_a_context_that_packs_nothing_says_so() -> None:
+    torch._dynamo.reset()
+    model = SelfAttention()
+    settings = {"bits": 3, "group_size": 16, "inner": "eager"}  # those of no other test
+    uncompiled = pytest.warns(NotRewrittenWarning, match="nothing that ran inside is wrapped in torch.compile")
+    with uncompiled as caught, jkv_compile.enable(**settings) as backend:
+        backend._state.reports.clear()
+        run(model, model.new_cache(1, 64), 0)
+    assert caught[0].filename == __file__
+    without_cache = pytest.warns(NotRewrittenWarning, match="no cache was packed; jkv_compile.explain")
+    with without_cache, jkv_compile.enable(**settings):
+        torch.compile(torch.nn.Linear(4, 4))(torch.zeros(1, 4))
+
+
+def test_the_account_of_memory_points_to_explain_where_it_is_empty() -> None:
+    assert "explain" in str(jkv_compile.jkv_backend(bits=3, group_size=24).memory())
