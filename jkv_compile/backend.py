@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from .adopt import Written
+from .agreement import check_agreement
 from .compat import compile_inner
 from .config import Config, configure
 from .errors import NoCachedAttentionError, NotRewrittenWarning
 from .glimpse import Sightings, glimpsing_call
+from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
-from .report import GraphReport, MemoryReport
+from .report import GraphReport, MemoryReport, Rejected
 from .runtime import Seen, first_contact, packed_call, recorded_call, watched_call
 from .store import Store
 
@@ -89,32 +92,67 @@ class JKVBackend:
         options: dict[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one graph of Dynamo's. `mode` and `options` are passed on to Inductor."""
-        begin = time.perf_counter()
-        plan = plan_graph(gm, example_inputs, self.config, self._state.written)
+        check_agreement(self.config)
+        on_shards, rejected = localise(gm)
+        inputs = list(example_inputs) if on_shards is None else on_shards.arguments(example_inputs)
+        if packed_inside(inputs):  # what this graph does to a shard is told by eager code only
+            return gm.forward
+        if on_shards is None:
+            return self._compile(gm, example_inputs, mode, options, rejected)
+        return on_shards.around(self._compile(on_shards.graph, inputs, mode, options, rejected))
+
+    def _compile(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        mode: str | None,
+        options: dict[str, Any] | None,
+        rejected: Sequence[Rejected] = (),
+        again: bool = False,
+    ) -> Callable[..., Any]:
+        """Compile one graph; `again`, where it was compiled before and met caches that could not be packed."""
+        begin, state = time.perf_counter(), self._state
+        plan = plan_graph(gm, example_inputs, self.config, state.written)
+        plan.report.rejections, plan.attentions = [*plan.report.rejections, *rejected], plan.attentions + len(rejected)
         plan.report.seconds = time.perf_counter() - begin
-        self._state.reports.append(plan.report)
+        state.reports.append(plan.report)
         logger.debug("%s", plan.report)
         self._complain(plan)
 
-        def compile_plain(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            return compile_inner(graph, inputs, self.config.inner, mode, options or {})
+        def compile_plan(plan: Plan | None) -> Callable[..., Any]:
+            """The graph as it is where there is no plan, or none to do with packed caches."""
+            if plan is not None and plan.outcome == "eager":
+                return gm.forward
+            graph, inputs = gm, list(example_inputs)
+            if plan is not None and plan.rewritten is not None:
+                graph, inputs = plan.rewritten.graph, plan.inner_inputs(example_inputs)
+            inner = compile_inner(graph, inputs, self.config.inner, mode, options or {})
+            return inner if graph is gm else packed_call(plan, inner)  # type: ignore[arg-type]
 
-        if plan.outcome == "untouched":
-            inner = compile_plain(gm, list(example_inputs))
-            if plan.glimpses:
-                inner = glimpsing_call(inner, plan.glimpses, self.config, self._state.stores, self._state.sightings)
-            return recorded_call(inner, plan, self._state.written) if plan.written else inner
-        if plan.outcome == "eager":
-            return gm.forward
         if plan.outcome == "adopted":
-            otherwise = compile_plain(gm, list(example_inputs)) if plan.ignores else gm.forward
-            return first_contact(otherwise, plan, self.config, self._state.stores, self._state.written)
-        if plan.outcome == "watched":
-            inner = compile_plain(gm, list(example_inputs))
-            state = self._state
-            return watched_call(inner, plan, self.config, state.stores, state.written, state.seen)
-        assert plan.rewritten is not None
-        return packed_call(plan, compile_plain(plan.rewritten.graph, plan.inner_inputs(example_inputs)))
+            if plan.ignores:
+                otherwise = compile_plan(plan.instead)
+            else:
+                otherwise = gm.forward if again else self._compiled_later(gm, mode, options)
+            return first_contact(otherwise, plan, self.config, state.stores, state.written)
+        run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
+        if plan.glimpses:
+            run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
+        if plan.written:
+            run = recorded_call(run, plan, state.written)
+        return (
+            watched_call(run, plan, self.config, state.stores, state.written, state.seen)
+            if plan.outcome == "watched"
+            else run
+        )
+
+    def _compiled_later(self, gm: GraphModule, mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
+        """A graph for tensors that it was not compiled for: planned and compiled when it is first called with them."""
+
+        def compile_again(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+            return self._compile(gm, example_inputs, mode, options, again=True)
+
+        return torch.compile(gm, backend=compile_again)
 
     def _complain(self, plan: Plan) -> None:
         """Nothing is left undone in silence: near misses warn, or raise where the user asked for it."""

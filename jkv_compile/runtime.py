@@ -20,7 +20,7 @@ from .store import Active, Store
 
 if TYPE_CHECKING:
     from .passes.pipeline import Plan
-    from .passes.rewrite import OutputStore
+    from .passes.rewrite import OutputStore, Rewritten
 
 NO_RANGE = (0, 0)
 
@@ -113,14 +113,15 @@ def first_contact(
     """Adopt the plain caches among the arguments, then run the rewritten graph as it is.
 
     Dynamo recompiles as soon as it sees packed caches: this graph runs once per cache and is not worth a compilation.
-    Where the caches cannot be adopted after all, `otherwise` (the graph as it was) runs, and a warning says why.
+    Where the caches cannot be adopted after all, `otherwise` (the graph without them) runs, and a warning says why.
     """
     rewritten = plan.rewritten
     assert rewritten is not None
     run_packed = packed_call(plan, rewritten.graph.forward)
 
     def call(*args: Any) -> Any:
-        owners = {i: _owner(args[i], i in plan.owners, written) for i in rewritten.caches}
+        plain = _still_plain(rewritten, args)
+        owners = {i: _owner(args[i], i in plan.owners, written) for i in plain}
         for argument, owner in owners.items():
             reason = "it is not known as a cache any more" if owner is None else None
             if owner is not None and not isinstance(owner, PackedKV):
@@ -130,15 +131,15 @@ def first_contact(
             if reason is not None:
                 warnings.warn(f"jkv: a cache stays in full precision: {reason}", NotRewrittenWarning, stacklevel=2)
                 return otherwise(*args)
-        for argument, cache in rewritten.caches.items():
-            owner, value = owners[argument], args[argument]
+        for argument, owner in owners.items():
+            cache, value = rewritten.caches[argument], args[argument]
             assert owner is not None
             active = None
             if argument in plan.owners:  # the chunk that another graph has just written is still in full precision
                 start, stop = written.last_range(owner)
                 active = Active(in_four_dimensions(owner).permute(cache.axes)[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
-            store = adopt(owner, cache.axes, cache.bits, config, views)
+            store = adopt(owner, cache.axes, cache.bits, config, views, cache.quantizer)
             store.active = active
             store.join(stores)
         return run_packed(*args)
@@ -155,7 +156,7 @@ def watched_call(
     adopting = first_contact(inner, plan, config, stores, written)
 
     def call(*args: Any) -> Any:
-        again = [seen.before(args[i]) for i in rewritten.caches]
+        again = [seen.before(args[i]) for i in _still_plain(rewritten, args)]
         return adopting(*args) if all(again) else inner(*args)
 
     return call
@@ -175,6 +176,11 @@ class Seen:
             return True
         self._tensors[key] = weakref.ref(tensor, lambda _: self._tensors.pop(key, None))
         return False
+
+
+def _still_plain(rewritten: Rewritten, args: Sequence[Any]) -> list[int]:
+    """The arguments that are to be adopted: the caches that are not packed already."""
+    return [i for i in rewritten.caches if not isinstance(args[i], PackedKV)]
 
 
 def _owner(value: Tensor, elsewhere: bool, written: Written) -> Tensor | None:

@@ -90,6 +90,7 @@ class Attend:
     value_cache: Holder
     key_axes: tuple[int, ...]  # the cache's axis for each of the dimensions (batch, head, token, channel)
     value_axes: tuple[int, ...]
+    reads: list[Read] = field(default_factory=list)  # what it reads, where it is left to read tensors
 
     @property
     def gathers(self) -> bool:

@@ -58,6 +58,7 @@ SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.defaul
 
 SDPA_LSE = torch.ops.jkv.sdpa_lse
 FLEX = torch.ops.higher_order.flex_attention
+SPELLED = "jkv_spelled"  # in the meta of a node that took the place of another spelling: that node's name
 
 
 def flex(

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from ..compat import fake_mode_of
 from ..geometry import same
-from .attention_forms import FLEX, AttentionArguments, NotCanonical, as_attention
+from .attention_forms import FLEX, SPELLED, AttentionArguments, NotCanonical, as_attention
 from .flex import canonicalise_flex
 from .nodes import example, identity, mutates, name_of
 from .sources import Sources
@@ -40,8 +40,11 @@ class Left:
     reason: str
 
 
-def canonicalise(graph: Graph) -> list[Left]:
-    """Rewrite a graph's attention to one form; `graph` is changed, and what it computes is not.
+def canonicalise(graph: Graph, as_spelled: frozenset[str] = frozenset()) -> list[Left]:
+    """Rewrite a graph's attention to one form; `graph` is changed, and what it computes is not, but for rounding.
+
+    Args:
+        as_spelled: names of nodes that are not touched: what new nodes have as `meta[SPELLED]`.
 
     Returns:
         Attention over something like a cache that has no such form.
@@ -49,19 +52,19 @@ def canonicalise(graph: Graph) -> list[Left]:
     left: list[Left] = []
     sources = Sources(graph)
     for node in list(graph.nodes):
-        if node.op not in _CALLS:
+        if node.op not in _CALLS or node.name in as_spelled:
             continue
         call = as_attention(node)
         if call is not None and example(call.query).dim() == 4:
             continue
         try:
-            _canonicalise(graph, node, sources)
-        except NotCanonical as error:
-            operands = [a for a in node.all_input_nodes if isinstance(example(a), Tensor)]
             if returns_used_lse(node):
                 if sources.may_read_a_cache(*node.args[:3]):
                     canonicalise_with_lse(graph, node)
                 continue
+            _canonicalise(graph, node, sources)
+        except NotCanonical as error:
+            operands = [a for a in node.all_input_nodes if isinstance(example(a), Tensor)]
             if any(sources.gathered(a) for a in operands):
                 left.append(Left(node, str(error)))
     return left
@@ -145,6 +148,7 @@ class _Writer:
             keywords["enable_gqa"] = True
         steps = _steps_back(layout, split)
         node = self.call(F.scaled_dot_product_attention, *canonical, value=self._unlaid(steps, split), **keywords)
+        node.meta[SPELLED] = self.node.name
         for i, (name, *args) in enumerate(steps):
             node = self.call(name, node, *args, value=self.result if i == len(steps) - 1 else None)
         return self._same_strides(node)

@@ -30,8 +30,8 @@ def describe(
     matches, rejections = {}, []
     actions: list[Attend | Dense] = [*tracking.attends, *tracking.dense]
     for action in actions:
-        caches = _caches(action)
-        if not all(h in plans for h in caches):
+        caches = [h for h in _caches(action) if h in plans]
+        if not caches:
             continue
         call = action.call
         if not ignored.isdisjoint(caches):

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from .attention_forms import FLEX, AttentionCall, NotCanonical, flex
+from ..kernels.dense import grouped
+from .attention_forms import FLEX, SPELLED, AttentionCall, NotCanonical, flex
 from .nodes import example, name_of
 from .pieces import Pieces
 
@@ -31,6 +32,7 @@ def canonicalise_flex(graph: Graph, node: Node, result: Node) -> None:
         canonical = graph.call_function(flex, node.args)
     canonical.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
     canonical.meta["example_value"] = example(result)
+    canonical.meta[SPELLED] = node.name
     result.replace_all_uses_with(canonical)
     for user in list(node.users):
         graph.erase_node(user)
@@ -56,12 +58,9 @@ class CorrectedScores(nn.Module):
         return self.score_mod(score, batch, head, query, key, *buffers[:first])
 
 
-def group_norms(query: Tensor, groups: int, halves: bool) -> list[Tensor]:
-    """‖q_g‖² per channel group, each float32 `[B, H, L]`; `halves` as for `jkv::attention_dense`."""
-    query = query.float()
-    grouped = query.unflatten(-1, (2, groups, -1)).transpose(-3, -2).flatten(-2) if halves else None
-    grouped = query.unflatten(-1, (groups, -1)) if grouped is None else grouped
-    return list(grouped.square().sum(-1).unbind(-1))
+def group_norms(query: Tensor, groups: int, pairs: int) -> list[Tensor]:
+    """‖q_g‖² per channel group, each float32 `[B, H, L]`; `pairs` as for `jkv::attention_dense`."""
+    return list(grouped(query.float(), groups, pairs).square().sum(-1).unbind(-1))
 
 
 def key_variances(variance: Tensor, batch: int, scale: float) -> list[Tensor]:
@@ -69,7 +68,7 @@ def key_variances(variance: Tensor, batch: int, scale: float) -> list[Tensor]:
     return list((variance * (scale**2 / 24)).expand(batch, -1, -1, -1).unbind(-1))
 
 
-def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, groups: int, halves: bool) -> Node:
+def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, groups: int, pairs: int) -> Node:
     """Put the operator on keys as the model computes them in the place of a canonical node, which is erased.
 
     Args:
@@ -84,7 +83,7 @@ def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, group
     if variance is not None:
         repeat = example(query).shape[1] // example(key).shape[1]
         batch = pieces.number(example(query).shape[0])
-        norms = pieces.call(group_norms, query, groups, halves)
+        norms = pieces.call(group_norms, query, groups, pairs)
         variances = pieces.call(key_variances, variance, batch, scale)
         parts = [pieces.call(operator.getitem, part, g) for part in (norms, variances) for g in range(groups)]
         score_buffers = (*score_buffers, *parts)  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from ..adopt import Written, obstacle
 from ..compat import dynamic_input, static_input
@@ -18,7 +18,7 @@ from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
 from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Returned, Tracking
-from .attention_forms import as_attention
+from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
 from .nodes import example
@@ -27,6 +27,8 @@ from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
 from .tracking import Tracker
+
+Action = Attend | Dense | Returned
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Plan:
 
     outcome: "untouched", it has nothing to do with a cache; "adopted", its plain caches are packed when it is called;
     "watched", it attends to tensors that are caches if they come again in a later call, and are packed then;
-    "packed", its caches are packed already; "eager", it does to a packed cache what only eager code can express.
+    "packed", its caches are packed already (as some may be in the two before); "eager", it does to a packed cache what
+    only eager code can express.
     """
 
     outcome: str
@@ -58,6 +61,7 @@ class Plan:
     marked: set[int] = field(default_factory=set)  # arguments that are caches because they were marked as such
     glimpses: list[Glimpse] = field(default_factory=list)
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
+    instead: Plan | None = None  # what becomes of it while its plain caches stay so, where others are packed already
 
     def inner_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
         """Example inputs of the rewritten graph."""
@@ -85,75 +89,167 @@ def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, w
     Raises:
         ConfigurationError: groups do not tile the head_dim of a cache that would be packed.
     """
-    copied, _ = copy_graph(gm)
-    left = canonicalise(copied.graph)
-    placeholders = list(copied.graph.find_nodes(op="placeholder"))
-    position = {p: i for i, p in enumerate(placeholders)}
-    owners = _owners(placeholders, example_inputs, written)
-    tracking = Tracker(copied.graph, {placeholders[i]: owner for i, owner in owners.items()}).run()
-    attentions = len(left) + sum(as_attention(n) is not None for n in copied.graph.nodes)
     report = GraphReport(len(gm.graph.nodes), "untouched", before=graph_text(gm.graph))
-    report.rejections = [
-        Rejected(source_line(r.node), r.reason) for r in tracking.rejections if any(_looks_cached(c) for c in r.caches)
-    ]
-    report.rejections += [Rejected(source_line(attention.node), attention.reason) for attention in left]
+    return _plan(gm, example_inputs, config, written, report, adopting=True)
 
-    packed = [h for h in tracking.caches if h.packed]
-    blocked = [h for h in packed if h.blockers]
-    stores = {h.node: id(example_inputs[position[h.node]]._store) for h in packed}
-    changed = {stores[h.node] for h in packed if h.writes}
-    aliased = any(list(stores.values()).count(store) > 1 for store in changed)
-    if blocked or aliased:
-        reasons = [f"{h.node.name}: {r}" for h in blocked for r in h.blockers] or ["two views of one cache enter it"]
+
+def _plan(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    written: Written,
+    report: GraphReport,
+    adopting: bool,
+) -> Plan:
+    """`plan_graph`; unless `adopting`, plain caches stay plain, as beside packed ones that have to be served anyway."""
+    view = _View(gm, example_inputs, written)
+    report.rejections = view.rejections()
+    reasons = view.beyond_graphs()
+    if reasons:
         report.outcome = "eager"
         report.rejections += [Rejected("graph", reason) for reason in reasons]
-        return Plan("eager", report, attentions)
-
-    plans = {h: _packed_plan(h) for h in packed}
-    needed: set[Holder] = set()  # known as caches by nothing but a hint
-    outcome = "packed"
-    if not packed:
-        outcome = "adopted"
-        returned = {r.copy.cache for r in tracking.returned if r.grows or r.mirrors}
-
-        def gathers(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
-            return holder in returned or _gathers(action, holder, written_elsewhere)
-
-        plans = _choose(tracking, gathers, position, example_inputs, owners, config, report)
-        marked = _marked(tracking, position, example_inputs, owners)
-        if marked:
-            more = _choose(tracking, lambda _, h, __: h in marked, position, example_inputs, owners, config, report)
-            needed = more.keys() - plans.keys()
-            plans = {**more, **plans}
-        if not plans:
-            outcome = "watched"
-            plans = _choose(tracking, _may_persist, position, example_inputs, owners, config, report)
-    else:
-        report.rejections += _beside_packed(tracking)
+        return Plan("eager", report, view.attentions)
+    attentions = view.attentions
+    choice = _choose(view, config, report, adopting)
+    while choice.plans and (alone := view.not_lowered(choice.plans)):  # that attention stays exactly as it is spelled
+        view = _View(gm, example_inputs, written, view.as_spelled | alone)
+        choice = _choose(view, config, GraphReport(0, "untouched"), adopting)
+    plans = choice.plans
     report.rejections = list(dict.fromkeys(report.rejections))
+    plan = Plan(choice.outcome if plans else "untouched", report, attentions)
+    plan.symbols = _symbol_arguments(view.placeholders)
+    plan.written = _written_ranges(view, plan.symbols, plans)
+    if plan.outcome in ("untouched", "packed"):
+        plan.glimpses = _glimpses(view)
     if not plans:
-        plan = Plan("untouched", report, attentions)
-        plan.symbols = _symbol_arguments(placeholders)
-        plan.written = _written_ranges(tracking, position, plan.symbols)
-        plan.glimpses = _glimpses(copied.graph, position)
         return plan
-    report.outcome = outcome
+    report.outcome = plan.outcome
     report.caches = [h.node.name for h in plans]
-    ignored = {h for h in plans if is_ignored(owners.get(position[h.node], example_inputs[position[h.node]]))}
+    ignored = {h for h in plans if is_ignored(view.cache(h))}
+    tracking = _settled(view.tracking, plans)
     matches, unasked = describe(tracking, plans, ignored)
     report.rejections += unasked
-    rewritten = rewrite(copied, tracking, plans, config.correction)
-    for node, why in rewritten.uncorrected.items():
+    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction)
+    for node, why in plan.rewritten.uncorrected.items():
         if why and node in matches:
             matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")
-    lowered = {a.call.node for a in tracking.attends} | rewritten.uncorrected.keys()
+    lowered = {a.call.node for a in tracking.attends} | plan.rewritten.uncorrected.keys()
     report.matches = [match for node, match in matches.items() if node in lowered]
-    report.after = graph_text(rewritten.graph.graph)
-    plan = Plan(outcome, report, attentions, rewritten, {i: o for i, o in owners.items() if i in rewritten.caches})
+    report.after = graph_text(plan.rewritten.graph.graph)
+    plan.owners = {i: o for i, o in view.owners.items() if i in plan.rewritten.caches}
     plan.ignores = bool(ignored)
-    plan.marked = {position[h.node] for h in needed}
-    plan.first_tokens = {position[h.node]: example(h.node).first_token.shape[0] for h in packed}
+    plan.marked = {view.position[h.node] for h in choice.needed}
+    plan.first_tokens = {view.position[h.node]: example(h.node).first_token.shape[0] for h in plans if h.packed}
+    if any(h.packed for h in plans) and (plan.ignores or plan.outcome == "watched"):
+        scratch = GraphReport(0, "untouched")
+        plan.instead = _plan(gm, example_inputs, config, written, scratch, adopting=False)
     return plan
+
+
+class _View:
+    """A copy of a graph, its attention in one form (but for that of nodes `as_spelled`), and what was seen of caches.
+
+    Where keys and values are written as a slice of a cache that another graph wrote, `owners` has it by argument.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        written: Written,
+        as_spelled: frozenset[str] = frozenset(),
+    ) -> None:
+        self.gm, _ = copy_graph(gm)
+        self.example_inputs, self.as_spelled = example_inputs, as_spelled
+        self.left = canonicalise(self.gm.graph, as_spelled)
+        self.placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
+        self.position = {p: i for i, p in enumerate(self.placeholders)}
+        self.owners = _owners(self.placeholders, example_inputs, written)
+        self.tracking = Tracker(self.gm.graph, {self.placeholders[i]: o for i, o in self.owners.items()}).run()
+        self.attentions = len(self.left) + sum(as_attention(n) is not None for n in self.gm.graph.nodes)
+
+    def argument(self, holder: Holder) -> Any:
+        """The value that a cache enters the graph as, in the call that is compiled."""
+        return self.example_inputs[self.position[holder.node]]
+
+    def cache(self, holder: Holder) -> Any:
+        """That value, or the cache that it is a slice of."""
+        return self.owners.get(self.position[holder.node], self.argument(holder))
+
+    def written_elsewhere(self, holder: Holder) -> bool:
+        return self.position[holder.node] in self.owners
+
+    def rejections(self) -> list[Rejected]:
+        """Attention over something like a cache that has no packed form."""
+        tracked = [r for r in self.tracking.rejections if any(_looks_cached(c) for c in r.caches)]
+        found = [(r.node, r.reason) for r in tracked] + [(left.node, left.reason) for left in self.left]
+        return [Rejected(source_line(node), reason) for node, reason in found]
+
+    def beyond_graphs(self) -> list[str]:
+        """What the graph does to packed caches that only eager code can."""
+        packed = [h for h in self.tracking.caches if h.packed]
+        stores = {h.node: id(self.argument(h)._store) for h in packed}
+        changed = {stores[h.node] for h in packed if h.writes}
+        aliased = any(list(stores.values()).count(store) > 1 for store in changed)
+        blocked = [f"{h.node.name}: {reason}" for h in packed for reason in h.blockers]
+        return blocked or (["two views of one cache enter it"] if aliased else [])
+
+    def not_lowered(self, plans: dict[Holder, CachePlan]) -> frozenset[str]:
+        """Attention that was brought into one form, and is not going to be rewritten: what it was called."""
+        tracking = _settled(self.tracking, plans)
+        lowered = {a.call.node for a in tracking.attends if a.key_cache in plans}
+        lowered |= {d.call.node for d in tracking.dense if any(h in plans for h in d.key_caches)}
+        nodes = [n for n in self.gm.graph.nodes if as_attention(n) is not None and n not in lowered]
+        return frozenset(n.meta[SPELLED] for n in nodes if SPELLED in n.meta)
+
+
+def _settled(tracking: Tracking, plans: dict[Holder, CachePlan]) -> Tracking:
+    """Where only keys or only values are packed, attention reads them as tensors."""
+    half = [a for a in tracking.attends if (a.key_cache in plans) != (a.value_cache in plans)]
+    if not half:
+        return tracking
+    why = "only its keys or its values are packed"
+    dense = [Dense(a.call, [a.key_cache], [a.value_cache], a.gathers, why) for a in half]
+    return replace(
+        tracking,
+        attends=[a for a in tracking.attends if a not in half],
+        dense=[*tracking.dense, *dense],
+        reads=[*tracking.reads, *(read for a in half for read in a.reads)],
+    )
+
+
+@dataclass
+class _Choice:
+    """The caches to pack or packed already, and what becomes of their graph; `needed` are known by a hint only."""
+
+    outcome: str
+    plans: dict[Holder, CachePlan]
+    needed: set[Holder] = field(default_factory=set)
+
+
+def _choose(view: _View, config: Config, report: GraphReport, adopting: bool) -> _Choice:
+    """The caches of a graph. Why others are none is added to `report`."""
+    tracking = view.tracking
+    packed = {h: _packed_plan(h) for h in tracking.caches if h.packed}
+    if not adopting:
+        return _Choice("packed", packed)
+    returned = {r.copy.cache for r in tracking.returned if r.grows or r.mirrors}
+
+    def gathers(action: Action, holder: Holder) -> bool:
+        """A cache gathers tokens: it is written slice by slice, never as a whole (as what a context gives once)."""
+        return holder in returned or view.written_elsewhere(holder) or _looks_cached(holder)
+
+    plans = _adoptable(view, gathers, config, report)
+    marked = {h for h in tracking.caches if not h.packed and is_marked(view.cache(h))}
+    more = _adoptable(view, lambda _, holder: holder in marked, config, report) if marked else {}
+    needed = more.keys() - plans.keys()
+    plans = {**more, **plans}
+    if plans:
+        return _Choice("adopted", {**packed, **plans}, needed)
+    plans = _adoptable(view, _may_persist, config, report)
+    if plans or not packed:
+        return _Choice("watched", {**packed, **plans})
+    return _Choice("packed", packed)
 
 
 def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Written) -> dict[int, Tensor]:
@@ -167,19 +263,11 @@ def _owners(placeholders: list[Node], example_inputs: Sequence[Any], written: Wr
     return owners
 
 
-def _marked(
-    tracking: Tracking, position: dict[Node, int], example_inputs: Sequence[Any], owners: dict[int, Tensor]
-) -> set[Holder]:
-    """Inputs that the user has marked as caches."""
-    arguments = {h: position[h.node] for h in tracking.caches if not h.packed}
-    return {h for h, i in arguments.items() if is_marked(owners.get(i, example_inputs[i]))}
-
-
-def _glimpses(graph: Graph, position: dict[Node, int]) -> list[Glimpse]:
+def _glimpses(view: _View) -> list[Glimpse]:
     """Attention over plain arguments, which may be slices of caches that eager code writes."""
-    roles = Roles(graph)
+    roles, position = Roles(view.gm.graph), view.position
     found = {}
-    for node in graph.nodes:
+    for node in view.gm.graph.nodes:
         if (call := as_attention(node)) is not None:
             key, value = roles.input_of(call.key), roles.input_of(call.value)
             if key in roles.axes and value in roles.axes and not call.result.requires_grad:
@@ -193,35 +281,28 @@ def _packed_plan(holder: Holder) -> CachePlan:
     return CachePlan((0, 1, 2, 3), store.bits, store.group_size, store.quantizer)
 
 
-def _choose(
-    tracking: Tracking,
-    is_cache: Callable[[Attend | Dense | Returned, Holder, bool], bool],
-    position: dict[Node, int],
-    example_inputs: Sequence[Any],
-    owners: dict[int, Tensor],
-    config: Config,
-    report: GraphReport,
+def _adoptable(
+    view: _View, is_cache: Callable[[Action, Holder], bool], config: Config, report: GraphReport
 ) -> dict[Holder, CachePlan]:
-    """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for."""
+    """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for.
+
+    Beside others: what else a single attention reads stays as it is.
+    """
+    tracking = view.tracking
     plans: dict[Holder, CachePlan] = {}
     mirrored = [r for r in tracking.returned if r.mirrors]
-    actions: list[Attend | Dense | Returned] = [*tracking.attends, *tracking.dense, *mirrored]
+    actions: list[Action] = [*tracking.attends, *tracking.dense, *mirrored]
     for action in actions:
-        if isinstance(action, Attend):
-            keys, values = [(action.key_cache, action.key_axes)], [(action.value_cache, action.value_axes)]
-        elif isinstance(action, Returned):  # keys beside values, as far as can be seen
-            keys = values = [(action.copy.cache, action.copy.cache.roles)]
-        else:
-            keys, values = ([(h, h.roles) for h in caches] for caches in (action.key_caches, action.value_caches))
-        caches = [*keys, *values]
-        if not all(is_cache(action, h, position[h.node] in owners) for h, _ in caches):
+        keys, values = _read_by(action)
+        keys, values = ([(h, a) for h, a in side if h.packed or is_cache(action, h)] for side in (keys, values))
+        caches = [h for h, _ in (*keys, *values) if not h.packed]
+        if not keys or not values:
             continue
-        for holder, _ in caches:
-            value = example_inputs[position[holder.node]]
+        for holder in caches:
+            value, cache = view.argument(holder), view.cache(holder)
             if isinstance(value, torch.nn.Parameter):
                 break  # learned keys: no near miss
-            owner = owners.get(position[holder.node], value)
-            reason = next(iter(holder.blockers), None) or obstacle(owner, views=int(owner is not value))
+            reason = next(iter(holder.blockers), None) or obstacle(cache, views=int(cache is not value))
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
@@ -229,6 +310,8 @@ def _choose(
         else:
             for pairs, bits in ((keys, config.key_bits), (values, config.value_bits)):
                 for holder, axes in pairs:
+                    if holder.packed:
+                        continue
                     config.check_head_dim(int(holder.shape[axes[3]]))
                     if holder.part is not None or keys == values:  # keys and values lie in one tensor
                         bits = max(config.key_bits, config.value_bits)
@@ -240,25 +323,18 @@ def _choose(
     return plans
 
 
-def _beside_packed(tracking: Tracking) -> list[Rejected]:
-    """Plain caches that are attended together with packed ones: they were none yet when those were packed."""
-    rejected = []
-    actions: list[Attend | Dense] = [*tracking.attends, *tracking.dense]
-    for action in actions:
-        caches = [action.key_cache, action.value_cache] if isinstance(action, Attend) else action.caches
-        for holder in caches:
-            if any(h.packed for h in caches) and not holder.packed and _looks_cached(holder):
-                why = "it is written beside caches that are packed already, and stays in full precision"
-                rejected.append(Rejected(source_line(action.call.node), f"{holder.node.name}: {why}"))
-    return rejected
+def _read_by(action: Action) -> tuple[list[tuple[Holder, tuple[int, ...]]], list[tuple[Holder, tuple[int, ...]]]]:
+    """The caches that keys, and that values are read from, with their axes by role."""
+    if isinstance(action, Attend):
+        return [(action.key_cache, action.key_axes)], [(action.value_cache, action.value_axes)]
+    if isinstance(action, Returned):  # keys beside values, as far as can be seen
+        both = [(action.copy.cache, action.copy.cache.roles)]
+        return both, both
+    keys, values = ([(h, h.roles) for h in caches] for caches in (action.key_caches, action.value_caches))
+    return keys, values
 
 
-def _gathers(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
-    """A cache gathers tokens: it is written slice by slice, never as a whole (as what a context gives once)."""
-    return written_elsewhere or _looks_cached(holder)
-
-
-def _may_persist(action: Attend | Dense | Returned, holder: Holder, written_elsewhere: bool) -> bool:
+def _may_persist(action: Action, holder: Holder) -> bool:
     """Attended together with tokens of this graph: the past, if it is still there in a later call."""
     return not isinstance(action, Returned) and action.gathers
 
@@ -280,13 +356,15 @@ def _symbol_arguments(placeholders: list[Node]) -> dict[Any, int]:
     return symbols
 
 
-def _written_ranges(tracking: Tracking, position: dict[Node, int], symbols: dict[Any, int]) -> list[WrittenRange]:
-    """Slices that the graph writes of plain tensors, where integer arguments tell their range."""
+def _written_ranges(view: _View, symbols: dict[Any, int], plans: dict[Holder, CachePlan]) -> list[WrittenRange]:
+    """Slices that the graph writes of tensors that stay plain, where integer arguments tell their range."""
     ranges = {}
-    for write in tracking.writes:
+    for write in view.tracking.writes:
         holder = write.holder
+        if holder in plans:
+            continue
         if isinstance(write, Append) and holder.root is None and not holder.blockers and _looks_cached(holder):
             positions = [p.node.expr for p in (write.start, write.stop) if isinstance(p, torch.SymInt)]  # type: ignore[attr-defined]
             if all(s in symbols for p in positions for s in p.free_symbols):
-                ranges[holder.node] = WrittenRange(position[holder.node], write.start, write.stop)
+                ranges[holder.node] = WrittenRange(view.position[holder.node], write.start, write.stop)
     return list(ranges.values())

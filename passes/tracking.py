@@ -89,13 +89,17 @@ class Tracker:
             value = example(argument)
             if isinstance(value, Tensor) and identity(value) in self.contents.holders:
                 raise Unsupported(f"`{name_of(consumer)}` changes it in place")
+        self.result.reads += self._reading(consumer, argument)
+
+    def _reading(self, consumer: Node, argument: Node) -> list[Read]:
+        """The read of a view of a cache; none of any other tensor."""
         holder, value = self.contents.holder(argument), example(argument)
         if holder is None and argument not in self.contents.plain and self.contents.shows_parts(value):
             raise Unsupported("its keys and values are read together")
         if holder is None or holder.root is not None:
-            return
+            return []
         window, segments = self.contents.window(value, holder, self.time)
-        self.result.reads.append(Read(consumer, argument, holder, window, segments))
+        return [Read(consumer, argument, holder, window, segments)]
 
     def _returned(self, argument: Node) -> bool:
         """Record an output that is a copy of cached tokens, and after them tokens of the graph."""
@@ -251,7 +255,9 @@ class Tracker:
         reason, lowered = self._unfit(call, sources), False
         if reason is None:
             try:
-                self.result.attends.append(self._attend(call))
+                attend = self._attend(call)
+                attend.reads = [read for x in (call.key, call.value) for read in self._reading(call.node, x)]
+                self.result.attends.append(attend)
                 lowered = True
             except CANNOT_FOLLOW as error:
                 keys, values = sources
@@ -273,12 +279,12 @@ class Tracker:
 
     def _gathers(self, key: Node) -> bool:
         """Whether keys of this graph stand beside cached ones."""
-        holder = self.contents.holder(key)
-        if holder is not None and any(isinstance(s.content, Fresh) for s in holder.segments):
-            return True
         seen, left = set(), [key]
         while left:
             node = left.pop()
+            holder = self.contents.holder(node)
+            if holder is not None and any(isinstance(s.content, Fresh) for s in holder.segments):
+                return True
             if node in seen or not self.contents.sources(node):
                 continue
             seen.add(node)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..geometry import same
-from .attention_forms import SDPA_LSE, NotCanonical
+from .attention_forms import SDPA_LSE, SPELLED, NotCanonical
 from .nodes import example
 from .spelled_as_calls import bound_arguments, qualified_name
 
@@ -45,7 +45,7 @@ def canonicalise_with_lse(graph: Graph, node: Node) -> None:
     arguments = given["query"], given["key"], given["value"], mask, bool(given["is_causal"]), float(scale)
     with graph.inserting_before(node):
         replacement = graph.call_function(SDPA_LSE.default, arguments)
-        replacement.meta = dict(node.meta)
+        replacement.meta = {**node.meta, SPELLED: node.name}
         result: tuple[Tensor, ...] = node.meta["example_value"]
         replacement.meta["example_value"] = (result[0], result[1])
     node.replace_all_uses_with(replacement)

@@ -252,11 +252,11 @@ CLIENTS = [
     Client("Qwen-Image 2.1", "QwenImage21KVCache", FIXED, qwen_image, compiled="blocks"),
     Client(
         "SANA-WM refiner", "SanaWMRefinerKVCache", "a concatenation of sink, window and current chunk", sana_refiner,
-        packed="some", calls=8, stable_from=6,
+        calls=6, stable_from=5, ratio=1.5, graphs=9,
     ),
     Client(
         "AnyFlow-FAR", "a dict of tensors", "keys and values stacked in one tensor; flex_attention", anyflow,
-        packed="some", calls=8, stable_from=7,
+        calls=8, stable_from=7, exact=True, ratio=1.0,
     ),
     Client(
         "Wan-Animate-2", "WanAnimate2KVCache", "a fixed past, scattered into a buffer; flex_attention", wan_animate,
