@@ -40,7 +40,14 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
     return None
 
 
-def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views: Sequence[Tensor] = ()) -> Store:
+def adopt(
+    tensor: Tensor,
+    axes: Sequence[int],
+    bits: int,
+    config: Config,
+    views: Sequence[Tensor] = (),
+    quantizer: str | None = None,
+) -> Store:
     """Pack a plain cache tensor in place; what it holds is quantized.
 
     Args:
@@ -48,6 +55,7 @@ def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views:
             same size, stride and dtype.
         axes: its dimension, as a tensor of four, for each of (batch, head, token, channel).
         views: plain views of the tensor that become windows on the packed cache with it.
+        quantizer: as `kernels.quantizers.Grid` spells it; the configuration's where it is not given.
 
     Raises:
         ConfigurationError: groups do not tile its head_dim.
@@ -55,8 +63,9 @@ def adopt(tensor: Tensor, axes: Sequence[int], bits: int, config: Config, views:
     canonical = in_four_dimensions(tensor).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
     store = Store.empty(
-        canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device, config.quantizer
-    )
+        canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
+        quantizer or config.quantizer,
+    )  # fmt: skip
     for start in range(0, canonical.shape[2], BLOCK):
         block = canonical[:, :, start : start + BLOCK]
         if block.any():  # an empty store reads as zeros already

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .errors import PackedCacheError
 from .kernels import layout, reference
-from .kernels.quantizers import QUANTIZERS, rotates
+from .kernels.quantizers import grid_of, grid_within
 
 _ops = torch.ops.jkv
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what `jkv::append` takes
@@ -42,7 +42,7 @@ class Store:
         strides: strides, in canonical order, of the tensor that this replaces: views are located by them.
         dtype: what the cache reads as.
         codes, scales: as `kernels.layout` describes.
-        quantizer: what a token goes through before it is quantized, see `kernels.quantizers`.
+        quantizer: what a token goes through before it is quantized, as `kernels.quantizers.Grid` spells it.
 
     Boxes are told by their first index and their length per axis, (batch, head, token, channel). Packed data knows no
     part of a head: boxes that are written, moved or copied must span all channels, which callers see to.
@@ -60,6 +60,7 @@ class Store:
     ) -> None:
         self.shape, self.strides, self.dtype, self.bits = tuple(shape), tuple(strides), dtype, bits
         self.codes, self.scales, self.quantizer = codes, scales, quantizer
+        self._grid = grid_of(quantizer)
         self.active: Active | None = None
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self._family: weakref.WeakSet[Store] | None = None
@@ -182,7 +183,7 @@ class Store:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
         codes, scales = self._box(starts, lengths)
         start, stop = starts[TOKEN], starts[TOKEN] + lengths[TOKEN]
-        out = self._rotated(_ops.dequantize(codes, scales, start, stop, self.bits, dtype))
+        out = self._from_grid(_ops.dequantize(codes, scales, start, stop, self.bits, dtype))
         held = self._active_in(starts, lengths)
         if held is not None:
             out[:, :, held.start : held.stop] = held.data
@@ -279,15 +280,23 @@ class Store:
         new.join(self._family)
         return new
 
-    def _rotated(self, x: Tensor) -> Tensor:
-        """A tensor `[b, h, n, D]` in the basis of the stored channels, or back from it."""
-        return _ops.rotate(x) if rotates(self.quantizer) else x
+    def _from_grid(self, x: Tensor) -> Tensor:
+        """A tensor `[b, h, n, D]` of stored channels as the model knows them."""
+        if self._grid.within:
+            return _ops.from_grid(x, self.quantizer, self.group_size)
+        return _ops.rotate(x) if self._grid.rotates else x
 
     def _stored(self, x: Tensor) -> Tensor:
         """What is quantized of a tensor `[b, h, n, D]`, see `kernels.quantizers`."""
-        if self.quantizer == "unbiased":
+        grid = self._grid
+        if grid.within:
+            if grid.quantizer == "unbiased":
+                x = _ops.to_grid(x.float(), self.quantizer, self.group_size)
+                return _ops.round_rotated(x, self.bits, self.group_size)
+            return _ops.to_grid(x, self.quantizer, self.group_size)
+        if grid.quantizer == "unbiased":
             return _ops.round_unbiased(x, self.bits, self.group_size)
-        return self._rotated(x)
+        return _ops.rotate(x) if grid.rotates else x
 
     def _check_meaning(self, other: Store) -> None:
         mine, theirs = ((s.bits, s.group_size, s.quantizer) for s in (self, other))
@@ -301,7 +310,10 @@ class Store:
         """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
         value = self._storable(value)
         codes, scales = torch.zeros_like(self.codes[:1, :1, :1]), torch.zeros_like(self.scales[:1, :1, :, :1])
-        if value and rotates(self.quantizer):
+        if value and self._grid.rotates and self._grid.within:
+            token = scales.new_full((1, 1, 1, self.shape[CHANNEL]), value, dtype=torch.float32)
+            _ops.append(codes, scales, _ops.to_grid(token, self.quantizer, self.group_size), 0, self.bits)
+        elif value and self._grid.rotates:
             _ops.fill_rotated(codes, scales, 0, 1, self.bits, value)
         else:
             scales[..., 1] = value
@@ -360,15 +372,20 @@ def rebuild_store(
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
     batch, heads, tokens, head_dim = shape
     groups = scales.shape[2] if scales.dim() == 5 else 0
+    try:
+        grid = grid_of(quantizer)
+    except (TypeError, ValueError):
+        grid = None
     fits = (
         bits in layout.SUPPORTED_BITS
-        and quantizer in QUANTIZERS
+        and grid is not None
         and codes.dtype == torch.uint8
         and scales.dtype == torch.float16
         and tuple(codes.shape) == (batch, heads, tokens, layout.packed_width(head_dim, bits))
         and tuple(scales.shape) == (batch, heads, groups, tokens, 2)
         and groups > 0
         and head_dim % groups == 0
+        and (not grid.pairs or grid_within(quantizer, head_dim, head_dim // groups, grid.pairs) == grid)
         and len(strides) == 4
     )
     if not fits:

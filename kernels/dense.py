@@ -19,7 +19,7 @@ _ROWS = 256  # query rows at a time where scores are held
 
 library.define(
     "attention_dense(Tensor query, Tensor key, Tensor value, Tensor variance, Tensor? mask, bool causal, float scale, "
-    "bool halves, str correction) -> Tensor",
+    "int pairs, str correction) -> Tensor",
     tags=(torch.Tag.flexible_layout,),
 )
 
@@ -32,7 +32,7 @@ def attention_dense(
     mask: Tensor | None,
     causal: bool,
     scale: float,
-    halves: bool,
+    pairs: int,
     correction: str,
 ) -> Tensor:
     """softmax over s·q·k_j - b_ij + mask, times the values; b_ij = s²/24 · Σ_g ‖q_ig‖² Δ²_jg (arXiv 2605.26266).
@@ -44,39 +44,38 @@ def attention_dense(
         mask: None, boolean or additive, broadcastable to `[B, H, L, S]`.
         causal: query i sees key j only if j <= i, as PyTorch's.
         scale: softmax scale s.
-        halves: a group's channels lie half in the first half of the head and half in the second (as half-split rotary
-            embeddings pair them), at the same place in both; otherwise they are neighbours.
+        pairs: in each run of so many channels, a group's channels lie half in the first half and half in the second, at
+            the same place in both (as half-split rotary embeddings pair them); 0, they are neighbours.
         correction: "none", "taylor" or "exact" (Σ_c log(sinh α_c / α_c), whose scores are held, a few rows at a time).
 
     Returns:
         `[B, H, L, Dv]` in query's dtype, laid out in memory as `[B, L, H, Dv]`.
     """
-    grouped = query.shape[1] != key.shape[1]
+    gqa = query.shape[1] != key.shape[1]
     if correction == "exact":
-        output = _exact(query, key, value, variance, mask, causal, scale, halves)
+        output = _exact(query, key, value, variance, mask, causal, scale, pairs)
     elif correction == "none":
-        output = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     else:
         # One head_dim for queries, keys and values, a multiple of 8: what fused attention kernels ask for.
         groups = variance.shape[-1]
         width = -(-(max(query.shape[-1], value.shape[-1]) + groups) // 8) * 8
-        norms = _grouped(query.float(), groups, halves).square().sum(-1)
+        norms = grouped(query.float(), groups, pairs).square().sum(-1)
         output = F.scaled_dot_product_attention(
             _widened(query, norms, width),
             _widened(key, -scale / 24 * variance, width),
             F.pad(value, (0, width - value.shape[-1])),
-            mask, is_causal=causal, scale=scale, enable_gqa=grouped,
+            mask, is_causal=causal, scale=scale, enable_gqa=gqa,
         )  # fmt: skip
     return output[..., : value.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _grouped(x: Tensor, groups: int, halves: bool) -> Tensor:
-    """`[…, D]` as `[…, G, D / G]`: the channels of each group."""
-    if halves:
-        return x.unflatten(-1, (2, groups, -1)).transpose(-3, -2).flatten(-2)
-    return x.unflatten(-1, (groups, -1))
+def grouped(x: Tensor, groups: int, pairs: int) -> Tensor:
+    """`[…, D]` as `[…, G, D / G]`: the channels of each group, `pairs` as for `attention_dense`."""
+    if not pairs:
+        return x.unflatten(-1, (groups, -1))
+    runs = x.shape[-1] // pairs
+    return x.unflatten(-1, (runs, 2, groups // runs, -1)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def _widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
@@ -86,7 +85,7 @@ def _widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
 
 def _exact(
     query: Tensor, key: Tensor, value: Tensor, variance: Tensor, mask: Tensor | None, causal: bool, scale: float,
-    halves: bool,
+    pairs: int,
 ) -> Tensor:  # fmt: skip
     groups, repeat = variance.shape[-1], query.shape[1] // key.shape[1]
     key, value, delta = (t.repeat_interleave(repeat, 1) for t in (key, value, variance.sqrt()))
@@ -94,7 +93,7 @@ def _exact(
     parts = []
     for first in range(0, query.shape[2], _ROWS):
         q = query[:, :, first : first + _ROWS]
-        ordered = _grouped(q.float(), groups, halves).flatten(-2)
+        ordered = grouped(q.float(), groups, pairs).flatten(-2)
         bias = -reference.correction_bias(ordered, delta, scale, "exact")
         if mask is not None:
             rows = mask[..., first : first + _ROWS, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask

@@ -9,12 +9,20 @@ the independent noise that the Jensen correction (arXiv 2605.26266) assumes. A r
 the one that rounds normal numbers best (Max, 1960) instead of reaching to the extremes; and each group is rescaled so
 that its error is orthogonal to it, as in RaBitQ (arXiv 2405.12497): what is read, projected on what was written, is
 what was written, and a query along a key sees that key's score without error.
+
+The correction needs each channel's step where scores are made, and some models turn or join cached keys before that
+(rotary embeddings after the read). What is dequantized has the errors' variances group by group, and rotary embeddings
+leave them alone, as long as (a) a rotation has not mixed groups of different steps, and (b) a group holds both channels
+of each pair that is turned. Such keys are stored on a `Grid` that sees to both: its rotation stays within each group,
+and where embeddings turn channels c and c + pairs/2 of each run of `pairs` channels, the two are put into one group.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,15 +30,81 @@ from torch import Tensor
 from .layout import pack
 
 QUANTIZERS = ("rtn", "quarot", "unbiased")
+_STORED = re.compile(f"({'|'.join(QUANTIZERS)})(/groups|/pairs([1-9][0-9]{{0,5}}))?")
 
 # Greatest level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error for normal
 # numbers. With 8 bits it lies beyond the extremes of any group.
 NORMAL_RANGE = {2: 1.494, 3: 2.051, 4: 2.514, 8: math.inf}
 
 
+@dataclass(frozen=True)
+class Grid:
+    """How channels lie in groups: what a cache's `quantizer` says, "quarot", "quarot/groups" or "quarot/pairs128".
+
+    quantizer: one of `QUANTIZERS`.
+    within: nothing leaves its group: rotations are of each group by itself.
+    pairs: channels c and c + pairs/2 of each run of so many channels lie in one group; 0, groups are neighbours.
+    """
+
+    quantizer: str
+    within: bool = False
+    pairs: int = 0
+
+    @property
+    def rotates(self) -> bool:
+        """Whether what is stored are rotated channels."""
+        return self.quantizer != "rtn"
+
+    def __str__(self) -> str:
+        return self.quantizer + (f"/pairs{self.pairs}" if self.pairs else "/groups" if self.within else "")
+
+
+@functools.cache
+def grid_of(quantizer: str) -> Grid:
+    """The grid that a cache's `quantizer` names. Raises `ValueError` where it names none."""
+    match = _STORED.fullmatch(quantizer)
+    if match is None:
+        raise ValueError(f"quantizer {quantizer!r}: expected one of {QUANTIZERS}, and /groups or /pairsN after it")
+    return Grid(match[1], match[2] is not None, int(match[3] or 0))
+
+
+def grid_within(quantizer: str, head_dim: int, group_size: int, pairs: int) -> Grid:
+    """The grid for keys that are changed after they are read, `pairs` as they are turned; the plainest that will do."""
+    quantizer = grid_of(quantizer).quantizer
+    apart = pairs > group_size and pairs % group_size == 0 and head_dim % pairs == 0
+    return Grid(quantizer, apart or (quantizer != "rtn" and head_dim != group_size), pairs if apart else 0)
+
+
 def rotates(quantizer: str) -> bool:
     """Whether what is stored are rotated channels."""
-    return quantizer in ("quarot", "unbiased")
+    return grid_of(quantizer).rotates
+
+
+def to_grid(x: Tensor, quantizer: str, group_size: int) -> Tensor:
+    """`x` `[…, D]` in the basis that the grid `within` groups is laid over; x's dtype, contiguous.
+
+    An orthogonal map: scores are the same where queries and keys both go through it.
+    """
+    grid = grid_of(quantizer)
+    x = _blocks_swapped(x, grid.pairs, group_size, 2) if grid.pairs else x
+    return (_rotated(x, group_size) if grid.rotates else x).to(x.dtype).contiguous()
+
+
+def from_grid(x: Tensor, quantizer: str, group_size: int) -> Tensor:
+    """The inverse of `to_grid`."""
+    grid = grid_of(quantizer)
+    turned = (_rotated(x, group_size) if grid.rotates else x).to(x.dtype)
+    return unpaired(turned, grid.pairs, group_size).contiguous()
+
+
+def unpaired(x: Tensor, pairs: int, group_size: int) -> Tensor:
+    """`x` `[…, D]`, whose channels are in the order of groups that hold `pairs`, in the order of the head."""
+    return _blocks_swapped(x, pairs, group_size, pairs // group_size) if pairs else x
+
+
+def _blocks_swapped(x: Tensor, pairs: int, group_size: int, rows: int) -> Tensor:
+    """In each run of `pairs` channels, its half groups, as a matrix of so many rows, transposed."""
+    return x.unflatten(-1, (-1, rows, 2 * pairs // group_size // rows, group_size // 2)).transpose(-3, -2).flatten(-4)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -52,7 +126,12 @@ def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
     Returns:
         float32, contiguous, of x's shape.
     """
-    groups = _rotated(x).view(-1, group_size)
+    return round_rotated(_rotated(x), bits, group_size)
+
+
+def round_rotated(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """What `round_unbiased` makes of channels `[…, D]` that have been rotated already."""
+    groups = x.float().reshape(-1, group_size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     energy = groups.square().sum(-1, keepdim=True)
     limit = NORMAL_RANGE[bits] * (energy / group_size).sqrt()
@@ -63,9 +142,12 @@ def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
     return torch.where(closer, narrow, wide).view(x.shape)
 
 
-def _rotated(x: Tensor) -> Tensor:
-    """`rotate`, float32 and contiguous: one matrix product over rows, which strided inputs are copied into first."""
-    matrix = _hadamard(_order(x.shape[-1]), x.device)
+def _rotated(x: Tensor, within: int = 0) -> Tensor:
+    """`rotate`, float32 and contiguous: one matrix product over rows, which strided inputs are copied into first.
+
+    Where `within` is given, as if heads had so many channels.
+    """
+    matrix = _hadamard(_order(within or x.shape[-1]), x.device)
     return (x.reshape(-1, len(matrix)).float() @ matrix).view(x.shape)
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from ..kernels.dense import grouped
+from ..kernels.quantizers import grid_of
 from .actions import Attend, Dense, Holder
 from .attention_forms import SDPA_LSE, AttentionCall
 from .flex import lower_flex
@@ -43,7 +45,7 @@ def _replace(pieces: Pieces, call: AttentionCall, result: Node, rotated: Holder 
     """Put `result` in the place of a call, turned back from the basis of `rotated`, and laid out as it was."""
     result, lse = (pieces.call(operator.getitem, result, i) for i in range(2)) if call.lse else (result, None)
     if rotated is not None:
-        result = pieces.rotated(result, rotated)
+        result = pieces.from_grid(result, rotated)
         if call.result.stride() != _attention_stride(call.result):
             result = pieces.method("contiguous", result)
     if call.lse:
@@ -71,9 +73,9 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         if correction == "exact":
             delta, why = None, "flex_attention takes the Taylor correction only"
         if delta is None or correction == "none":
-            return lower_flex(pieces, call, None, 1, False), why
-        groups, halves = _groups(pieces, dense, uncertainty)
-        return lower_flex(pieces, call, _variance(pieces, delta, groups, halves), groups, halves), why
+            return lower_flex(pieces, call, None, 1, 0), why
+        groups, pairs = _groups(pieces, dense, uncertainty)
+        return lower_flex(pieces, call, _variance(pieces, delta, groups, pairs), groups, pairs), why
     query, key, value = (_cast(pieces, x, dtype) for x in (call.query, call.key, call.value))
     if call.lse:
         result = pieces.call(SDPA_LSE.default, query, key, value, call.mask, call.is_causal, call.scale)
@@ -85,9 +87,9 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         args = query, key, value, call.mask, 0.0, call.is_causal
         attention = result = pieces.call(F.scaled_dot_product_attention, *args, scale=call.scale, enable_gqa=grouped)
     else:
-        groups, halves = _groups(pieces, dense, uncertainty)
-        variance = _variance(pieces, delta, groups, halves)
-        settings = call.mask, call.is_causal, call.scale, halves, correction
+        groups, pairs = _groups(pieces, dense, uncertainty)
+        variance = _variance(pieces, delta, groups, pairs)
+        settings = call.mask, call.is_causal, call.scale, pairs, correction
         attention = result = pieces.call(ops.attention_dense.default, query, key, value, variance, *settings)
         if stride != _attention_stride(call.result):
             result = pieces.method("contiguous", attention)
@@ -96,19 +98,26 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
     return attention, why
 
 
-def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int, bool]:
-    """How many groups of channels keys have, and whether each lies half in both halves of the head."""
+def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int, int]:
+    """How many groups of channels keys have, and how these lie in the head (`pairs` of `jkv::attention_dense`)."""
     head_dim = example(dense.call.key).shape[-1]
-    size = pieces.plans[next(h for h in dense.key_caches if h in pieces.plans)].group_size
-    groups = head_dim // size if head_dim % size == 0 else 1
-    return groups, dense.call.key in uncertainty.joined and groups % 2 == 0
+    plan = pieces.plans[next(h for h in dense.key_caches if h in pieces.plans)]
+    groups, pairs = head_dim // plan.group_size, grid_of(plan.quantizer).pairs
+    if head_dim % plan.group_size:
+        return 1, 0
+    if pairs:
+        return groups, pairs if head_dim % pairs == 0 else 0
+    turned = uncertainty.joined.get(dense.call.key, 0)
+    if turned > plan.group_size and groups % 2 == 0 and turned == head_dim:
+        return groups // 2, turned  # stored in groups of neighbours: of the two that are turned together, the mean
+    return groups, 0
 
 
-def _variance(pieces: Pieces, delta: Node, groups: int, halves: bool) -> Node:
+def _variance(pieces: Pieces, delta: Node, groups: int, pairs: int) -> Node:
     """Δ² per channel group, float32 `[B, H, S, G]`, from Δ per channel."""
     squares = pieces.method("square", pieces.method("float", delta))
-    if halves:  # a group holds the same channels of both halves
-        return pieces.method("mean", pieces.method("unflatten", squares, -1, (2, groups // 2, -1)), (-3, -1))
+    if pairs:
+        return pieces.method("mean", pieces.call(grouped, squares, groups, pairs), -1)
     return pieces.method("mean", pieces.method("unflatten", squares, -1, (groups, -1)), -1)
 
 
@@ -142,9 +151,9 @@ def _packed_attention(
     key_cache, value_cache = attend.key_cache, attend.value_cache
     components = [*pieces.packed(key_cache), *pieces.packed(value_cache)]
     ranges = [number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
-    query = pieces.rotated(query, key_cache)
+    query = pieces.to_grid(query, key_cache)
     key, value = (
-        pieces.rotated(pieces.concatenate(parts), cache) if parts else pieces.no_tokens(query, cache)
+        pieces.to_grid(pieces.concatenate(parts), cache) if parts else pieces.no_tokens(query, cache)
         for parts, cache in ((keys, key_cache), (values, value_cache))
     )
     mask = _causal_mask(pieces, attend) if call.is_causal else call.mask

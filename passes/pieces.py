@@ -10,19 +10,24 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..geometry import constant, same
-from ..kernels.quantizers import rotates
+from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
 from .actions import Holder
 from .nodes import example
 from .segments import Fresh
 from .symbols import Symbols
 
+ops = torch.ops.jkv
+
 Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token"]
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How one cache is stored: `axes[role]` is the tensor's dimension for (batch, head, token, channel)."""
+    """How one cache is stored: `axes[role]` is the tensor's dimension for (batch, head, token, channel).
+
+    quantizer: as `kernels.quantizers.Grid` spells it.
+    """
 
     axes: tuple[int, ...]
     bits: int
@@ -71,7 +76,7 @@ class Pieces:
 
     def active(self, holder: Holder) -> tuple[Node, Node]:
         """What a cache holds in full precision, in the basis that it is stored in, and its range."""
-        return self.rotated(self._own(holder, "active"), holder), self.component(holder, "active_range")
+        return self.to_grid(self._own(holder, "active"), holder), self.component(holder, "active_range")
 
     def _own(self, holder: Holder, kind: Component) -> Node:
         """A component; of a cache that is part of a tensor, its batch entries."""
@@ -100,16 +105,32 @@ class Pieces:
         keywords = {} if dtype is None else {"dtype": dtype}
         return self.call(torch.ops.aten.new_empty.default, like, [batch, heads, 0, head_dim], **keywords)
 
-    def rotated(self, value: Node, holder: Holder) -> Node:
-        """A tensor `[…, D]` in the basis that a cache is stored in, or back from it: a rotation that is its inverse."""
-        return self.call(torch.ops.jkv.rotate.default, value) if rotates(self.plans[holder].quantizer) else value
+    def to_grid(self, value: Node, holder: Holder) -> Node:
+        """A tensor `[…, D]` in the basis that a cache is stored in."""
+        plan = self.plans[holder]
+        grid = grid_of(plan.quantizer)
+        if grid.within:
+            return self.call(ops.to_grid.default, value, plan.quantizer, plan.group_size)
+        return self.call(ops.rotate.default, value) if grid.rotates else value
+
+    def from_grid(self, value: Node, holder: Holder) -> Node:
+        """A tensor `[…, D]` back from the basis that a cache is stored in."""
+        plan = self.plans[holder]
+        grid = grid_of(plan.quantizer)
+        if grid.within:
+            return self.call(ops.from_grid.default, value, plan.quantizer, plan.group_size)
+        return self.call(ops.rotate.default, value) if grid.rotates else value
 
     def stored(self, value: Node, holder: Holder) -> Node:
         """What is quantized of a tensor `[B, H, n, D]` that is written to a cache, see `kernels.quantizers`."""
         plan = self.plans[holder]
-        if plan.quantizer == "unbiased":
-            return self.call(torch.ops.jkv.round_unbiased.default, value, plan.bits, plan.group_size)
-        return self.rotated(value, holder)
+        grid = grid_of(plan.quantizer)
+        if grid.quantizer != "unbiased":
+            return self.to_grid(value, holder)
+        if grid.within:
+            value = self.to_grid(self.method("float", value), holder)
+            return self.call(ops.round_rotated.default, value, plan.bits, plan.group_size)
+        return self.call(ops.round_unbiased.default, value, plan.bits, plan.group_size)
 
     def roles(self, holder: Holder) -> tuple[int, ...]:
         """The canonical axis of each of a cache's own axes."""

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..geometry import same
-from ..kernels.quantizers import rotates
+from ..kernels.quantizers import grid_of, grid_within
 from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
 from .lower_attention import lower_dense, lower_fused
 from .lower_reads import materialize, steps
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
 from .segments import Cached, Fresh
-from .uncertainty import Uncertainty
+from .uncertainty import Uncertainty, pairs_turned
 
-ops = torch.ops.jkv
+ops, aten = torch.ops.jkv, torch.ops.aten
 
 
 @dataclass
@@ -109,7 +109,21 @@ def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 def rewrite(gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str) -> Rewritten:
     """Lower every use of the caches in `plans`; `gm` is changed; `tracking` must have been made from it."""
-    return _Rewriter(gm, tracking, plans, correction).run()
+    return _Rewriter(gm, tracking, _settled(gm.graph, tracking, plans), correction).run()
+
+
+def _settled(graph: Graph, tracking: Tracking, plans: dict[Holder, CachePlan]) -> dict[Holder, CachePlan]:
+    """Plans for keys that are changed after they are read, where they are yet to be packed, on the grids for such."""
+    plans = dict(plans)
+    for dense in tracking.dense:
+        for cache in dense.key_caches:
+            if cache in plans and not cache.packed:
+                plan, pairs = plans[cache], pairs_turned(graph, dense.call.key, [h.node for h in dense.key_caches])
+                grid = grid_within(plan.quantizer, int(cache.shape[plan.axes[3]]), plan.group_size, pairs)
+                for holder in plans:
+                    if holder.node is cache.node:  # one tensor, of which others may be other parts
+                        plans[holder] = replace(plans[holder], quantizer=str(grid))
+    return plans
 
 
 class _Rewriter:
@@ -183,7 +197,13 @@ class _Rewriter:
             elif isinstance(write, Move):
                 args = number(write.source), number(write.destination), number(write.length)
                 self.pieces.call(ops.move.default, codes, scales, *args)
-            elif write.value and rotates(plan.quantizer):
+            elif write.value and grid_of(plan.quantizer).within and grid_of(plan.quantizer).rotates:
+                batch, heads, head_dim = (number(write.holder.shape[plan.axes[r]]) for r in (0, 1, 3))
+                shape, settings = [batch, heads, number(write.stop - write.start), head_dim], {"dtype": torch.float32}
+                value = self.pieces.call(aten.new_full.default, scales, shape, float(write.value), **settings)
+                value = self.pieces.to_grid(value, write.holder)
+                self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
+            elif write.value and grid_of(plan.quantizer).rotates:
                 tokens = number(write.start), number(write.stop)
                 self.pieces.call(ops.fill_rotated.default, codes, scales, *tokens, plan.bits, float(write.value))
             else:

@@ -8,7 +8,6 @@ for keys that were never quantized, tell where each error went; rotations within
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -49,7 +48,7 @@ class Uncertainty:
         self.needed = self._needed(keys)
         self.known: dict[Node, Node] = {}
         self.lost: dict[Node, str] = {}  # nodes whose errors are not known, and the operation that lost them
-        self.joined: set[Node] = set()  # keys whose channels have been put together from parts
+        self.joined: dict[Node, int] = {}  # keys whose channels were put together from halves, and of how many channels
 
     def of(self, key: Node, consumer: Node) -> Node:
         """Δ for `key`, which `consumer` attends to. Raises `NotLinear`."""
@@ -103,6 +102,8 @@ class Uncertainty:
 
     def _carry(self, node: Node, given: dict[Node, Node]) -> None:
         name, uncertain = name_of(node), list(given)
+        if name in _NEW:
+            return  # of its values it takes none
         joins = name in _JOINING or node.target in CONCATENATIONS
         if joins or name in _SUMS:
             others = [a for a in node.all_input_nodes if a not in given and isinstance(example(a), torch.Tensor)]
@@ -113,8 +114,9 @@ class Uncertainty:
         elif name not in _MOVEMENT:
             raise NotLinear(name)
         self.known[node] = self.graph.node_copy(node, lambda a: given.get(a, a))
-        if any(a in self.joined for a in uncertain) or (joins and self._joins_channels(node)):
-            self.joined.add(node)
+        width = min((self.joined[a] for a in uncertain if a in self.joined), default=0) or _halves(node)
+        if width:
+            self.joined[node] = width
 
     def _edit(self, node: Node, base: Node, given: dict[Node, Node]) -> None:
         """A write into a tensor: with Δ where what is written has it, with zeros where it does not."""
@@ -127,8 +129,52 @@ class Uncertainty:
             given[value] = self.graph.call_function(torch.zeros_like, (value,))
         self.graph.node_copy(node, lambda a: given.get(a, a))
 
-    def _joins_channels(self, node: Node) -> bool:
+
+def pairs_turned(graph: Graph, key: Node, caches: list[Node]) -> int:
+    """How many channels there are to each run of a cache's that half-split rotary embeddings turn before attention.
+
+    They put keys together from two halves of channels: `cat`, `stack` or slice assignments, of which the innermost
+    tell. 0 where keys are turned otherwise (interleaved pairs are neighbours), not at all, or in runs of several sizes.
+    """
+    from_caches = set(caches)
+    for node in graph.nodes:
+        if any(a in from_caches for a in node.all_input_nodes):
+            from_caches.add(node)
+            if (write := as_write(node)) is not None:
+                from_caches.add(write.base)
+    edits: dict[int, list[Node]] = {}
+    for node in from_caches:
+        if (write := as_write(node)) is not None:
+            edits.setdefault(identity(write.target), []).append(node)
+    found, seen, left = set(), set[Node](), [key]
+    while left:
+        node = left.pop()
+        if node in seen or node not in from_caches:
+            continue
+        seen.add(node)
         value = example(node)
-        arguments = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
-        dim: Any = arguments.get("dim", 0)
-        return node.target in CONCATENATIONS and dim % value.dim() == value.dim() - 1
+        before = [*node.all_input_nodes, *(edits.get(identity(value), []) if isinstance(value, torch.Tensor) else [])]
+        left += before
+        found.add(_halves(node))
+    found.discard(0)
+    return min(found) if found and all(width % min(found) == 0 for width in found) else 0
+
+
+def _halves(node: Node) -> int:
+    """How many channels a node's result has, where it is put together from two halves of them; 0 where it is not."""
+    value = example(node)
+    if (write := as_write(node)) is not None:
+        width = example(write.base).shape[-1]
+        contiguous = write.target.dim() > 1 and write.target.stride(-1) == 1
+        return width if contiguous and isinstance(width, int) and write.target.shape[-1] * 2 == width else 0
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or not isinstance(value.shape[-1], int):
+        return 0
+    arguments = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
+    parts, dim = arguments.get("tensors"), arguments.get("dim", 0)
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not isinstance(dim, int):
+        return 0
+    if node.target in CONCATENATIONS and dim % value.dim() == value.dim() - 1:
+        return value.shape[-1] if example(parts[0]).shape[-1] * 2 == value.shape[-1] else 0
+    if name_of(node) == "stack" and dim % value.dim() == value.dim() - 2:
+        return value.shape[-2] * value.shape[-1]
+    return 0

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "eviction by rolling, with a sink": (rolling, 8),
     "a fixed past, concatenated": (fixed_past(), 3),
     "a fixed past, turned after the read": (fixed_past("interleaved"), 3),
-    "a fixed past, turned in halves after the read": (fixed_past("half"), 3),
+    "a fixed past, turned in halves after the read": (fixed_past("half", False, 64), 3),
     "a fixed past, its batch doubled": (fixed_past("", True), 3),
     "a concatenation that grows and is returned": (growing_past, 4),
     "keys beside values in one tensor": (keys_beside_values, 4),

@@ -30,8 +30,10 @@ class Projections(nn.Module):
         return self.out(o.transpose(1, 2).flatten(2))
 
 
-def rope(x: Tensor, start: int = 0, interleaved: bool = True) -> Tensor:
-    """Rotary embedding of `[B, n, H, D]` at positions `start …`."""
+def rope(x: Tensor, start: int = 0, interleaved: bool = True, kind: str = "") -> Tensor:
+    """Rotary embedding of `[B, n, H, D]` at positions `start …`; `kind` is another spelling of half-split ones."""
+    if kind == "half of half":  # of the first half of the channels
+        return torch.cat([rope(x[..., : x.shape[-1] // 2], start, False), x[..., x.shape[-1] // 2 :]], -1)
     n, d = x.shape[1], x.shape[-1]
     freqs = 1.0 / 100 ** (torch.arange(0, d, 2, device=x.device) / d)
     angle = torch.outer(torch.arange(n, device=x.device) + start, freqs)[None, :, None]
@@ -40,6 +42,13 @@ def rope(x: Tensor, start: int = 0, interleaved: bool = True) -> Tensor:
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
     a, b = x.chunk(2, -1)
+    if kind == "rotate_half":
+        return x * torch.cat((cos, cos), -1) + torch.cat((-b, a), -1) * torch.cat((sin, sin), -1)
+    if kind == "assigned halves":
+        out = torch.empty_like(x)
+        out[..., : d // 2] = a * cos - b * sin
+        out[..., d // 2 :] = a * sin + b * cos
+        return out
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
@@ -78,8 +87,8 @@ class RollingCache(Projections):
 class FixedPast(Projections):
     """B (LongCat-Video, HY-WorldPlay): a past that an earlier call produced is concatenated at each read."""
 
-    def __init__(self, rope_on_read: str = "", double: bool = False) -> None:
-        super().__init__()
+    def __init__(self, rope_on_read: str = "", double: bool = False, head_dim: int = HEAD_DIM) -> None:
+        super().__init__(DIM // head_dim, head_dim)
         self.rope_on_read, self.double = rope_on_read, double
 
     def produce(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +105,9 @@ class FixedPast(Projections):
         v = torch.cat([past_v, v.transpose(1, 2)], dim=2)
         q = q.transpose(1, 2)
         if self.rope_on_read:
-            flag = self.rope_on_read == "interleaved"
-            k = rope(k.transpose(1, 2), 0, flag).transpose(1, 2)
-            q = rope(q.transpose(1, 2), past[0].shape[2], flag).transpose(1, 2)
+            how = self.rope_on_read == "interleaved", self.rope_on_read
+            k = rope(k.transpose(1, 2), 0, *how).transpose(1, 2)
+            q = rope(q.transpose(1, 2), past[0].shape[2], *how).transpose(1, 2)
         o = F.scaled_dot_product_attention(q, k, v)
         return self.out(o.transpose(1, 2).flatten(2))
 

@@ -22,8 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from jkv_compile import is_packed
-from jkv_compile.kernels import reference
+from jkv_compile import PackedKV, is_packed
+from jkv_compile.kernels import quantizers, reference
 
 
 def caches_of(model: nn.Module, args: Any) -> list[Tensor]:
@@ -33,27 +33,56 @@ def caches_of(model: nn.Module, args: Any) -> list[Tensor]:
     return [t for t in found if t.is_floating_point() and t.dim() >= 3]
 
 
+class Watched:
+    """A compiled model, what its caches are, and the full-precision memory that they have had."""
+
+    def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
+        self.model, self.compiled = model, compiled
+        self.storages: list[StorageWeakRef] = []
+        self.quantizers: list[str | None] = []  # of each cache, None while it is plain
+
+    def __call__(self, *args: Any) -> Any:
+        self._look(args)
+        result = self.compiled(*args)
+        self._look(args)
+        return result
+
+    def _look(self, args: Any) -> None:
+        caches = caches_of(self.model, args)
+        self.storages += [StorageWeakRef(t.untyped_storage()) for t in caches if not is_packed(t)]
+        self.quantizers = [t._store.quantizer if isinstance(t, PackedKV) else None for t in caches]
+
+    @property
+    def freed(self) -> bool:
+        """Whether there was such memory, none is left, and what the caller holds is packed."""
+        packed = bool(self.quantizers) and None not in self.quantizers
+        return packed and bool(self.storages) and all(s.expired() for s in self.storages)
+
+
 class Simulated(nn.Module):
-    """The eager model on simulated caches. `group_size` channels of the last dimension share a step.
+    """The eager model on simulated caches, packed when and as those of its compiled twin are.
 
     Scores are corrected while `corrects` is set: it takes a call of the model per channel.
     """
 
-    def __init__(self, model: nn.Module, bits: int, group_size: int = 32, correction: str = "taylor") -> None:
+    def __init__(
+        self, model: nn.Module, twin: Watched, bits: int, group_size: int = 32, correction: str = "taylor"
+    ) -> None:
         super().__init__()
-        self.model, self.bits, self.group_size, self.correction = model, bits, group_size, correction
+        self.model, self.twin = model, twin
+        self.bits, self.group_size, self.correction = bits, group_size, correction
         self.corrects = True
         self.known: list[Tensor] = []  # caches after the last call: as they were left, token by token
         self.produce, self.write = (getattr(model, name, None) for name in ("produce", "write"))
 
     def forward(self, *args: Any) -> Any:
         caches = caches_of(self.model, args)
-        steps = [self._quantize(cache) for cache in caches]
+        errors = [self._quantize(cache, q) for cache, q in zip(caches, self.twin.quantizers, strict=True)]
         if self.corrects:
             keys = _attended_keys(self.model, args, lambda _: None)
             shifts: list[list[Tensor]] = [[] for _ in keys]  # per attention, of its keys by each channel's error
-            for channel in range(max((s.shape[-1] for s in steps), default=0)):
-                changed = _attended_keys(self.model, args, functools.partial(_add, steps, channel))
+            for channel in range(max((len(e) for e in errors), default=0)):
+                changed = _attended_keys(self.model, args, functools.partial(_add, errors, channel))
                 for shift, new, old in zip(shifts, changed, keys):
                     shift.append(new - old)
             with _Corrected(shifts, self.correction):
@@ -63,17 +92,34 @@ class Simulated(nn.Module):
         self.known = [t.clone() for t in caches_of(self.model, (*args, result))]
         return result
 
-    def _quantize(self, cache: Tensor) -> Tensor:
-        """Put a cache on its grid, but for tokens written since the last call; Δ of each channel."""
-        tokens = cache.detach().reshape(1, 1, -1, cache.shape[-1])
-        codes, scales = reference.quantize(tokens, self.bits, self.group_size)
+    def _quantize(self, cache: Tensor, quantizer: str | None) -> Tensor:
+        """Put a cache on its grid, but for tokens written since the last call.
+
+        Returns:
+            what it is off by where one of its stored channels is off by Δ, `[D, *cache.shape]`.
+        """
+        head_dim = cache.shape[-1]
+        if quantizer is None:
+            return torch.zeros(head_dim, *cache.shape)
+        basis = _basis(quantizer, head_dim, self.group_size)  # [channel, stored channel], orthogonal
+        stored = (cache.detach() @ basis).reshape(1, 1, -1, head_dim)
+        if quantizer.startswith("unbiased"):
+            stored = quantizers.round_rotated(stored, self.bits, self.group_size)
+        codes, scales = reference.quantize(stored, self.bits, self.group_size)
+        read = reference.dequantize(codes, scales, self.bits).view(cache.shape) @ basis.mT
         step = reference.quantization_step(scales, self.bits).repeat_interleave(self.group_size, -1).view(cache.shape)
         old = torch.zeros(cache.shape, dtype=torch.bool)
         for known in self.known:
             if known.shape == cache.shape:
                 old |= (known == cache).all(-1, keepdim=True)
-        cache.copy_(torch.where(old, reference.dequantize(codes, scales, self.bits).view(cache.shape), cache))
-        return step * old
+        cache.copy_(torch.where(old, read, cache))
+        return torch.stack([step[..., c, None] * basis[:, c] * old for c in range(head_dim)])
+
+
+def _basis(quantizer: str, head_dim: int, group_size: int) -> Tensor:
+    if "/" in quantizer:
+        return quantizers.to_grid(torch.eye(head_dim), quantizer, group_size)
+    return torch.eye(head_dim) if quantizer == "rtn" else quantizers.rotate(torch.eye(head_dim))
 
 
 def _attended_keys(model: nn.Module, args: Any, change: Callable[[list[Tensor]], None]) -> list[Tensor]:
@@ -85,10 +131,10 @@ def _attended_keys(model: nn.Module, args: Any, change: Callable[[list[Tensor]],
     return recorded.keys
 
 
-def _add(steps: list[Tensor], channel: int, caches: list[Tensor]) -> None:
-    for cache, step in zip(caches, steps):
-        if channel < cache.shape[-1]:
-            cache[..., channel] += step[..., channel]
+def _add(errors: list[Tensor], channel: int, caches: list[Tensor]) -> None:
+    for cache, error in zip(caches, errors):
+        if channel < len(error):
+            cache += error[channel]
 
 
 class _Recorded(TorchFunctionMode):
@@ -124,28 +170,3 @@ class _Corrected(TorchFunctionMode):
             hide = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -math.inf) if hide else scores + attn_mask
         return scores.softmax(-1) @ v
-
-
-class Watched:
-    """A compiled model, and the full-precision memory that its caches have had."""
-
-    def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
-        self.model, self.compiled = model, compiled
-        self.storages: list[StorageWeakRef] = []
-        self.packed = False
-
-    def __call__(self, *args: Any) -> Any:
-        self._look(args)
-        result = self.compiled(*args)
-        self._look(args)
-        return result
-
-    def _look(self, args: Any) -> None:
-        caches = caches_of(self.model, args)
-        self.storages += [StorageWeakRef(t.untyped_storage()) for t in caches if not is_packed(t)]
-        self.packed = bool(caches) and all(is_packed(t) for t in caches)
-
-    @property
-    def freed(self) -> bool:
-        """Whether there was such memory, none is left, and what the caller holds is packed."""
-        return self.packed and bool(self.storages) and all(s.expired() for s in self.storages)

@@ -15,10 +15,19 @@ from torch import nn
 from jkv_compile import JKVBackend
 
 from ..harness import fresh_backend, relative_error
-from .cases import CASES
+from .cases import CASES, Case, fixed_past
 from .simulated import Simulated, Watched
 
 pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
+
+
+TURNED: dict[str, tuple[Case, str]] = {  # what is done to keys after they are read, and the grid that suits it
+    "interleaved pairs": (fixed_past("interleaved", False, 64), "rtn"),
+    "halves": (fixed_past("half", False, 64), "rtn/pairs64"),
+    "halves, by rotate_half": (fixed_past("rotate_half", False, 64), "rtn/pairs64"),
+    "halves, by slice assignment": (fixed_past("assigned halves", False, 64), "rtn/pairs64"),
+    "halves of half the head": (fixed_past("half of half", False, 64), "rtn/pairs32"),
+}
 
 
 @dataclass
@@ -28,28 +37,33 @@ class Run:
     error: float  # of the last output, beside the simulation's
     freed: bool  # whether the caller's full-precision memory was
     effective_bits: float  # of all that its caches still hold
+    quantizers: list[str | None]
     graphs: list[tuple[str, str]]  # before and after, where caches are packed
 
 
 @functools.cache
 def run(name: str, **settings: Any) -> Run:
     steps, stable_from = CASES[name]
+    return _run(steps, stable_from, **settings)
+
+
+def _run(steps: Case, stable_from: int, group_size: int = 32, simulated: str = "taylor", **settings: Any) -> Run:
     torch.manual_seed(0)
     torch._dynamo.reset()
     watched: list[Watched] = []
-    simulated: list[Simulated] = []
+    simulations: list[Simulated] = []
 
     def twins(model: nn.Module, backend: JKVBackend) -> tuple[Callable[..., Any], nn.Module]:
         watched.append(Watched(model, torch.compile(model, backend=backend)))
-        simulated.append(Simulated(copy.deepcopy(model), 2))
-        return watched[-1], simulated[-1]
+        simulations.append(Simulated(copy.deepcopy(model), watched[-1], 2, group_size, simulated))
+        return watched[-1], simulations[-1]
 
-    backend = fresh_backend(bits=2, **settings)
+    backend = fresh_backend(bits=2, group_size=group_size, **settings)
     with torch.no_grad():
         generator = steps(backend, twins)  # holds the caches
         for call in range(stable_from + 2):
             stance = "fail_on_recompile" if call >= stable_from else "default"
-            for twin in simulated:
+            for twin in simulations:
                 twin.corrects = call == stable_from + 1  # slow, and what is attended changes nothing later
             with torch.compiler.set_stance(stance):
                 got, want = next(generator)
@@ -58,6 +72,7 @@ def run(name: str, **settings: Any) -> Run:
         relative_error(got, want),
         watched[0].freed,
         32 * (memory.packed_bytes - memory.active_bytes) / memory.full_precision_bytes,
+        watched[0].quantizers,
         [(r.before, r.after) for r in backend.reports if r.outcome == "packed"],
     )
 
@@ -74,6 +89,24 @@ def test_full_precision_memory_is_freed(name: str) -> None:
     assert run(name).effective_bits == 3  # with steps and zero points
 
 
-@pytest.mark.parametrize("name", ["a fixed past, concatenated", "a fixed past, turned after the read"])
-def test_a_missing_correction_would_be_seen(name: str) -> None:
-    assert run(name, correction="none").error > 100 * 1e-5
+@pytest.mark.parametrize("rope", ["", "interleaved"], ids=["on packed keys", "on dequantized keys"])
+def test_a_missing_correction_would_be_seen(rope: str) -> None:
+    assert _run(fixed_past(rope), 3, correction="none").error > 1e-3
+
+
+@pytest.mark.parametrize("quantizer, correction", [
+    ("rtn", "taylor"), ("rtn", "exact"), ("quarot", "taylor"), ("unbiased", "taylor"), ("unbiased", "exact"),
+])  # fmt: skip
+@pytest.mark.parametrize("turned", TURNED)
+def test_keys_changed_after_the_read_are_corrected_score_by_score(turned: str, quantizer: str, correction: str) -> None:
+    steps, grid = TURNED[turned]
+    settings = {
+        "quantizer": quantizer,
+        "correction": correction,
+        "group_size": 16 if "half of" in turned or "of half" in turned else 32,
+    }
+    outcome = _run(steps, 3, simulated=correction, **settings)
+    assert outcome.error < 2e-5
+    keys, values = outcome.quantizers
+    assert keys == (grid if quantizer == "rtn" else f"{quantizer}{grid[3:] or '/groups'}")
+    assert values == quantizer

@@ -46,7 +46,7 @@ def test_is_what_the_reference_computes(correction: str, hidden: str) -> None:
     query, key, value, delta = case()
     mask = {"boolean": torch.rand(2, 1, 5, 24) > 0.3, "additive": torch.randn(5, 24)}.get(hidden)
     causal = hidden == "causal"
-    got = ops.attention_dense(query, key, value, delta.square(), mask, causal, 0.2, False, correction)
+    got = ops.attention_dense(query, key, value, delta.square(), mask, causal, 0.2, 0, correction)
     want = expected(query, key, value, delta, mask, causal, correction)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
     assert got.stride() == (5 * 4 * 64, 64, 4 * 64, 1)
@@ -56,14 +56,14 @@ def test_many_rows_at_once_are_the_same_as_few() -> None:
     query, key, value, delta = case(length=24, tokens=300)
     query = query.repeat(1, 1, 25, 1)  # 600 rows: three blocks
     mask = torch.randn(600, 300)
-    got = ops.attention_dense(query, key, value, delta.square(), mask, False, 0.2, False, "exact")
+    got = ops.attention_dense(query, key, value, delta.square(), mask, False, 0.2, 0, "exact")
     torch.testing.assert_close(got, expected(query, key, value, delta, mask, False, "exact"), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     query, key, value, delta = case(dtype=dtype)
-    got = ops.attention_dense(query, key, value, delta.square(), None, False, 0.2, False, "taylor")
+    got = ops.attention_dense(query, key, value, delta.square(), None, False, 0.2, 0, "taylor")
     assert got.dtype == dtype
     want = expected(query, key, value, delta, None, False, "taylor")
     assert ((got.float() - want).norm() / want.norm()).item() < 0.01
@@ -74,14 +74,14 @@ def test_groups_may_hold_channels_of_both_halves(correction: str) -> None:
     """Channels c and c + D/2 belong to one group, as half-split rotary embeddings pair them."""
     query, key, value, delta = case(head_dim=64, groups=2)
     order = torch.cat([torch.arange(16), torch.arange(32, 48), torch.arange(16, 32), torch.arange(48, 64)])
-    got = ops.attention_dense(query, key, value, delta.square(), None, False, 0.2, True, correction)
+    got = ops.attention_dense(query, key, value, delta.square(), None, False, 0.2, 64, correction)
     want = expected(query[..., order], key[..., order], value, delta, None, False, correction)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 def test_keys_that_were_never_quantized_are_not_corrected() -> None:
     query, key, value, delta = case()
-    got = ops.attention_dense(query, key, value, torch.zeros_like(delta), None, False, 0.2, False, "taylor")
+    got = ops.attention_dense(query, key, value, torch.zeros_like(delta), None, False, 0.2, 0, "taylor")
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.2, enable_gqa=True)
     torch.testing.assert_close(got, plain)
 

@@ -121,7 +121,7 @@ def test_the_score_function_subtracts_the_bias_beneath_the_models_own(repeat: in
             return 2 * score
 
     query, variance = torch.randn(2, 6, 5, 64), torch.rand(2, 6 // repeat, 7, 4)
-    buffers = [*group_norms(query, 4, halves), *key_variances(variance, 2, 0.3)]
+    buffers = [*group_norms(query, 4, 64 if halves else 0), *key_variances(variance, 2, 0.3)]
     own = torch.randn(3)
     grouped = query.unflatten(-1, (2, 4, 8)).transpose(-3, -2).flatten(-2) if halves else query.unflatten(-1, (4, 16))
     bias = 0.3**2 / 24 * grouped.square().sum(-1) @ variance.repeat_interleave(repeat, 1).mT
@@ -196,7 +196,7 @@ float_2 = cat.float()
 square = float_2.square()
 unflatten = square.unflatten(-1, (2, -1))
 mean = unflatten.mean(-1)
-group_norms = group_norms(query, 2, False)
+group_norms = group_norms(query, 2, 0)
 key_variances = key_variances(mean, 1, 0.125)
 getitem = group_norms[0]
 getitem_5 = group_norms[1]

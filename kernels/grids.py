@@ -1,0 +1,17 @@
+"""Operators for caches whose groups hold what they must (`quantizers.Grid`): their channels into groups, and back."""
+
+from __future__ import annotations
+
+import torch
+
+from .ops import _without_autocast, library
+from .quantizers import from_grid, round_rotated, to_grid
+
+for _name, _kernel in (("to_grid", to_grid), ("from_grid", from_grid)):
+    library.define(f"{_name}(Tensor x, str quantizer, int group_size) -> Tensor", tags=(torch.Tag.flexible_layout,))
+    library.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"jkv::{_name}", lambda x, *_: x.new_empty(x.shape), lib=library)
+
+library.define("round_rotated(Tensor x, int bits, int group_size) -> Tensor", tags=(torch.Tag.flexible_layout,))
+library.impl("round_rotated", _without_autocast(round_rotated), "CompositeExplicitAutograd")
+torch.library.register_fake("jkv::round_rotated", lambda x, *_: x.new_empty(x.shape, dtype=torch.float32), lib=library)
