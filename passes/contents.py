@@ -153,7 +153,14 @@ class Contents:
     def shows_parts(self, value: Any) -> bool:
         """Whether a tensor lies in the memory of a cache of several parts, and in none of them alone."""
         parts = self.holders.get(identity(value), []) if isinstance(value, Tensor) else []
-        return len(parts) > 1 and self.of(value) is None
+        if len(parts) < 2:
+            return False
+        try:
+            first = hint(offset(value))
+            last = first + sum((hint(n) - 1) * hint(step) for n, step in zip(value.shape, value.stride()))
+        except UnknownPosition:
+            return True
+        return not any(h.offset <= first and last < h.offset + h.shape[0] * h.strides[0] for h in parts)
 
     def derive(self, value: Tensor, sources: list[Holder]) -> None:
         known = self.computed.setdefault(identity(value), [])
