@@ -268,8 +268,9 @@ class Layer(nn.Module):
 
         if case.idiom == "growing":
             if cache["k"] is not None:
-                k, v = torch.cat([cache["k"], k.to(cache["k"].dtype)], dim), torch.cat(
-                    [cache["v"], v.to(cache["v"].dtype)], dim
+                k, v = (
+                    torch.cat([cache["k"], k.to(cache["k"].dtype)], dim),
+                    torch.cat([cache["v"], v.to(cache["v"].dtype)], dim),
                 )
             out = self.attend(q, k, v, n)
             cache["k"], cache["v"] = k, v
@@ -365,7 +366,9 @@ class Layer(nn.Module):
             out = self.attend(q, keys, keys, n)
         elif case.idiom == "write last":
             keys, values = self.part(cache["k"], first, start), self.part(cache["v"], first, start)
-            out = self.attend(q, torch.cat([keys, k.to(keys.dtype)], dim), torch.cat([values, v.to(keys.dtype)], dim), n)
+            out = self.attend(
+                q, torch.cat([keys, k.to(keys.dtype)], dim), torch.cat([values, v.to(keys.dtype)], dim), n
+            )
             extra = [k, v]
         else:
             self.put(cache["k"], start, end, k)
