@@ -21,7 +21,7 @@ from ..packed import PackedKV
 from ..report import Rejected
 from .attention_forms import SDPA
 from .describe import source_line
-from .nodes import CONCATENATIONS, COPIES, example, mutates, name_of
+from .nodes import CONCATENATIONS, COPIES, example, identity, mutates, name_of
 from .rewrite import copy_graph
 
 _VIEWS = {"transpose", "permute", "unsqueeze", "movedim", "swapaxes"}
@@ -108,8 +108,11 @@ class _Uses:
                 continue
             if self._by_shards(node):
                 self.root[node] = sources
-            elif any(mutates(node, a) for a in node.all_input_nodes if a in self.root):
-                self.refused |= sources
+        held = {_memory(example(node)): node for node in chosen}
+        for node in gm.graph.nodes:
+            for argument in node.all_input_nodes if node not in self.root else ():
+                if isinstance(example(argument), Tensor) and mutates(node, argument):
+                    self.refused |= {held[m] for m in [_memory(example(argument))] if m in held}
         attended = {r for node in self.root if node.target in SDPA for r in self.root[node]}
         written = {r for node in self.root if node.target is operator.setitem for r in self.root[node]}
         self.refused |= chosen - attended - written
@@ -197,6 +200,11 @@ def from_local(mesh: Any, placements: tuple[Any, ...]) -> Callable[[Tensor], Any
         return DTensor.from_local(shard, mesh, placements, run_check=False)
 
     return from_local
+
+
+def _memory(value: Tensor) -> int:
+    """The same for all tensors that share a shard's memory."""
+    return identity(value._local_tensor if is_dtensor(value) else value)  # type: ignore[attr-defined]
 
 
 def _may_be_cache(node: Node) -> bool:
