@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
-from .geometry import four_dimensional
+from .geometry import four_dimensional, memory_order
 from .packed import PackedKV
 from .store import Store
 
@@ -26,8 +26,10 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
         return f"it is a {type(tensor).__name__}, not a plain tensor"
     if tensor.requires_grad:
         return "it requires grad"
-    if tensor._is_view() and tensor._base is not None and tensor._base.numel() != tensor.numel():
+    if tensor._is_view() and tensor._base is not None and tensor._base.numel() > tensor.numel():
         return "it is a view of a larger tensor"
+    if memory_order(tensor.shape, tensor.stride()) is None:
+        return "it is expanded or has gaps: several of its elements share their memory, or others lie between them"
     if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
         return "its storage holds more than this tensor"
     if not tensor.untyped_storage().resizable() or (tensor.device.type == "cpu" and tensor.is_shared()):

@@ -92,6 +92,8 @@ def _locate(
     starts: list[int] = [0] * ndim
     partial = [a for a in range(ndim) if not same(lengths[a], shape[a])]
     partial.sort(key=lambda a: int(strides[a]), reverse=True)
+    if any(same(strides[a], 0) for a in partial):  # an expanded axis: any of its indices is any other
+        return None
     for a in partial:
         starts[a] = constant(offset // strides[a])
         offset = offset - starts[a] * strides[a]

@@ -40,7 +40,9 @@ class Contents:
         self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
         self.caches: list[Holder] = []
         self.roles = Roles(graph)
-        for node in graph.find_nodes(op="placeholder"):
+        inputs = list(graph.find_nodes(op="placeholder"))
+        # Views of other tensors, which are never packed, but told of, come last: a part of a cache is that cache's.
+        for node in sorted(inputs, key=lambda n: n not in owners and not _is_whole(example(n))):
             self._add_input(node, owners.get(node))
 
     def _add_input(self, node: Node, owner: Tensor | None) -> None:
@@ -58,7 +60,7 @@ class Contents:
         else:
             shaped = value if owner is None else owner
             geometry = four_dimensional(shaped.shape, shaped.stride())
-            if geometry is None or (owner is None and not is_dense(value)):
+            if geometry is None:
                 return
             token_axis = self.roles.axes.get(node)
             if token_axis is not None and owner is not None and owner is not value:
@@ -69,6 +71,7 @@ class Contents:
             token_axis += 4 - shaped.dim()
             batch, head = (axis for axis in range(3) if axis != token_axis)
             holder = Holder(node, *geometry, value.dtype, token_axis, None, roles=(batch, head, token_axis, 3))
+            holder.offset = offset(shaped)
             stacked = shaped.dim() == 5 and same(shaped.shape[0], 2)
         if stacked:  # keys and values
             half = holder.shape[0] // 2
@@ -79,7 +82,8 @@ class Contents:
     def _add_parts(self, whole: Holder, value: Tensor, parts: list[tuple[int, int]]) -> None:
         for first, length in parts:
             shape = (length, *whole.shape[1:])
-            part = replace(whole, shape=shape, part=(first, length), offset=first * whole.strides[0], blockers=[])
+            part = replace(whole, shape=shape, part=(first, length), blockers=[])
+            part.offset = whole.offset + first * whole.strides[0]
             part.segments, part.writes = [], []
             self._add(part, value)
 
@@ -165,6 +169,10 @@ class Contents:
     def derive(self, value: Tensor, sources: list[Holder]) -> None:
         known = self.computed.setdefault(identity(value), [])
         known += [h for h in sources if h not in known]
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, Tensor) or isinstance(value, PackedKV) or is_dense(value)
 
 
 def locate_in(value: Tensor, holder: Holder) -> Window | None:

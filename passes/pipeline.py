@@ -26,9 +26,12 @@ from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
+from .sources import Sources
 from .tracking import Tracker
 
 Action = Attend | Dense | Returned
+UNKNOWN = "what it reads is written to, and has no three to five dimensions of which one runs along tokens"
+ONE_SIDE = "only one of key and value comes from a cache"
 
 
 @dataclass
@@ -183,7 +186,19 @@ class _View:
         """Attention over something like a cache that has no packed form."""
         tracked = [r for r in self.tracking.rejections if any(_looks_cached(c) for c in r.caches)]
         found = [(r.node, r.reason) for r in tracked] + [(left.node, left.reason) for left in self.left]
+        found += [(node, UNKNOWN) for node in self._not_followed()]
         return [Rejected(source_line(node), reason) for node, reason in found]
+
+    def _not_followed(self) -> list[Node]:
+        """Attention over something that the graph writes to, and that was not recognized as a cache."""
+        tracking, sources = self.tracking, Sources(self.gm.graph)
+        followed = {a.call.node for a in (*tracking.attends, *tracking.dense)} | {r.node for r in tracking.rejections}
+        calls = [call for node in self.gm.graph.nodes if (call := as_attention(node)) is not None]
+        return [
+            call.node
+            for call in calls
+            if call.node not in followed and sources.written_before(call.query, call.key, call.value)
+        ]
 
     def beyond_graphs(self) -> list[str]:
         """What the graph does to packed caches that only eager code can."""
@@ -297,12 +312,15 @@ def _adoptable(
         keys, values = ([(h, a) for h, a in side if h.packed or is_cache(action, h)] for side in (keys, values))
         caches = [h for h, _ in (*keys, *values) if not h.packed]
         if not keys or not values:
+            alone = isinstance(action, (Attend, Dense)) and not action.gathers  # otherwise it may persist
+            if alone and any(map(_looks_cached, caches)):
+                report.rejections.append(Rejected(source_line(action.call.node), ONE_SIDE))  # type: ignore[union-attr]
             continue
         for holder in caches:
             value, cache = view.argument(holder), view.cache(holder)
             if isinstance(value, torch.nn.Parameter):
                 break  # learned keys: no near miss
-            reason = next(iter(holder.blockers), None) or obstacle(cache, views=int(cache is not value))
+            reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))

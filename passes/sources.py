@@ -18,37 +18,44 @@ class Sources:
         self.bits: dict[Node, int] = {}
         self.gathers = 0  # inputs that are packed, written to, or concatenated with other tokens
         owners: dict[int, int] = {}  # storage -> the bit of the input that it is
+        written = {identity(example(a)) for n in graph.nodes for a in n.all_input_nodes if _writes(n, a)}
         for node in graph.nodes:
             value = example(node)
             bits = 0
             for argument in node.all_input_nodes:
                 bits |= self.bits[argument]
-            if node.op == "placeholder" and _may_be_cache(value):
-                bits = 1 << len(owners)
-                owners[identity(value)] = bits
+            if node.op == "placeholder" and _may_be_cache(value, written):
+                bits = owners.setdefault(identity(value), 1 << len(owners))
                 self.gathers |= bits if isinstance(value, PackedKV) else 0
             self.bits[node] = bits
-            for argument in node.all_input_nodes:
-                if isinstance(shown := example(argument), Tensor) and mutates(node, argument):
-                    self.gathers |= owners.get(identity(shown), 0)
             if node.target in CONCATENATIONS:
                 for part in copied(node):
                     while (of := copied(part)) and len(of) == 1:
                         part = of[0]
                     shown = example(part)
                     self.gathers |= owners.get(identity(shown), 0) if isinstance(shown, Tensor) else 0
+        self.written = sum({owners[storage] for storage in written & owners.keys()})
+        self.gathers |= self.written
 
     def may_read_a_cache(self, query: Any, key: Any, value: Any) -> bool:
         return bool((self.bits.get(key, 0) | self.bits.get(value, 0)) & ~self.bits.get(query, 0))
+
+    def written_before(self, query: Any, key: Any, value: Any) -> bool:
+        """Whether keys or values depend on an input that the graph writes to, and that queries do not depend on."""
+        return bool((self.bits.get(key, 0) | self.bits.get(value, 0)) & ~self.bits.get(query, 0) & self.written)
 
     def gathered(self, node: Any) -> bool:
         return bool(self.bits.get(node, 0) & self.gathers)
 
 
-def _may_be_cache(value: Any) -> bool:
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+def _writes(node: Node, argument: Node) -> bool:
+    return isinstance(example(argument), Tensor) and mutates(node, argument)
+
+
+def _may_be_cache(value: Any, written: set[int]) -> bool:
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or not value.dtype.is_floating_point:
         return False
-    return value.dtype.is_floating_point and value.dim() >= 3
+    return value.dim() >= 3 or (value.dim() == 2 and identity(value) in written)
 
 
 _PROJECTIONS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}

@@ -1,0 +1,103 @@
+"""Caches that cannot be packed run as they are written, to the last bit, and `backend.reports` says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jkv_compile import is_packed
+
+from ..harness import fresh_backend, twins
+from ..idioms.models import CHUNK, DIM, HEAD_DIM, HEADS, Projections
+
+TOKENS = 48
+SHAPE = (1, TOKENS, HEADS, HEAD_DIM)
+
+
+class Sliced(Projections):
+    """Two tensors, however they are held, as keys and values."""
+
+    def forward(self, x: Tensor, state: Any, start: int) -> Tensor:
+        q, k, v = self.project(x)
+        keys, values = self.open(state)
+        end = start + x.shape[1]
+        keys[:, start:end] = k
+        values[:, start:end] = v
+        return self.sdpa(q, keys[:, :end], values[:, :end])
+
+    def open(self, state: Any) -> Iterator[Tensor]:
+        return state
+
+
+class SixDimensions(Sliced):
+    """`[layer, keys and values, B, S, H, D]`."""
+
+    def open(self, state: Any) -> Any:
+        return state[0, 0], state[0, 1]
+
+
+class TwoDimensions(Sliced):
+    """`[S, H·D]`."""
+
+    def open(self, state: Any) -> Any:
+        return (t.view(SHAPE) for t in state)
+
+
+class OneSlot(Sliced):
+    """Only keys are written, and not those that are read."""
+
+    def forward(self, x: Tensor, state: Any, start: int) -> Tensor:
+        q, k, _ = self.project(x)
+        state[0][:, start : start + x.shape[1]] = k
+        return self.sdpa(q, state[0][:, -CHUNK:], state[1][:, -CHUNK:])
+
+
+def gaps() -> Tensor:
+    return torch.empty_strided(SHAPE, (TOKENS * 100, 100, HEAD_DIM, 1)).zero_()
+
+
+def halves() -> Tensor:
+    return torch.zeros(2 * TOKENS * HEADS * HEAD_DIM)[TOKENS * HEADS * HEAD_DIM :].view(SHAPE)
+
+
+CASES: dict[str, tuple[type[Sliced], Callable[[], Any], str, str]] = {
+    "views of larger tensors": (Sliced, lambda: (halves(), halves()), "SHARED_MEMORY", "it is a view of a larger tensor"),
+    "two views of one tensor": (
+        Sliced, lambda: tuple(torch.zeros(2, *SHAPE).unbind()), "SHARED_MEMORY", "it is a view of a larger tensor"
+    ),
+    "memory with gaps": (Sliced, lambda: (gaps(), gaps()), "SHARED_MEMORY", "it is expanded or has gaps"),
+    "six dimensions": (
+        SixDimensions, lambda: torch.zeros(1, 2, *SHAPE), "LAYOUT", "has no three to five dimensions of which one runs"
+    ),
+    "two dimensions": (
+        TwoDimensions, lambda: tuple(torch.zeros(2, TOKENS, HEADS * HEAD_DIM).clone().unbind()), "LAYOUT",
+        "has no three to five dimensions of which one runs",
+    ),
+    "keys that are written beside values that are not": (
+        OneSlot, lambda: (torch.zeros(SHAPE), torch.randn(SHAPE)), "NOT_A_CACHE", "only one of key and value"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::jkv_compile.NotRewrittenWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_the_reason_is_on_record(name: str) -> None:
+    kind, make, reason, words = CASES[name]
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2)
+    compiled, eager = twins(kind(), backend)
+    state = make()
+    reference = torch.utils._pytree.tree_map(Tensor.clone, state)
+    with torch.no_grad():
+        for start in range(0, 3 * CHUNK, CHUNK):
+            x = torch.randn(1, CHUNK, DIM)
+            assert torch.equal(compiled(x, state, start), eager(x, reference, start))
+    assert not any(map(is_packed, torch.utils._pytree.tree_leaves(state)))
+    for report in backend.reports:  # of each graph, also where its positions are symbols
+        assert report.rejections
+    first = backend.reports[0].rejections[0]
+    assert (first.kind.name, words in first.reason) == (reason, True), first
