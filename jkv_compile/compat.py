@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_static as mark_static
 from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -36,6 +35,12 @@ def current_fake_mode() -> FakeTensorMode | None:
     """The fake mode of the graph that Dynamo is handing to a backend."""
     context = TracingContext.try_get()
     return None if context is None else context.fake_mode
+
+
+def mark_static(tensor: Tensor) -> None:
+    """Tell Dynamo that a tensor keeps its sizes. `torch._dynamo.mark_static` leaves no mark while Dynamo traces."""
+    tensor._dynamo_static_indices = set(range(tensor.dim()))  # type: ignore[attr-defined]
+    tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
 
 
 def swap_implementation(tensor: Tensor, other: Tensor) -> None:

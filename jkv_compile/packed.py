@@ -84,12 +84,10 @@ class PackedKV(torch.Tensor):
             offset, row = self.offset, self._store.strides[2]
             with torch.inference_mode(False):  # the same kind of tensor wherever it is asked for
                 self._first_token = self._store.codes.new_empty((MARGIN + offset // row, offset % row, 0))
-            # Where a slice begins is likely to move; a whole cache stays where it is.
-            if not is_fake(self._first_token):
-                if self.numel() == self._store.numel:
-                    mark_static(self._first_token)
-                else:
-                    maybe_mark_dynamic(self._first_token, 0)
+            # Where a slice begins is likely to move; a whole cache stays where it is (but is not marked as if it did: a
+            # slice may come to show all of it).
+            if not is_fake(self._first_token) and self.numel() != self._store.numel:
+                maybe_mark_dynamic(self._first_token, 0)
         return self._first_token
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
