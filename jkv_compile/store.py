@@ -310,11 +310,9 @@ class Store:
         """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
         value = self._storable(value)
         codes, scales = torch.zeros_like(self.codes[:1, :1, :1]), torch.zeros_like(self.scales[:1, :1, :, :1])
-        if value and self._grid.rotates and self._grid.within:
-            token = scales.new_full((1, 1, 1, self.shape[CHANNEL]), value, dtype=torch.float32)
-            _ops.append(codes, scales, _ops.to_grid(token, self.quantizer, self.group_size), 0, self.bits)
-        elif value and self._grid.rotates:
-            _ops.fill_rotated(codes, scales, 0, 1, self.bits, value)
+        if value and self._grid.rotates:
+            fill = _ops.fill_within if self._grid.within else _ops.fill_rotated
+            fill(codes, scales, 0, 1, self.bits, value)
         else:
             scales[..., 1] = value
         return codes, scales

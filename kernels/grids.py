@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .ops import _without_autocast, library
-from .quantizers import from_grid, round_rotated, to_grid
+from .quantizers import fill_within, from_grid, round_rotated, to_grid
 
 for _name, _kernel in (("to_grid", to_grid), ("from_grid", from_grid)):
     library.define(f"{_name}(Tensor x, str quantizer, int group_size) -> Tensor", tags=(torch.Tag.flexible_layout,))
@@ -15,3 +15,10 @@ for _name, _kernel in (("to_grid", to_grid), ("from_grid", from_grid)):
 library.define("round_rotated(Tensor x, int bits, int group_size) -> Tensor", tags=(torch.Tag.flexible_layout,))
 library.impl("round_rotated", _without_autocast(round_rotated), "CompositeExplicitAutograd")
 torch.library.register_fake("jkv::round_rotated", lambda x, *_: x.new_empty(x.shape, dtype=torch.float32), lib=library)
+
+library.define(
+    "fill_within(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, int bits, float value) -> ()",
+    tags=(torch.Tag.flexible_layout,),
+)
+library.impl("fill_within", _without_autocast(fill_within), "CompositeExplicitAutograd")
+torch.library.register_fake("jkv::fill_within", lambda *_: None, lib=library)

@@ -169,8 +169,18 @@ def fill_rotated(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int
     """
     if not 0 <= start <= stop <= codes.shape[2]:
         raise RuntimeError(f"jkv::fill_rotated: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+    _fill_runs(codes, scales, start, stop, bits, value, _order(codes.shape[-1] * 8 // bits))
+
+
+def fill_within(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float) -> None:
+    """`fill_rotated` of a cache whose rotation stays within each group."""
+    if not 0 <= start <= stop <= codes.shape[2]:
+        raise RuntimeError(f"jkv::fill_within: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+    _fill_runs(codes, scales, start, stop, bits, value, _order(codes.shape[-1] * 8 // bits // scales.shape[2]))
+
+
+def _fill_runs(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float, order: int) -> None:
     head_dim, levels = codes.shape[-1] * 8 // bits, 2**bits
-    order = _order(head_dim)
     token = torch.zeros(head_dim, dtype=torch.uint8, device=codes.device)
     token[::order] = levels - 1
     codes[:, :, start:stop] = pack(token, bits)

@@ -25,7 +25,7 @@ from .pieces import CachePlan, Component, Pieces
 from .segments import Cached, Fresh
 from .uncertainty import Uncertainty, pairs_turned
 
-ops, aten = torch.ops.jkv, torch.ops.aten
+ops = torch.ops.jkv
 
 
 @dataclass
@@ -197,15 +197,10 @@ class _Rewriter:
             elif isinstance(write, Move):
                 args = number(write.source), number(write.destination), number(write.length)
                 self.pieces.call(ops.move.default, codes, scales, *args)
-            elif write.value and grid_of(plan.quantizer).within and grid_of(plan.quantizer).rotates:
-                batch, heads, head_dim = (number(write.holder.shape[plan.axes[r]]) for r in (0, 1, 3))
-                shape, settings = [batch, heads, number(write.stop - write.start), head_dim], {"dtype": torch.float32}
-                value = self.pieces.call(aten.new_full.default, scales, shape, float(write.value), **settings)
-                value = self.pieces.to_grid(value, write.holder)
-                self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
             elif write.value and grid_of(plan.quantizer).rotates:
+                fill = ops.fill_within if grid_of(plan.quantizer).within else ops.fill_rotated
                 tokens = number(write.start), number(write.stop)
-                self.pieces.call(ops.fill_rotated.default, codes, scales, *tokens, plan.bits, float(write.value))
+                self.pieces.call(fill.default, codes, scales, *tokens, plan.bits, float(write.value))
             else:
                 tokens = number(write.start), number(write.stop)
                 self.pieces.call(ops.fill.default, codes, scales, *tokens, float(write.value))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jkv_compile import Config, PackedKV, materialize
 from jkv_compile.adopt import adopt
+from jkv_compile.kernels.quantizers import grid_of
 
 AXES = {"bshd": (0, 2, 1, 3), "bhsd": (0, 1, 2, 3)}  # dimension of (batch, head, token, channel)
 ROUNDING = 2.0**-11  # relative error of a float16
@@ -21,28 +22,32 @@ def new_cache(
     heads: int = 2,
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
+    quantizer: str = "rtn",
 ) -> tuple[Tensor, Tensor]:
     """A packed cache of random numbers, and the plain tensor it was made from."""
     sizes = {"b": batch, "s": tokens, "h": heads, "d": head_dim}
     plain = torch.randn([sizes[axis] for axis in layout]).to(dtype)
     cache = plain.clone()
-    adopt(cache, AXES[layout], bits, Config(bits=bits, group_size=GROUP))
+    adopt(cache, AXES[layout], bits, Config(bits=bits, group_size=GROUP), quantizer=quantizer)
     assert isinstance(cache, PackedKV)
     return cache, plain
 
 
-def error_bound(x: Tensor, bits: int) -> Tensor:
+def error_bound(x: Tensor, bits: int, quantizer: str = "rtn") -> Tensor:
     """How far dequantized values may lie from `x`, whose last dimension is head_dim; float64, of x's shape.
 
     Rounding to the grid costs Δ/2. The grid itself is off by the float16 rounding of the zero point, and its far end by
     that of the step as well: u·|low - step'| and u·range, with u = 2^-11 and step' = range · 2^b / (2^b - 1).
     """
-    groups = x.double().unflatten(-1, (-1, GROUP))
+    order = torch.arange(x.shape[-1])  # of the stored channels
+    if pairs := grid_of(quantizer).pairs:
+        order = order.view(-1, 2, pairs // GROUP, GROUP // 2).transpose(1, 2).flatten()
+    groups = x.double()[..., order].unflatten(-1, (-1, GROUP))
     low, extent = groups.amin(-1), groups.amax(-1) - groups.amin(-1)
     step = extent * 2**bits / (2**bits - 1)
     delta = step / 2**bits * (1 + ROUNDING)
     bound = delta / 2 + ROUNDING * ((low - step).abs() + extent) + 2.0**-24
-    return bound.repeat_interleave(GROUP, -1) * (1 + 1e-5)  # float32 arithmetic
+    return bound.repeat_interleave(GROUP, -1)[..., order.argsort()] * (1 + 1e-5)  # float32 arithmetic
 
 
 def assert_agrees(cache: Tensor, plain: Tensor, bits: int = 8) -> None:
@@ -50,7 +55,7 @@ def assert_agrees(cache: Tensor, plain: Tensor, bits: int = 8) -> None:
     assert cache.shape == plain.shape
     assert cache.dtype == plain.dtype
     error = (materialize(cache).double() - plain.double()).abs()
-    bound = error_bound(plain, bits)
+    bound = error_bound(plain, bits, cache._store.quantizer if isinstance(cache, PackedKV) else "rtn")
     if plain.dtype != torch.float32:
         bound = bound + plain.double().abs() * torch.finfo(plain.dtype).eps
     assert (error <= bound).all(), f"worst error is {(error / bound).max():.2f} times the bound"

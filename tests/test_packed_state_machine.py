@@ -26,11 +26,16 @@ fractions = st.floats(0, 1, exclude_max=True)
 class PackedCacheMachine(RuleBasedStateMachine):
     """`cache` is packed, `plain` is a tensor that has undergone the same; tokens are their dimension `dim`."""
 
-    @initialize(layout=st.sampled_from(sorted(AXES)), batch=st.integers(1, 2), seed=st.integers(0, 2**16))
-    def allocate(self, layout: str, batch: int, seed: int) -> None:
+    @initialize(
+        layout=st.sampled_from(sorted(AXES)),
+        batch=st.integers(1, 2),
+        seed=st.integers(0, 2**16),
+        quantizer=st.sampled_from(["rtn", "rtn/pairs64"]),
+    )
+    def allocate(self, layout: str, batch: int, seed: int, quantizer: str) -> None:
         torch.manual_seed(seed)
         self.dim = layout.index("s")
-        self.cache, self.plain = new_cache(layout, batch=batch, tokens=12, heads=2, head_dim=32)
+        self.cache, self.plain = new_cache(layout, batch=batch, tokens=12, heads=2, head_dim=64, quantizer=quantizer)
 
     def range(self, start: float, length: float) -> tuple[int, int]:
         """A range of at least one token."""

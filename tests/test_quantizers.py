@@ -140,6 +140,69 @@ def test_caches_of_different_quantizers_never_exchange_codes():
         rotated._store.move(other._store, (0, 0, 0, 0), (0, 0, 0, 0), (2, 3, 4, 64))  # type: ignore[attr-defined]
 
 
+# ---- grids within groups, for keys that are turned after the read ----
+
+GRIDS = ["rtn/pairs64", "quarot/groups", "quarot/pairs64", "unbiased/groups", "unbiased/pairs64"]
+
+
+def within(quantizer: str, bits: int = 2) -> tuple[Tensor, Tensor]:
+    plain = torch.randn(2, 12, 3, 128)
+    cache = plain.clone()
+    adopt(cache, AXES["bshd"], bits, Config(bits=bits, group_size=GROUP), quantizer=quantizer)
+    return cache, plain
+
+
+def on_grid(plain: Tensor, quantizer: str, bits: int = 2) -> Tensor:
+    """What a cache of `[B, S, H, 128]` reads as, group by group: channels told by hand, rotated, quantized, and back."""
+    name, _, grid = quantizer.partition("/")
+    out = torch.empty_like(plain)
+    for group in range(4):
+        first = 64 * (group // 2) + 16 * (group % 2)
+        channels = [*range(first, first + 16), *range(first + 32, first + 48)]
+        channels = channels if grid.startswith("pairs") else list(range(32 * group, 32 * group + 32))
+        x = plain[..., channels].transpose(1, 2)
+        y = x if name == "rtn" else rotate(x)
+        y = round_unbiased(x, bits, GROUP) if name == "unbiased" else y
+        y = reference.dequantize(*reference.quantize(y, bits, GROUP), bits)
+        out[..., channels] = (y if name == "rtn" else rotate(y)).transpose(1, 2)
+    return out
+
+
+@pytest.mark.parametrize("quantizer", GRIDS)
+def test_a_group_holds_what_it_is_to_hold_and_nothing_leaves_it(quantizer):
+    cache, plain = within(quantizer)
+    torch.testing.assert_close(materialize(cache), on_grid(plain, quantizer))
+    new = torch.randn(2, 4, 3, 128)
+    cache[:, 4:8] = new
+    assert torch.equal(materialize(cache[:, 4:8]), new)
+    cache[:, torch.tensor([9, 1])] = new[:, :2]
+    torch.testing.assert_close(materialize(cache)[:, [9, 1]], on_grid(new[:, :2], quantizer))
+    torch.testing.assert_close(materialize(cache)[:, 4:8], on_grid(new, quantizer))
+    torch.testing.assert_close(materialize(cache[..., 60:70])[:, 10:], on_grid(plain, quantizer)[:, 10:, :, 60:70])
+    cache[:, 2:4].fill_(-2.5)
+    torch.testing.assert_close(materialize(cache[:, 2:4]), torch.full((2, 2, 3, 128), -2.5), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("quantizer", GRIDS)
+def test_grids_are_kept_by_copies_moves_and_files(quantizer):
+    cache, _ = within(quantizer)
+    before = packed_data(cache)
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    for same in (cache.clone(), copy.deepcopy(cache), torch.load(file, weights_only=True), cache.roll(12, 1)):
+        assert same._store.quantizer == quantizer
+        assert_same_bits(packed_data(same), before)
+        assert torch.equal(materialize(same), materialize(cache))
+
+
+@pytest.mark.parametrize("quantizer", ["rtn/pairs96", "rtn/pairs32", "rtn/pairs", "rtn/halves", "/pairs64", 3])
+def test_a_file_with_a_grid_that_does_not_fit_is_refused(quantizer):
+    store = within("rtn/pairs64")[0]._store  # type: ignore[attr-defined]
+    with pytest.raises(PackedCacheError, match="does not fit its data"):
+        rebuild_store(store.shape, store.strides, store.dtype, 2, store.codes, store.scales, None, quantizer)
+
+
 @pytest.mark.parametrize("bits, bound", [(2, 0.36), (4, 0.085), (8, 0.005)])
 def test_unbiased_caches_read_back_in_their_own_basis(bits, bound):
     cache, plain = new_cache("unbiased", bits)
@@ -150,3 +213,23 @@ def test_unbiased_caches_read_back_in_their_own_basis(bits, bound):
     want = rotate(reference.dequantize(*rounded, bits)).transpose(1, 2)
     torch.testing.assert_close(materialize(cache[:, 4:7]), want)
     assert torch.equal(materialize(cache[:, 7:8]), torch.zeros(2, 1, 3, 64))
+
+
+@pytest.mark.parametrize("quantizer", GRIDS)
+def test_operators_of_grids_pass_opcheck_and_undo_each_other(quantizer):
+    x = torch.randn(2, 5, 3, 128).transpose(1, 2)
+    ops = torch.ops.jkv
+    torch.testing.assert_close(ops.from_grid(ops.to_grid(x, quantizer, GROUP), quantizer, GROUP), x)
+    query = torch.randn(2, 3, 4, 128)
+    scores = ops.to_grid(query, quantizer, GROUP) @ ops.to_grid(x, quantizer, GROUP).mT
+    torch.testing.assert_close(scores, query @ x.mT, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(ops.to_grid.default, (x, quantizer, GROUP))
+    torch.library.opcheck(ops.from_grid.default, (x, quantizer, GROUP))
+
+
+def test_other_operators_of_grids_pass_opcheck():
+    torch.library.opcheck(torch.ops.jkv.round_rotated.default, (torch.randn(2, 3, 5, 128).bfloat16(), 2, GROUP))
+    codes, scales = reference.quantize(torch.randn(2, 3, 5, 128), 2, GROUP)
+    torch.library.opcheck(torch.ops.jkv.fill_within.default, (codes, scales, 1, 3, 2, 1.5))
+    with pytest.raises(RuntimeError, match="tokens 4:6 of a cache of 5 tokens"):
+        torch.ops.jkv.fill_within(codes, scales, 4, 6, 2, 1.5)
