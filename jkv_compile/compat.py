@@ -230,9 +230,10 @@ def default_store() -> Any:
 
 def gathered(tensor: Tensor, group: Any) -> Tensor:
     """Every rank's tensor, stacked; in a compiled graph, a collective of its own."""
-    from torch.distributed._functional_collectives import all_gather_tensor
+    from torch.distributed import _functional_collectives as collectives
 
-    return all_gather_tensor(tensor.contiguous().unsqueeze(0), 0, group)
+    gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # before torch 2.13
+    return gather(tensor.contiguous().unsqueeze(0), 0, group)
 
 
 def is_dtensor(value: Any) -> bool:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import zeros as sharded_zeros
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import examples.distributed as example
 import jkv_compile.distributed as parallel
 from jkv_compile import PackedKV, agreement, is_packed, materialize
 from jkv_compile.reasons import Reason, classify
@@ -308,6 +309,21 @@ def caches_move(rank: int, ranks: int) -> None:
     back = parallel.rebalance(parallel.exchange(heads, scatter_dim=1, gather_dim=2), 1, [t.shape[1] for t in everyone])
     assert_same_bits(packed_data(back), packed_data(cache))
     assert torch.equal(materialize(back), materialize(cache))
+
+
+# ---- the example ----
+
+
+def example_generates_what_one_process_does(rank: int, ranks: int) -> None:
+    os.environ["WORLD_SIZE"] = str(ranks)
+    lines = example.compare(example.parse_arguments(["--chunks", "1"]))
+    one, heads, tokens = lines
+    assert one.difference == 0 and heads.difference < 1e-3 and tokens.difference < 1e-3
+    for line in (heads, tokens):
+        assert line.packed_bytes == [one.packed_bytes[0] // ranks] * ranks
+    assert one.outcome.full_bytes / one.outcome.packed_bytes == 6.4
+    text = example.table(lines)
+    assert f"tokens on {ranks}" in text and "6.40x" in text
 
 
 # ---- ranks that differ, and ranks that die ----

@@ -112,8 +112,9 @@ class MergesByHand(TokenParallel):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-        outs = collectives.all_gather_tensor(out.contiguous()[None], 0, dist.group.WORLD)
-        lses = collectives.all_gather_tensor(lse.contiguous()[None], 0, dist.group.WORLD)
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+        outs = gather(out.contiguous()[None], 0, dist.group.WORLD)
+        lses = gather(lse.contiguous()[None], 0, dist.group.WORLD)
         return (lses.softmax(0).unsqueeze(-1) * outs).sum(0)
 
 

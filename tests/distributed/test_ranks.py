@@ -24,6 +24,7 @@ TWO = [
     "dtensors_used_across_ranks",
     "fsdp_per_block",
     "caches_move",
+    "example_generates_what_one_process_does",
     "configurations_must_agree",
     "last_rank_dies",
 ]
