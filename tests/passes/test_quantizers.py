@@ -46,7 +46,9 @@ def test_other_ways_of_holding_a_cache_are_attended_closely(name: str, quantizer
     with torch.no_grad():
         generator = steps(backend)
         run_beside(generator, calls=10, stable_from=stable_from)
-    assert all(store.quantizer in (quantizer, f"{quantizer}/groups", f"{quantizer}/pairs64") for store in backend._state.stores)
+    assert all(
+        store.quantizer in (quantizer, f"{quantizer}/groups", f"{quantizer}/pairs64") for store in backend._state.stores
+    )
     assert backend.memory().adopted
 
 
