@@ -28,7 +28,7 @@ from .spelled_by_users import registered_call
 from .symbols import Symbols
 from .with_lse import canonicalise_with_lse, returns_used_lse
 
-_FULL = "BHLD"
+_FULL, _GROUPED = "BHLD", "BHGLD"
 _CALLS = ("call_function", "call_method")
 
 
@@ -127,11 +127,14 @@ class _Writer:
         dtype = self.result.dtype
         canonical = [n if example(n).dtype == dtype else self.call("to", n, dtype) for n in canonical]
         query, key, _ = (example(n) for n in canonical)
+        grouped = (key.shape[1], query.shape[1] // key.shape[1]) if "G" in layout else None
+        if grouped is not None and not all(isinstance(n, int) for n in grouped):
+            raise NotCanonical(f"its query heads come in groups of a size that is not known: {grouped}")
         if not same(query.shape[1] % key.shape[1], 0):
             raise NotCanonical(f"{query.shape[1]} query heads over {key.shape[1]} heads of keys")
         keywords: dict[str, Any] = {}
         if isinstance(attention, HandWritten):
-            mask = self._sum([self._mask(m, split) for m in attention.masks])
+            mask = self._sum([self._mask(m, split, grouped) for m in attention.masks])
             scale: float | None = attention.scale
         else:
             mask, scale = attention.mask, attention.scale
@@ -146,7 +149,7 @@ class _Writer:
             keywords["scale"] = scale
         if not same(query.shape[1], key.shape[1]):
             keywords["enable_gqa"] = True
-        steps = _steps_back(layout, split)
+        steps = _steps_back(layout, split, grouped)
         node = self.call(F.scaled_dot_product_attention, *canonical, value=self._unlaid(steps, split), **keywords)
         node.meta[SPELLED] = self.node.name
         for i, (name, *args) in enumerate(steps):
@@ -174,6 +177,9 @@ class _Writer:
 
     def _canonical(self, node: Node, layout: str, split: tuple[int, int] | None) -> Node:
         """A tensor of the call as `[B, H, L, D]`, a view wherever it can be one."""
+        if "1" in layout:
+            at = layout.index("1")
+            node, layout = self.call("select", node, at, 0), layout.replace("1", "")
         if split is not None:
             merged = _merged_from(node, layout, split)
             if merged is not None:
@@ -184,6 +190,8 @@ class _Writer:
                 layout = layout.replace("H", "BH")
         for letter in [c for c in "HB" if c not in layout]:
             node, layout = self.call("unsqueeze", node, 0), letter + layout
+        if "G" in layout:
+            return self.call("flatten", self._permute(node, [layout.index(c) for c in _GROUPED]), 1, 2)
         return self._permute(node, [layout.index(c) for c in _FULL])
 
     def _permute(self, node: Node, order: list[int]) -> Node:
@@ -205,6 +213,8 @@ class _Writer:
         for name, *args in reversed(steps):
             if name == "flatten":
                 value = self.evaluate("unflatten", value, args[0], split)
+            elif name == "unflatten":
+                value = self.evaluate("flatten", value, args[0], args[0] + 1)
             elif name == "squeeze":
                 value = self.evaluate("unsqueeze", value, args[0])
             elif name == "transpose":
@@ -215,12 +225,12 @@ class _Writer:
 
     # ---- masks ----
 
-    def _mask(self, mask: Mask, split: tuple[int, int] | None) -> Node:
+    def _mask(self, mask: Mask, split: tuple[int, int] | None, grouped: tuple[int, int] | None) -> Node:
         node = mask.node
         if mask.fill is not None:
-            if mask.fill == float("-inf"):
+            if (mask.fill == float("-inf")) == mask.hides:
                 node = self.call("logical_not", node)
-            else:
+            if mask.fill != float("-inf"):
                 fill = max(mask.fill, torch.finfo(self.result.dtype).min)
                 zeros = self.call(torch.zeros_like, node, dtype=self.result.dtype)
                 node = self.call("masked_fill", zeros, node, fill)
@@ -233,6 +243,15 @@ class _Writer:
             shape = example(node).shape
             several = not same(shape[0], 1)
             node = self.call("unflatten", node, 0, split) if several else self.call("unsqueeze", node, 0)
+        while example(node).dim() < 2:
+            node = self.call("unsqueeze", node, 0)
+        if grouped is not None and example(node).dim() > 2:  # its heads, and the queries of a group, are one dimension
+            node = self.call("unsqueeze", node, 0) if example(node).dim() == 3 else node
+            shape = example(node).shape
+            if same(shape[-4], 1) and same(shape[-3], 1):
+                return self.call("select", node, -3, 0)
+            sizes = [-1] * (len(shape) - 4) + [*grouped, -1, -1]
+            node = self.call("flatten", self.call("expand", node, *sizes), -4, -3)
         return node
 
     def _sum(self, masks: list[Node]) -> Node | None:
@@ -280,18 +299,19 @@ def _permutation(order: list[int]) -> tuple[Any, ...] | None:
     return ("transpose", *moved) if len(moved) == 2 else ("permute", order)
 
 
-def _steps_back(layout: str, split: tuple[int, int] | None) -> list[tuple[Any, ...]]:
+def _steps_back(layout: str, split: tuple[int, int] | None, grouped: tuple[int, int] | None) -> list[tuple[Any, ...]]:
     """The methods that lay `[B, H, L, D]` out as `layout`."""
-    steps: list[tuple[Any, ...]] = []
+    steps: list[tuple[Any, ...]] = [] if grouped is None else [("unflatten", 1, grouped)]
     full = layout.replace("H", "BH") if split is not None else "".join(c for c in "BH" if c not in layout) + layout
-    step = _permutation([_FULL.index(c) for c in full])
+    order = _FULL if grouped is None else _GROUPED
+    step = _permutation([order.index(c) for c in full])
     if step is not None:
         steps.append(step)
     if split is not None:
         at = full.index("B")
         steps.append(("flatten", at, at + 1))
     else:
-        steps += [("squeeze", 0)] * (4 - len(layout))
+        steps += [("squeeze", 0)] * (len(order) - len(layout))
     return steps
 
 

@@ -44,16 +44,21 @@ class Product:
 
 @dataclass(frozen=True)
 class Mask:
-    """Added to the scores, times `factor`; or, where `fill` is given, scores become `fill` where it is true."""
+    """Added to the scores, times `factor`; or, where `fill` is given, scores become `fill` where it is `hides`."""
 
     node: Node
     factor: float = 1.0
     fill: float | None = None
+    hides: bool = True
 
 
 @dataclass
 class HandWritten:
-    """Attention as several nodes. Layouts are of `AttentionArguments`' letters."""
+    """Attention as several nodes.
+
+    Layouts are of `AttentionArguments`' letters, and two more: G, the queries of a group that share a head of keys, and
+    1, a dimension of keys or values of which there is one index, or whose indices are all the same (as by `expand`).
+    """
 
     query: Node
     key: Node
@@ -106,10 +111,26 @@ def _matrix_product(left: Any, right: Any) -> Product | None:
     x, y = example(left), example(right)
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or x.dim() != y.dim():
         return None
-    if x.dim() not in (3, 4) or not all(same(m, n) for m, n in zip(x.shape[:-2], y.shape[:-2])):
+    if x.dim() not in (3, 4, 5):
         return None
-    batch = "bh"[: x.dim() - 2]
-    return Product(left, right, (f"{batch}ik", f"{batch}kj", f"{batch}ij"))
+    batch = "bhg"[: x.dim() - 2]
+    one, other = _shared_by_groups(x, y, batch), _shared_by_groups(y, x, batch)
+    shared = [d for d, (m, n) in enumerate(zip(one, other)) if m == n]
+    if not all(same(x.shape[d], y.shape[d]) for d in shared) or max(one.count("1"), other.count("1")) > 1:
+        return None
+    return Product(left, right, (f"{one}ik", f"{other}kj", f"{batch}ij"))
+
+
+def _shared_by_groups(value: torch.Tensor, partner: torch.Tensor, batch: str) -> str:
+    """The batch letters of an operand, 1 where it has the same for all that its partner has along a dimension."""
+    if value.dim() == 3:
+        return batch
+    repeated = [
+        not same(partner.shape[d], 1)
+        and (same(value.shape[d], 1) or (d == 2 and same(value.stride(d), 0) and not same(partner.stride(d), 0)))
+        for d in range(len(batch))
+    ]
+    return "".join("1" if shared else c for c, shared in zip(batch, repeated))
 
 
 def _latest(node: Any, chain: list[Node]) -> Any:
@@ -155,15 +176,18 @@ def _from_softmax(softmax: Node, value: Node, letters: tuple[str, str, str], cha
     if len(weights) != len(scores):
         raise NotCanonical("its weights are reshaped before they meet the values")
     # One alphabet for both products: that of the scores, and `e` for the values' channels.
-    alphabet = dict(zip(weights, scores))
+    alphabet = dict(zip(weights, scores)) | {"1": "1"}
     values, result = ("".join(alphabet.get(c, "#") for c in word) for word in (values, result))
     keys = scores[dim]
     is_left = keys in product.letters[1]
     query, key = (product.left, product.right) if is_left else (product.right, product.left)
     query_letters, key_letters = product.letters[:2] if is_left else product.letters[1::-1]
     key, key_letters, factor = _unscaled(key, key_letters)
+    key, key_letters = _unexpanded(key, key_letters)
+    value, values = _unexpanded(value, values)
     layouts = _layouts(query_letters, key_letters, values, result, scores, keys)
-    if masks and layouts[4] != "BHLS"[-len(scores) :]:
+    full = "BHGLS" if "G" in layouts[4] else "BHLS"
+    if masks and layouts[4] != full[-len(scores) :]:
         raise NotCanonical("its masked scores are not laid out as [batch, head, query, key]")
     return HandWritten(query, key, value, layouts[:4], scale * factor, masks, chain)  # type: ignore[arg-type]
 
@@ -186,8 +210,12 @@ def _behind_scores(node: Any, masks: list[Mask], chain: list[Node]) -> tuple[Pro
         elif node.target in _FILL and len(args) == 3 and isinstance(args[2], (int, float)):
             masks.append(Mask(args[1], fill=float(args[2]) * factor))
             node = args[0]
-        elif node.target is torch.where and len(args) == 3 and isinstance(args[2], (int, float)):
-            raise NotCanonical("its scores are masked by `where`; write `masked_fill`")
+        elif (chosen := _chosen(node)) is not None:
+            inner, mask, number, hides = chosen
+            if list(example(inner).shape) != list(example(node).shape):
+                raise NotCanonical("its scores are broadcast by the mask that they are chosen by")
+            masks.append(Mask(mask, fill=number * factor, hides=hides))
+            node = inner
         elif node.target in (torch.baddbmm, "baddbmm") and len(args) >= 3:
             given: dict[str, Any] = dict(zip(("beta", "alpha"), args[3:])) | node.kwargs
             if given.get("beta", 1) != 0:
@@ -198,17 +226,50 @@ def _behind_scores(node: Any, masks: list[Mask], chain: list[Node]) -> tuple[Pro
     return None, factor
 
 
+def _chosen(node: Node) -> tuple[Node, Node, float, bool] | None:
+    """(scores, condition, number, whether it stands where the condition is true) of a `where`."""
+    if node.kwargs or len(node.args) != 3:
+        return None
+    if node.target is torch.where:
+        condition, one, other = node.args
+    elif node.target == "where":
+        one, condition, other = node.args
+    else:
+        return None
+    if not isinstance(condition, Node) or example(condition).dtype != torch.bool:
+        return None
+    for scores, number, hides in ((one, _number(other), False), (other, _number(one), True)):
+        if isinstance(scores, Node) and number is not None:
+            return scores, condition, number, hides
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """What a number is, or a tensor that is made of one in the graph."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, Node) or not isinstance(shown := example(value), torch.Tensor) or shown.dim():
+        return None
+    args: Any = value.args
+    if value.target is torch.full and len(args) == 2:
+        return _number(args[1])
+    if value.target is torch.tensor or name_of(value) in COPIES:
+        return _number(args[0])
+    return None
+
+
 def _times_number(node: Node) -> tuple[Node, float] | None:
     if len(node.args) != 2 or node.kwargs:
         return None
     left, right = node.args
-    if node.target in _TIMES and isinstance(left, (int, float)):
+    if node.target in _TIMES and _number(left) is not None:
         left, right = right, left
-    if not isinstance(left, Node) or not isinstance(right, (int, float)):
+    number = _number(right)
+    if not isinstance(left, Node) or number is None:
         return None
     if node.target in _TIMES:
-        return left, float(right)
-    return (left, 1 / right) if node.target in _BY else None
+        return left, number
+    return (left, 1 / number) if node.target in _BY and number else None
 
 
 def _added(node: Node, masks: list[Mask], factor: float) -> Any:
@@ -241,6 +302,22 @@ def _unscaled(node: Node, letters: str) -> tuple[Node, str, float]:
     return node, letters, 1.0
 
 
+def _unexpanded(node: Node, letters: str) -> tuple[Node, str]:
+    """What a tensor was before its dimension 1 was expanded, looking through transpositions."""
+    inner, order = node, letters
+    while "1" in order and isinstance(inner, Node) and inner.op in ("call_function", "call_method"):
+        at, shape = order.index("1"), example(inner).shape
+        source = inner.args[0] if name_of(inner) in ("expand", "expand_as") else None
+        if isinstance(source, Node) and example(source).dim() == len(shape) and same(example(source).shape[at], 1):
+            others = [d for d in range(len(shape)) if d != at]
+            return (source, order) if all(same(example(source).shape[d], shape[d]) for d in others) else (node, letters)
+        moved = untransposed(inner, order)
+        if moved is None:
+            break
+        inner, order = moved
+    return node, letters
+
+
 def untransposed(node: Node, letters: str) -> tuple[Node, str] | None:
     """What a transposition was made of, and the letters of its dimensions."""
     name = "mT" if node.target is getattr and node.args[1] == "mT" else name_of(node)
@@ -268,15 +345,27 @@ def _layouts(query: str, key: str, value: str, result: str, scores: str, keys: s
     """
     batch = [c for c in scores if c in query and c in key]
     channel = [c for c in query if c in key and c not in scores]
-    rows = [c for c in scores if c in query and c not in key]
-    plain = len(batch) <= 2 and len(channel) == len(rows) == 1 and value.count("#") == result.count("#") == 1
-    if plain:
-        names = dict(zip(batch, "BH"[2 - len(batch) :])) | {channel[0]: "D", rows[0]: "L", "#": "D"}
+    *group, row = [c for c in scores if c in query and c not in key] or [""]
+    plain = len(batch) <= 2 and len(channel) == 1 and row and value.count("#") == result.count("#") == 1
+    if plain and len(group) <= bool(batch):
+        names = dict(zip(batch, "BH"[2 - len(batch) :])) | {channel[0]: "D", row: "L", "#": "D", "1": "1"}
+        names |= {c: "G" for c in group}
+        if (
+            group
+            and len(batch) == 1
+            and "1" in key
+            and "1" in value
+            and scores.index(batch[0]) < scores.index(group[0])
+        ):
+            names |= {batch[0]: "B", group[0]: "H", "1": "H"}  # one head of keys for all
         words = [
             "".join(names.get(c, "?") for c in word)
-            for word in (query, key.replace(keys, rows[0]), value.replace(keys, rows[0]), result)
+            for word in (query, key.replace(keys, row), value.replace(keys, row), result)
         ]
-        if all(len(w) == len(set(w)) == len(batch) + 2 and "?" not in w for w in words):
+        known = {"L", "D", *(names[c] for c in batch)} | ({names["1"]} - {"1"})
+        queries = known | {names[c] for c in group}
+        fits = all(len(w) == len(set(w)) for w in words) and {*words[0]} == {*words[3]} == queries
+        if fits and all({*w} - {"1"} == known for w in words[1:3]):
             return *words, "".join(names.get(c, "S") for c in scores)  # type: ignore[return-value]
     raise NotCanonical(
         f"its products `{query},{key}->{scores}` and `…,{value}->{result}` have more dimensions than batch, head, "

@@ -212,10 +212,90 @@ def keys_overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
+def method_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As GPT-2: what is hidden is a tensor of one number."""
+    scores = (q @ k.mT) / torch.full([], q.shape[-1] ** 0.5)
+    hidden = torch.full([], torch.finfo(scores.dtype).min).to(scores.dtype)
+    return scores.where(bottom_right(q, k)[None, None], hidden).softmax(-1) @ v
+
+
+def where_hidden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.where(~bottom_right(q, k), -1e4, q @ k.mT).mul(0.25).softmax(-1) @ v
+
+
 BY_HAND = (
+    masked_by_where, method_where, where_hidden,
     matmul, scaled_query, scaled_key, no_scale, float32_softmax, masked_fill, masked_minus_infinity, in_place,
     scaled_mask, bmm, bmm_masked, einsum, einsum_tokens_first, einsum_values_first,
 )  # fmt: skip
+
+# ---- by hand, over queries in groups that share a head of keys and values ----
+
+
+def in_groups(q: Tensor, k: Tensor) -> Tensor:
+    """Queries `[B, H_kv, G, L, D]`."""
+    return q.unflatten(1, (k.shape[1], -1))
+
+
+def einsum_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bhgqd,bhkd->bhgqk", in_groups(q, k) * 0.25, k)
+    return torch.einsum("bhgqk,bhkd->bhgqd", scores.softmax(-1), v).flatten(1, 2)
+
+
+def einsum_grouped_tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Under a mask that all heads share."""
+    mask = torch.zeros(q.shape[2], k.shape[2]).masked_fill(~bottom_right(q, k), -math.inf)
+    query = in_groups(q, k).permute(0, 3, 1, 2, 4)  # [B, L, H_kv, G, D]
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", query, k.transpose(1, 2)) + mask
+    return torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(-1), v.transpose(1, 2)).flatten(2, 3).transpose(1, 2)
+
+
+def einsum_groups_after_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Under a mask of one dimension."""
+    scores = torch.einsum("bhgqd,bhkd->bhqgk", in_groups(q, k), k) + torch.arange(k.shape[2]) / 8
+    return torch.einsum("bhqgk,bhkd->bhgqd", scores.softmax(-1), v).flatten(1, 2)
+
+
+def matmul_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = in_groups(q, k) @ k.unsqueeze(2).mT
+    scores = torch.where(bottom_right(q, k)[None, None, None], scores, -math.inf)
+    return (scores.softmax(-1) @ v[:, :, None]).reshape(q.shape)
+
+
+def matmul_grouped_expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Under a mask for each batch entry."""
+    keep = bottom_right(q, k).expand(q.shape[0], 1, 1, -1, -1)
+    query = in_groups(q, k)
+    key, value = (t[:, :, None].expand(-1, -1, query.shape[2], -1, -1) for t in (k, v))
+    scores = (query @ key.transpose(3, 4) / 6).masked_fill(~keep, torch.finfo(q.dtype).min)
+    return (scores.softmax(-1) @ value).flatten(1, 2)
+
+
+def grouped_with_a_bias_per_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    query = in_groups(q, k)
+    slopes = torch.arange(q.shape[1]).view(k.shape[1], -1, 1, 1) / 8
+    bias = slopes * torch.arange(k.shape[2])
+    return ((query @ k[:, :, None].mT + bias).softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+
+def groups_as_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`[B, H_kv, G·L, D]`."""
+    query = in_groups(q, k).flatten(2, 3)
+    return ((query @ k.mT).softmax(-1) @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+
+def multi_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head of keys and values, by broadcasting."""
+    return (q @ k.mT / 4).softmax(-1) @ v
+
+
+GROUPED = {
+    f.__name__: f
+    for f in (
+        einsum_grouped, einsum_grouped_tokens_first, einsum_groups_after_tokens, matmul_grouped, matmul_grouped_expanded,
+        grouped_with_a_bias_per_head, groups_as_queries, multi_query,
+    )
+}  # fmt: skip
 
 # ---- one call ----
 

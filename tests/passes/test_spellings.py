@@ -125,6 +125,32 @@ def test_caches_are_packed(name: str) -> None:
     assert is_packed(cache["k"]) and is_packed(cache["v"])
 
 
+@pytest.mark.parametrize("name", spelled.GROUPED)
+def test_queries_in_groups(name: str) -> None:
+    """They compute the same, eight query heads over two, and caches of two heads are read as codes."""
+    kv_heads = 1 if name == "multi_query" else 2
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 8, 32).transpose(1, 2) for n in (5, 12, 12))
+    gm, left = canonical(spelled.GROUPED[name], q, k[:, :kv_heads], v[:, :kv_heads])
+    (call,) = calls(gm)
+    assert left == [] and call.key.meta["example_value"].shape == (2, kv_heads, 12, 32)
+
+    model = SpelledAttention(spelled.GROUPED[name], kv_heads=kv_heads)
+    backend = fresh_backend()
+    compiled, eager = twins(model, backend)
+    cache, reference_cache = model.new_cache(2, 64), model.new_cache(2, 64)
+
+    def steps() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, 48, 8):
+            x = torch.randn(2, 8, 256)
+            yield compiled(x, cache, start), eager(x, reference_cache, start)
+
+    with torch.no_grad():
+        run_beside(steps(), calls=4, stable_from=3)
+    assert is_packed(cache["k"]) and is_packed(cache["v"])
+    assert {m.lowering for r in backend.reports for m in r.matches} == {"fused"}
+
+
 LEFT: dict[str, tuple[Spelling, str]] = {
     "dropout by hand": (
         lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v,
@@ -149,9 +175,12 @@ LEFT: dict[str, tuple[Spelling, str]] = {
     "dropout in flash attention": (spelled.swapped(spelled.flash_attn_func, dropout_p=0.5), "dropout of 0.5"),
     "the softmax's log-sum used": (
         lambda q, k, v: sum(
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2][i].sum() for i in (0, 1)
+            torch.ops.flash_attn._flash_attn_forward(
+                *(t.transpose(1, 2) for t in (q, k, v)), 0.0, 0.25, False, -1, -1, 0.0, None, False
+            )[i].sum()
+            for i in (0, 1)
         ),
-        "output 1 of `_scaled_dot_product_flash_attention_for_cpu` is used, not only the attention's result",
+        "output 1 of `_flash_attn_forward` is used, not only the attention's result",
     ),
     "two sequences in one dimension": (
         spelled.flash_varlen,
@@ -165,13 +194,23 @@ LEFT: dict[str, tuple[Spelling, str]] = {
         lambda q, k, v: spelled.sageattn(q, k, v, tensor_layout="NDH"),
         "its queries are laid out as 'NDH', which is not known",
     ),
-    "arguments by keyword, and a mask by `where`": (
-        spelled.masked_by_where,
-        "its scores are masked by `where`; write `masked_fill`",
+    "scores chosen among two products": (
+        lambda q, k, v: torch.where(spelled.bottom_right(q, k), q @ k.mT, q @ k.mT / 2).softmax(-1) @ v,
+        "its scores come from `where`, not from a product of queries and keys",
     ),
-    "a softmax over the queries": (
-        lambda q, k, v: (q @ k.mT).softmax(2) @ v,
-        "its products `bhkj,bhik->bhij` and `…,bhj#->bhi#` have more dimensions than batch, head, token and channel",
+    "scores broadcast by the condition that they are chosen by": (
+        lambda q, k, v: torch.where(torch.ones(2, 1, 1, 1) > 0, q[:1] @ k[:1].mT, -1.0).softmax(-1) @ v,
+        "its scores are broadcast by the mask that they are chosen by",
+    ),
+    "a softmax over the queries of a group": (
+        lambda q, k, v: ((spelled.in_groups(q, k) @ k[:, :, None].mT).softmax(2) @ v[:, :, None]).flatten(1, 2),
+        "its products `bhgik,bhgkj->bhgij` and `…,bhgj#->bhgi#` have more dimensions than batch, head, token and channel",
+    ),
+    "heads after tokens, under a mask": (
+        lambda q, k, v: torch.einsum(
+            "bqhk,bhkd->bhqd", (torch.einsum("bhqd,bhkd->bqhk", q, k) + torch.ones(12)).softmax(-1), v
+        ),
+        "its masked scores are not laid out as [batch, head, query, key]",
     ),
     "scores written to before they are used": (
         spelled.scores_edited,
