@@ -67,16 +67,17 @@ class PackedKV(torch.Tensor):
 
         Dynamo (2.13) loses sizes that are dynamic where two of its inputs have one and the same tensor inside.
         """
-        tensor = getattr(self._store, name)
+        tensor = self._store.memory[name == "scales"]
         if not self._store.grows or is_fake(tensor):
             return tensor
         if self._views is None:
             self._views = {}
-        if name not in self._views:
+        known = self._views.get(name)
+        if known is None or known.data_ptr() != tensor.data_ptr():  # the store may have taken memory of its own
             with torch.inference_mode(tensor.is_inference()):
-                self._views[name] = tensor.new_empty(0).set_(tensor)  # no view: it has sizes of its own
-            maybe_mark_dynamic(self._views[name], tokens)
-        return self._views[name]
+                known = self._views[name] = tensor.new_empty(0).set_(tensor)  # no view: it has sizes of its own
+            maybe_mark_dynamic(known, tokens)
+        return known
 
     @property
     def first_token(self) -> Tensor:

@@ -30,10 +30,13 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
     rewritten = plan.rewritten
     assert rewritten is not None
     inputs, written, kept = rewritten.inputs, rewritten.written, rewritten.kept
+    changed = [*written, *(keep.argument for keep in kept)]
     finish = _finisher(plan) if rewritten.has_extra_outputs else None
 
     def call(*args: Any) -> Any:
         flat = []
+        for argument in changed:
+            args[argument]._store.own()
         for argument, component in inputs:
             value = args[argument]
             if component == "first_token":
@@ -51,10 +54,8 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _component(store: Store, component: str) -> Tensor:
-    if component == "codes":
-        return store.codes
-    if component == "scales":
-        return store.scales
+    if component in ("codes", "scales"):
+        return store.memory[component == "scales"]
     active = store.active
     if component == "active_range":
         return torch.tensor(NO_RANGE if active is None else (active.start, active.stop))
@@ -97,6 +98,8 @@ def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any,
 def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store:
     """A cache that a graph has made of `parent`'s tokens and new ones."""
     codes, scales = outputs[new.codes], outputs[new.scales]
+    if new.after:
+        return parent.grown(codes, scales, [outputs[i] for i in new.strides])
     shape, strides = (*codes.shape[:3], parent.shape[3]), [outputs[i] for i in new.strides]
     store = Store(shape, strides, parent.dtype, parent.bits, codes, scales, parent.quantizer)
     store.grows = True

@@ -34,6 +34,21 @@ class Active:
         return self.data.numel() * self.data.element_size()
 
 
+class Line:
+    """Caches that grew out of one another, in the same memory: each holds the first tokens of the next.
+
+    used: how many tokens of the memory belong to one of them. Nobody writes to those but the last that is left.
+    """
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+    def join(self, store: Store) -> None:
+        self.stores.add(store)
+        self.used = store.shape[TOKEN]
+
+
 class Store:
     """A packed cache of canonical shape `[B, H, S, D]`.
 
@@ -59,7 +74,8 @@ class Store:
         quantizer: str = "rtn",
     ) -> None:
         self.shape, self.strides, self.dtype, self.bits = tuple(shape), tuple(strides), dtype, bits
-        self.codes, self.scales, self.quantizer = codes, scales, quantizer
+        self._codes, self._scales, self.quantizer = codes, scales, quantizer
+        self._line: Line | None = None  # where its memory has room for more tokens, and who else lives there
         self._grid = grid_of(quantizer)
         self.active: Active | None = None
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
@@ -85,6 +101,24 @@ class Store:
             scales = torch.zeros(batch, heads, head_dim // group_size, tokens, 2, dtype=torch.float16, device=device)
         return cls(shape, strides, dtype, bits, codes, scales, quantizer)
 
+    @property
+    def codes(self) -> Tensor:
+        return self._codes if self._line is None else self._codes.narrow(2, 0, self.shape[TOKEN])
+
+    @property
+    def scales(self) -> Tensor:
+        return self._scales if self._line is None else self._scales.narrow(3, 0, self.shape[TOKEN])
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """`codes` and `scales` with the room behind them for more tokens: what compiled graphs are given."""
+        return self._codes, self._scales
+
+    @property
+    def owner(self) -> object:
+        """The same for all stores that lie in the same memory."""
+        return self._line or self
+
     # ---- accounting ----
 
     @property
@@ -97,8 +131,13 @@ class Store:
 
     @property
     def packed_bytes(self) -> int:
-        """Codes, steps and zero points, and what is held in full precision beside them."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales)) + self.active_bytes
+        """Codes, steps and zero points, room for more, and what is held in full precision beside them.
+
+        Memory that several caches of a line share is the longest one's.
+        """
+        shared = self._line is not None and any(s.shape[TOKEN] > self.shape[TOKEN] for s in self._line.stores)
+        own = 0 if shared else sum(t.numel() * t.element_size() for t in self.memory)
+        return own + self.active_bytes
 
     @property
     def active_bytes(self) -> int:
@@ -115,6 +154,46 @@ class Store:
         if family is not None:
             family.add(self)
 
+    # ---- growing ----
+
+    def grown(self, codes: Tensor, scales: Tensor, strides: Sequence[int]) -> Store:
+        """This cache and packed tokens after it, as a cache of its own.
+
+        It lies in the same memory where that has room, and nothing else has grown into it: what is copied are the new
+        tokens. Otherwise it gets new memory, with room for a quarter more, so that on the average a token is copied
+        a few times however long the cache grows.
+        """
+        batch, heads, tokens, head_dim = self.shape
+        total, line = tokens + codes.shape[2], self._line
+        if line is not None and len(line.stores) == 1:
+            line.used = tokens  # what once grew out of this is gone
+        # Room for at least one token is left: Dynamo takes two sizes for one where they are equal when it compiles.
+        if line is None or line.used != tokens or total >= self._codes.shape[2]:
+            line, room = Line(), max(16, total // 4)
+            with torch.inference_mode(False):
+                new_codes = codes.new_zeros(batch, heads, total + room, codes.shape[3])
+                new_scales = scales.new_zeros(batch, heads, scales.shape[2], total + room, 2)
+            new_codes[:, :, :tokens], new_scales[:, :, :, :tokens] = self.codes, self.scales
+        else:
+            new_codes, new_scales = self.memory
+        new_codes[:, :, tokens:total], new_scales[:, :, :, tokens:total] = codes, scales
+        new = Store(
+            (batch, heads, total, head_dim), strides, self.dtype, self.bits, new_codes, new_scales, self.quantizer
+        )
+        new._line, new.grows = line, True
+        line.join(new)
+        new.join(self._family)
+        return new
+
+    def own(self) -> None:
+        """Before a write: take memory of its own, as large, where other caches lie in this one's."""
+        if self._line is not None and len(self._line.stores) > 1:
+            with torch.inference_mode(False):
+                self._codes, self._scales = self._codes.clone(), self._scales.clone()
+            self._line.stores.discard(self)
+            self._line = Line()
+            self._line.join(self)
+
     # ---- writing ----
 
     def write(self, source: Tensor, starts: Sequence[int], keep_active: bool) -> None:
@@ -123,6 +202,7 @@ class Store:
         With `keep_active`, the range is also held in full precision until the next write.
         """
         batch, heads, tokens, _ = source.shape
+        self.own()
         codes, scales = self._box(starts, (batch, heads))
         self.active = None
         _ops.append(codes, scales, self._stored(_as_float(source)), starts[TOKEN], self.bits)
@@ -139,12 +219,14 @@ class Store:
             quantized = self._like(tuple(source.shape), self.strides)
             quantized.write(source, (0, 0, 0, 0), keep_active=False)
             source = quantized
+        self.own()
         for target, new, dim in zip(self._whole_box(starts, lengths), (source.codes, source.scales), _dims(axis)):
             target.index_copy_(dim, index.to(target.device), new)
         self.active = None
 
     def fill(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> None:
         """Set a box to a number: exactly where float16 holds it, as zero and all small integers."""
+        self.own()
         codes, scales = self._whole_box(starts, lengths)
         codes_of_value, scales_of_value = self._constant(value)
         codes.copy_(codes_of_value.expand_as(codes))
@@ -153,6 +235,7 @@ class Store:
 
     def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
         """Set the tokens of a box where `mask`, bool `[b, h, n]`, is True to a number, as `fill` does."""
+        self.own()
         codes, scales = self._whole_box(starts, mask.shape)
         codes_of_value, scales_of_value = self._constant(value)
         mask = mask.to(self.codes.device)
@@ -167,6 +250,7 @@ class Store:
             PackedCacheError: codes of the other store mean something else here.
         """
         self._check_meaning(other)
+        self.own()
         n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
         if other is self and tuple(source[:2]) == tuple(starts[:2]):
             codes, scales = self._box(starts, lengths)
@@ -257,7 +341,7 @@ class Store:
     def map(self, change: Callable[[Tensor], Tensor]) -> Store:
         """A new store with every tensor of this one changed: moved to a device, pinned, copied."""
         with torch.inference_mode(False):
-            codes, scales = change(self.codes), change(self.scales)
+            codes, scales = (change(t if self._line is None else t.contiguous()) for t in (self.codes, self.scales))
             new = Store(self.shape, self.strides, self.dtype, self.bits, codes, scales, self.quantizer)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
@@ -269,7 +353,8 @@ class Store:
         held = self.active
         active = None if held is None else (held.data, held.start, held.stop)
         layout = self.shape, self.strides, self.dtype, self.bits
-        return rebuild_store, (*layout, self.codes, self.scales, active, self.quantizer)
+        codes, scales = (t if self._line is None else t.contiguous() for t in (self.codes, self.scales))  # no room
+        return rebuild_store, (*layout, codes, scales, active, self.quantizer)
 
     # ---- pieces ----
 

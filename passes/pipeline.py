@@ -203,7 +203,7 @@ class _View:
     def beyond_graphs(self) -> list[str]:
         """What the graph does to packed caches that only eager code can."""
         packed = [h for h in self.tracking.caches if h.packed]
-        stores = {h.node: id(self.argument(h)._store) for h in packed}
+        stores = {h.node: id(self.argument(h)._store.owner) for h in packed}
         changed = {stores[h.node] for h in packed if h.writes}
         aliased = any(list(stores.values()).count(store) > 1 for store in changed)
         blocked = [f"{h.node.name}: {reason}" for h in packed for reason in h.blockers]

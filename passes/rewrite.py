@@ -22,7 +22,7 @@ from .lower_attention import lower_dense, lower_fused
 from .lower_reads import materialize, steps
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
-from .segments import Cached, Fresh
+from .segments import Cached, Fresh, Segment
 from .uncertainty import Uncertainty, pairs_turned
 
 ops = torch.ops.jkv
@@ -50,6 +50,7 @@ class OutputStore:
     scales: int
     strides: list[int]  # of the tensor that it stands for, canonical order
     active: tuple[int, int, int] | None  # data, start, stop: tokens that another graph attends in full precision
+    after: bool = False  # codes and scales are those of the new tokens alone, that come after the whole old cache
 
 
 @dataclass
@@ -258,7 +259,8 @@ class _Rewriter:
         ranges = [pieces.number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
         fresh = [pieces.canonical(s.content, s.length, axes, copy.dtype) for s in segments if s not in cached]  # type: ignore[arg-type]
         value = pieces.concatenate(fresh) if fresh else pieces.no_tokens(pieces.packed(cache)[1], cache, copy.dtype)
-        packed = *pieces.packed(cache), ranges, pieces.stored(value, cache), plan.bits
+        after = returned.grows and len(cached) == 1 and cache.part is None and _is_whole(cached[0], cache)
+        packed = *pieces.packed(cache), [] if after else ranges, pieces.stored(value, cache), plan.bits
         made = pieces.call(ops.extend.default, *packed)
         codes, scales = (add(pieces.call(operator.getitem, made, i)) for i in range(2))
         strides = [add(copy.strides[axes.index(role)] if role in axes else 1) for role in range(4)]
@@ -266,7 +268,7 @@ class _Rewriter:
         if fresh and not returned.grows:
             held = pieces.method("clone", value, memory_format=torch.contiguous_format)
             active = add(held), add(cached[-1].stop), add(segments[-1].stop)
-        return OutputStore(self.position[cache.node], codes, scales, strides, active)
+        return OutputStore(self.position[cache.node], codes, scales, strides, active, after)
 
     def _keep_written(self, add: Callable[[Any], int]) -> None:
         """Ranges that are written, and attended to by another graph if at all, go out in full precision."""
@@ -321,6 +323,14 @@ class _Rewriter:
             removable = node.op in ("call_method", "call_function") and node in from_cache and not node.users
             if removable and isinstance(example(node), (torch.Tensor, list, tuple)) and not is_in_place(node):
                 self.graph.erase_node(node)
+
+
+def _is_whole(segment: Segment, cache: Holder) -> bool:
+    """Whether cached tokens are all that the cache holds."""
+    content = segment.content
+    return (
+        isinstance(content, Cached) and same(content.first, 0) and same(segment.length, cache.shape[cache.token_axis])
+    )
 
 
 def _same_range(write: Append, other: object) -> bool:
