@@ -2,6 +2,7 @@
 
     python -m jkv_compile.plan --model self-forcing --gpu rtx-4090
     python -m jkv_compile.plan --layers 32 --heads 32 --kv-heads 8 --head-dim 128 --tokens 40000 --chunk 1024 --gpu h100
+    python -m jkv_compile.plan --model magi-24b --gpu h100 --devices 8 --sharding heads --seconds 3600
     python -m jkv_compile.plan --list
 
 Cache sizes are exact: codes and scales as `kernels.layout` stores them. Times are modelled, never measured; the report
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
+from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS, packed_bytes
-
-GIB = 2**30
-BYTES_FULL = 2  # bfloat16
+from .plan_devices import Sharding, share_of, traffic
+from .plan_tables import BYTES_FULL, GIB, GPUS, MODELS, Gpu, Model
 
 MATRIX_UTILISATION = 0.65
 """Part of the peak matrix rate that plain flash attention reaches on long chunks."""
@@ -31,70 +33,6 @@ CORRECTION_COLUMNS = 16
 
 RESERVE = 0.9
 """Part of a GPU's memory that weights and cache may take; activations and the allocator need the rest."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """Published shape of a model's K/V cache. `tokens` is the full cache, `chunk` what one pass generates."""
-
-    name: str
-    parameters: float  # billions
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tokens: int
-    chunk: int
-
-    @property
-    def full_bytes(self) -> int:
-        """Bytes of the cache in bfloat16, keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * BYTES_FULL
-
-    def cache_bytes(self, key_bits: int, value_bits: int, group_size: int, tokens: int | None = None) -> int:
-        """Bytes of the packed cache: codes and scales."""
-        shape = (1, self.kv_heads, self.tokens if tokens is None else tokens, self.head_dim)
-        return self.layers * sum(packed_bytes(shape, bits, group_size) for bits in (key_bits, value_bits))
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Vendor figures: memory, its bandwidth, dense bfloat16 matrix rate; and our kernels' static counts.
-
-    `fused` and `unpack_once`: hot-loop instructions over plain flash attention's (`kernels.inspector`, triton 3.7.1).
-    """
-
-    name: str
-    memory_gb: float
-    bandwidth_tbs: float
-    tflops: float
-    fused: float
-    unpack_once: float
-
-
-MODELS = {
-    m.name: m
-    for m in (
-        Model("self-forcing", 1.3, 30, 12, 12, 128, 32760, 4680),
-        Model("krea-14b", 14, 40, 40, 40, 128, 32760, 4680),
-        Model("longcat-video", 13.6, 48, 32, 32, 128, 29640, 7800),
-    )
-}
-
-GPUS = {
-    g.name: g
-    for g in (
-        Gpu("a100-80gb", 80, 2.04, 312, 1.203, 1.071),
-        Gpu("h100", 80, 3.35, 989, 1.322, 1.026),
-        Gpu("h200", 141, 4.8, 989, 1.322, 1.026),
-        Gpu("b200", 180, 8.0, 2250, 1.371, 1.077),
-        Gpu("rtx-4090", 24, 1.01, 165, 1.203, 1.071),
-        Gpu("rtx-5090", 32, 1.79, 210, 1.353, 1.057),
-        Gpu("l40s", 48, 0.86, 362, 1.203, 1.071),
-        Gpu("mi300x", 192, 5.3, 1307, 1.723, 1.0),
-        Gpu("mi355x", 288, 8.0, 2300, 1.841, 1.034),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -139,57 +77,128 @@ def attention_overhead(model: Model, gpu: Gpu, key_bits: int, value_bits: int, g
     return Overhead(1e3 * plain, over_plain(fused), over_plain(once), 1e3 * append)
 
 
-def tokens_that_fit(model: Model, gpu: Gpu, bits: int | None, group_size: int) -> int:
+LENGTHS = {"10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600}
+
+
+def room_for_cache(model: Model, gpu: Gpu, weights_on: int = 1) -> float:
+    """Bytes of a device that a cache may take beside bfloat16 weights, which `weights_on` devices share."""
+    return gpu.memory_gb * 1e9 * RESERVE - model.parameters * 1e9 * BYTES_FULL / weights_on
+
+
+def tokens_that_fit(model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1) -> int:
     """Cached tokens that fit beside bfloat16 weights; bits None is the uncompressed cache. Never negative."""
-    room = gpu.memory_gb * 1e9 * RESERVE - model.parameters * 1e9 * BYTES_FULL
-    per_token = model.full_bytes / model.tokens if bits is None else model.cache_bytes(bits, bits, group_size, 1)
-    return max(0, int(room / per_token))
+    per_token = replace(model, tokens=1).bytes_of(bits, group_size)
+    return max(0, int(room_for_cache(model, gpu, weights_on) / per_token))
 
 
-def report(model: Model, gpu: Gpu, group_size: int) -> str:
+@dataclass(frozen=True)
+class Devices:
+    """How many devices, how they part the cache, and whether they part the weights too."""
+
+    count: int = 1
+    sharding: Sharding = "none"
+    weights: bool = False
+
+
+def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None) -> str:
     """The plan as text."""
+    devices = devices or Devices()
+    count = devices.count
+    share, weights_on = share_of(model, count, devices.sharding), count if devices.weights else 1
+    parted = count if devices.sharding == "tokens" else 1  # as many devices hold different tokens
+    room = room_for_cache(model, gpu, weights_on)
+    several = "" if count == 1 else f"{count} x "
     lines = [
-        f"{model.name} on {gpu.name}: {model.layers} layers x {model.kv_heads} key/value heads x {model.head_dim}, "
-        f"{model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}",
-        "",
-        f"{'cache':>14} {'bits/elem':>10} {'GiB':>8} {'smaller':>8} {'fits':>5} {'tokens that fit':>16}",
+        f"{model.name} on {several}{gpu.name}: {model.layers} layers x {model.kv_heads} key/value heads x "
+        f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}",
     ]
-    room = gpu.memory_gb * 1e9 * RESERVE - model.parameters * 1e9 * BYTES_FULL
-    for bits in (None, *sorted(SUPPORTED_BITS, reverse=True)):
-        size = model.full_bytes if bits is None else model.cache_bytes(bits, bits, group_size)
-        name = "bfloat16" if bits is None else f"{bits} bits"
-        lines.append(
-            f"{name:>14} {16 * size / model.full_bytes:10.2f} {size / GIB:8.2f} {model.full_bytes / size:7.2f}x "
-            f"{'yes' if size <= room else 'no':>5} {tokens_that_fit(model, gpu, bits, group_size):16,}"
-        )
-    overhead = attention_overhead(model, gpu, 2, 2, group_size)
+    if count > 1:
+        held = {"heads": f"{share.kv_heads} heads", "tokens": f"{share.tokens:,} tokens", "none": "the whole cache"}
+        lines += [f"each device: {held[devices.sharding]}, {'its part of' if devices.weights else 'all'} weights"]
+    which = "cache" if count == 1 else "on a device"
     lines += [
         "",
-        f"attention, one layer and chunk over the full cache: {overhead.plain_ms:.2f} ms plain (modelled)",
-        f"  unpack-once, 2 bits: {overhead.unpack_once[0]:.2f}-{overhead.unpack_once[1]:.2f}x of it",
-        f"  fused, 2 bits:       {overhead.fused[0]:.2f}-{overhead.fused[1]:.2f}x of it",
-        f"  quantizing the chunk, once per layer: {overhead.append_ms:.3f} ms",
-        "",
+        f"{which:>14} {'bits/elem':>10} {'GiB':>8} {'smaller':>8} {'fits':>5} {'tokens that fit':>16}",
+    ]
+    for bits in (None, *sorted(SUPPORTED_BITS, reverse=True)):
+        size = share.bytes_of(bits, group_size)
+        lines.append(
+            f"{_name(bits):>14} {16 * size / share.full_bytes:10.2f} {size / GIB:8.2f} {share.full_bytes / size:7.2f}x "
+            f"{'yes' if size <= room else 'no':>5} "
+            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on):16,}"
+        )
+    if model.tokens_per_second:
+        lines += ["", *_lengths(model, group_size, devices, room)]
+    if count > 1:
+        lines += ["", f"{'a device receives, GiB':>28} {'bfloat16':>10} {'2 bits':>10} {'less':>7}"]
+        for line in traffic(model, count, devices.sharding, 2, group_size):
+            less = f"{line.full / line.packed:.2f}x" if line.full != line.packed else "same"
+            lines.append(f"{line.what:>28} {line.full / GIB:10.2f} {line.packed / GIB:10.2f} {less:>7}")
+    overhead = attention_overhead(share, gpu, 2, 2, group_size) if share.chunk <= share.tokens else None
+    if overhead is not None:
+        lines += [
+            "",
+            f"attention, one layer and chunk over the full cache: {overhead.plain_ms:.2f} ms plain (modelled)",
+            f"  unpack-once, 2 bits: {overhead.unpack_once[0]:.2f}-{overhead.unpack_once[1]:.2f}x of it",
+            f"  fused, 2 bits:       {overhead.fused[0]:.2f}-{overhead.fused[1]:.2f}x of it",
+            f"  quantizing the chunk, once per layer: {overhead.append_ms:.3f} ms",
+        ]
+    return "\n".join([*lines, "", *_assumptions(model, gpu, devices)])
+
+
+def _lengths(model: Model, group_size: int, devices: Devices, room: float) -> list[str]:
+    """A table of videos all of whose tokens are kept."""
+    lines = [f"{'all of a video':>14} {'tokens':>13} {'bfloat16, GiB':>15} {'fits':>5} {'2 bits, GiB':>13} {'fits':>5}"]
+    for name, seconds in LENGTHS.items():
+        long = replace(model, tokens=int(seconds * model.tokens_per_second))
+        share = share_of(long, devices.count, devices.sharding)
+        sizes = [share.bytes_of(bits, group_size) for bits in (None, 2)]
+        full, packed = (f"{size / GIB:,.1f}" for size in sizes)
+        fits = ["yes" if size <= room else "no" for size in sizes]
+        lines.append(f"{name:>14} {long.tokens:13,} {full:>15} {fits[0]:>5} {packed:>13} {fits[1]:>5}")
+    return lines
+
+
+def _assumptions(model: Model, gpu: Gpu, devices: Devices) -> list[str]:
+    lines = [
         f"Assumes bfloat16 weights, {model.parameters:g} billion, and {RESERVE:.0%} of memory for weights and cache;",
         f"{MATRIX_UTILISATION:.0%} of {gpu.tflops:g} TFLOP/s in plain attention, {BANDWIDTH_UTILISATION:.0%} of "
         f"{gpu.bandwidth_tbs:g} TB/s in streaming;",
         "lower bounds: limited by matrix products, the correction's 16 columns included, or by memory;",
         "upper bounds: limited by instructions, at the kernels' static counts. Nothing here was measured on a GPU.",
     ]
-    return "\n".join(lines)
+    if model.tokens_per_second:
+        lines.append(
+            f"A second of video is {model.tokens_per_second:,.0f} tokens; models that evict keep fewer than all."
+        )
+    if devices.count > 1:
+        lines += [
+            f"Traffic: what one device receives, {model.passes} passes per chunk, all layers. A chunk's own queries,",
+            "keys, values and results travel in bfloat16 whether or not caches are packed, log-sum-exps in float32.",
+            "Times on a link are not modelled, nor what of them is hidden behind computation.",
+        ]
+    return lines
+
+
+def _name(bits: int | None) -> str:
+    return "bfloat16" if bits is None else f"{bits} bits"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jkv_compile.plan", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name the models and GPUs in the tables")
-    parser.add_argument("--model", choices=MODELS, default="self-forcing")
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--model", choices=list(MODELS), default="self-forcing")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--group-size", type=int, default=32)
     for name, kind in (
         ("parameters", float), ("layers", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("tokens", int),
-        ("chunk", int),
+        ("chunk", int), ("passes", int),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, help=f"{name.replace('-', '_')} instead of the model's")
+    parser.add_argument("--seconds", type=float, help="cache all tokens of so much video, instead of --tokens")
+    parser.add_argument("--devices", type=int, default=1, help="devices that work on one video (default: 1)")
+    parser.add_argument("--sharding", choices=get_args(Sharding), help="what they part of the cache (default: heads)")
+    parser.add_argument("--shard-weights", action="store_true", help="they part the weights, too")
     options = parser.parse_args(arguments)
     if options.list:
         print("models:", *MODELS, "\nGPUs:  ", *GPUS)
@@ -197,20 +206,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = MODELS[options.model]
     own = {
         field: getattr(options, field)
-        for field in ("parameters", "layers", "heads", "kv_heads", "head_dim", "tokens", "chunk")
+        for field in ("parameters", "layers", "heads", "kv_heads", "head_dim", "tokens", "chunk", "passes")
         if getattr(options, field) is not None
     }
+    if options.seconds is not None:
+        own["tokens"] = int(options.seconds * model.tokens_per_second)
     if own:
         model = Model(**{**model.__dict__, **own, "name": f"{model.name} changed"})
     for what, wrong in (
         (f"group size {options.group_size} does not divide head_dim {model.head_dim}",
          options.group_size < 1 or model.head_dim % max(options.group_size, 1)),
         (f"a chunk of {model.chunk} does not lie within {model.tokens} tokens", not 0 < model.chunk <= model.tokens),
+        (f"--devices {options.devices}: expected at least 1", options.devices < 1),
         (f"{model.heads} heads are no multiple of {model.kv_heads} key/value heads", model.heads % model.kv_heads),
     ):  # fmt: skip
         if wrong:
             parser.error(what)
-    print(report(model, GPUS[options.gpu], options.group_size))
+    sharding: Sharding = options.sharding or ("heads" if options.devices > 1 else "none")
+    devices = Devices(options.devices, sharding, options.shard_weights)
+    try:
+        print(report(model, GPUS[options.gpu], options.group_size, devices))
+    except ConfigurationError as error:
+        parser.error(str(error))
     return 0
 
 

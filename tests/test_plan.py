@@ -10,8 +10,13 @@ import torch
 from jkv_compile import plan
 from jkv_compile.kernels import reference
 
+PUBLISHED = [
+    ("self-forcing", 5.6), ("krea-14b", 25.0), ("longcat-video", 21.8), ("magi-4.5b", 6.3), ("magi-24b", 15.8),
+    ("hy-worldplay-5b", 9.7), ("hy-worldplay-8b", 29.0),
+]  # fmt: skip
 
-@pytest.mark.parametrize("name, gib", [("self-forcing", 5.6), ("krea-14b", 25.0), ("longcat-video", 21.8)])
+
+@pytest.mark.parametrize("name, gib", PUBLISHED)
 def test_full_precision_sizes_are_the_published_ones(name, gib):
     assert plan.MODELS[name].full_bytes / plan.GIB == pytest.approx(gib, rel=0.01)
 
@@ -71,3 +76,61 @@ def test_command_line_refuses_shapes_that_cannot_be(wrong, capsys):
     with pytest.raises(SystemExit):
         plan.main(wrong)
     assert "error" in capsys.readouterr().err
+
+
+# ---- several devices ----
+
+
+@pytest.mark.parametrize("model", plan.MODELS.values(), ids=lambda m: m.name)
+@pytest.mark.parametrize("sharding, shares", [("heads", 4), ("tokens", 4), ("none", 1)])
+def test_devices_share_a_cache(model, sharding, shares):
+    share = plan.share_of(model, 4, sharding)
+    assert share.full_bytes * shares == pytest.approx(model.full_bytes, rel=1e-3)
+    assert share.cache_bytes(2, 2, 64) * shares == pytest.approx(model.cache_bytes(2, 2, 64), rel=1e-3)
+    assert share.heads / share.kv_heads == model.heads / model.kv_heads
+
+
+def test_traffic_by_hand():
+    """Two devices, 2 layers, 3 passes, 4 query heads and 2 of keys, of 32 channels, 100 tokens, a chunk of 10."""
+    model = plan.Model("tiny", 0, 2, 4, 2, 32, 100, 10, passes=3)
+    share = 2 * 2 * 2 * 32 * 50 * 2  # bytes: keys and values, layers, heads, channels, half of the tokens, bfloat16
+    heads, moved = plan.traffic(model, 2, "heads", 2, 32)
+    # Of its own 5 tokens a device has half of the heads already: 2.5 tokens' worth, rounded down, per layer and pass.
+    assert heads.full == heads.packed == 6 * 2 * (2 * 4 + 2 * 2) * 32 * 2
+    assert (moved.full, moved.packed) == (share, share * 3 / 16)
+    partial, ring, moved = plan.traffic(model, 2, "tokens", 2, 32)
+    assert partial.full == partial.packed == 6 * 10 * 4 * (32 * 2 + 4)
+    assert (ring.full, ring.packed) == (3 * share, 3 * share * 3 / 16)
+    assert (moved.full, moved.packed) == (share, share * 3 / 16)
+    (whole,) = plan.traffic(model, 2, "none", 2, 32)
+    assert whole.full == 2 * share
+
+
+def test_more_tokens_fit_on_more_devices():
+    model, gpu = plan.MODELS["krea-14b"], plan.GPUS["h100"]
+    alone = plan.tokens_that_fit(model, gpu, 2, 32)
+    assert plan.tokens_that_fit(plan.share_of(model, 8, "heads"), gpu, 2, 32) == pytest.approx(8 * alone, rel=1e-3)
+    assert plan.tokens_that_fit(model, gpu, 2, 32, weights_on=8) > alone
+
+
+def test_command_line_plans_several_devices(capsys):
+    assert plan.main(["--model", "magi-24b", "--devices", "8", "--sharding", "tokens"]) == 0
+    text = capsys.readouterr().out
+    assert "8 x h100" in text and "10,800 tokens, all weights" in text
+    assert re.search(r"caches passed round instead +[\d.]+ +[\d.]+ +5\.33x", text)
+    assert re.search(r"partial results, a chunk +[\d.]+ +[\d.]+ +same", text)
+    assert re.search(r"1 h +77,760,000 +1,779\.8 +no +333\.7 +no", text)
+    assert "8 passes per chunk" in text
+    assert plan.main(["--model", "self-forcing", "--seconds", "3600", "--devices", "4", "--shard-weights"]) == 0
+    text = capsys.readouterr().out
+    assert "22,464,000 tokens cached" in text and "3 heads, its part of weights" in text
+
+
+@pytest.mark.parametrize("wrong, why", [
+    (["--devices", "0"], "expected at least 1"), (["--model", "magi-24b", "--devices", "16"], "8 key/value heads"),
+    (["--sharding", "channels"], "invalid choice"),
+])  # fmt: skip
+def test_command_line_refuses_devices_that_cannot_share(wrong, why, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(wrong)
+    assert why in capsys.readouterr().err

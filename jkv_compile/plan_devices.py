@@ -1,0 +1,62 @@
+"""What several devices share of a cache, and what goes between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .errors import ConfigurationError
+from .plan_tables import BYTES_FULL, Model
+
+Sharding = Literal["none", "heads", "tokens"]
+BYTES_LSE = 4  # float32
+
+
+def share_of(model: Model, devices: int, sharding: Sharding) -> Model:
+    """The model as one device has its cache: part of the heads, part of the tokens, or all of both.
+
+    Raises:
+        ConfigurationError: the number of devices does not divide the key/value heads.
+    """
+    if sharding == "heads" and model.kv_heads % devices:
+        raise ConfigurationError(
+            f"{devices} devices for {model.kv_heads} key/value heads of {model.name}: expected a number that divides "
+            "them, or sharding by tokens"
+        )
+    if sharding == "heads":
+        return replace(model, heads=model.heads // devices, kv_heads=model.kv_heads // devices)
+    if sharding == "tokens":
+        return replace(model, tokens=-(-model.tokens // devices))
+    return model
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one device receives: with the cache in bfloat16, and packed."""
+
+    what: str
+    full: int
+    packed: int
+
+
+def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_size: int) -> list[Traffic]:
+    """What a chunk costs between devices, over all layers and passes; and what moving one device's cache costs, once.
+
+    heads: the all-to-alls of queries, keys, values and results of the chunk, which are in full precision anyhow.
+    tokens: results and log-sum-exps of every other device (`jkv_compile.distributed.sharded_attention`), or, where
+    caches are passed round instead (ring attention), those of every other device.
+    """
+    share, rounds = share_of(model, devices, sharding), model.layers * model.passes
+    others, result = devices - 1, []
+    if sharding == "heads":
+        rows = -(-model.chunk // devices) * others // devices  # of a device's tokens, what it gets from others
+        channels = (2 * model.heads + 2 * model.kv_heads) * model.head_dim * BYTES_FULL
+        activations = rounds * rows * channels
+        result.append(Traffic("all-to-alls, a chunk", activations, activations))
+    if sharding == "tokens":
+        partial = model.chunk * model.heads * (model.head_dim * BYTES_FULL + BYTES_LSE)
+        result.append(Traffic("partial results, a chunk", rounds * others * partial, rounds * others * partial))
+        ring = (others * model.passes * size for size in (share.full_bytes, share.bytes_of(bits, group_size)))
+        result.append(Traffic("caches passed round instead", *ring))
+    result.append(Traffic("its cache moved, once", share.full_bytes, share.bytes_of(bits, group_size)))
+    return result

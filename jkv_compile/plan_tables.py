@@ -1,0 +1,91 @@
+"""Published shapes of models' K/V caches, and vendors' figures for GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .kernels.layout import packed_bytes
+
+GIB = 2**30
+BYTES_FULL = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Model:
+    """Published shape of a model's K/V cache.
+
+    `tokens` is the full cache, `chunk` what one pass generates, `tokens_per_second` what a second of video takes;
+    `passes` run over the cache for each chunk, the one that leaves final keys and values included.
+    """
+
+    name: str
+    parameters: float  # billions
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    chunk: int
+    tokens_per_second: float = 0.0
+    passes: int = 5
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the cache in bfloat16, keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * BYTES_FULL
+
+    def cache_bytes(self, key_bits: int, value_bits: int, group_size: int, tokens: int | None = None) -> int:
+        """Bytes of the packed cache: codes and scales."""
+        shape = (1, self.kv_heads, self.tokens if tokens is None else tokens, self.head_dim)
+        return self.layers * sum(packed_bytes(shape, bits, group_size) for bits in (key_bits, value_bits))
+
+    def bytes_of(self, bits: int | None, group_size: int) -> int:
+        """Bytes of the cache at so many bits for keys and values; None is bfloat16."""
+        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Vendor figures: memory, its bandwidth, dense bfloat16 matrix rate; and our kernels' static counts.
+
+    `fused` and `unpack_once`: hot-loop instructions over plain flash attention's (`kernels.inspector`, triton 3.7.1).
+    """
+
+    name: str
+    memory_gb: float
+    bandwidth_tbs: float
+    tflops: float
+    fused: float
+    unpack_once: float
+
+
+# Tokens per second: tokens of a latent frame times latent frames per second (4 video frames each).
+MODELS = {
+    m.name: m
+    for m in (
+        Model("self-forcing", 1.3, 30, 12, 12, 128, 32760, 4680, 1560 * 16 / 4),
+        Model("krea-14b", 14, 40, 40, 40, 128, 32760, 4680, 1560 * 16 / 4),
+        Model("longcat-video", 13.6, 48, 32, 32, 128, 29640, 7800, 1560 * 15 / 4, passes=17),
+        # 720 x 720 and 1280 x 720; four chunks of six latent frames are kept
+        Model("magi-4.5b", 4.5, 34, 24, 8, 128, 48600, 12150, 2025 * 24 / 4, passes=32),
+        Model("magi-24b", 24, 48, 48, 8, 128, 86400, 21600, 3600 * 24 / 4, passes=8),
+        # a cached head is two parts of 128, one turned and one not; 16 and 20 latent frames are kept
+        Model("hy-worldplay-5b", 5, 30, 24, 24, 256, 14080, 3520, 880 * 24 / 4),
+        Model("hy-worldplay-8b", 8.3, 54, 16, 16, 256, 35200, 7040, 1760 * 24 / 4),
+    )
+}
+
+GPUS = {
+    g.name: g
+    for g in (
+        Gpu("a100-80gb", 80, 2.04, 312, 1.203, 1.071),
+        Gpu("h100", 80, 3.35, 989, 1.322, 1.026),
+        Gpu("h200", 141, 4.8, 989, 1.322, 1.026),
+        Gpu("b200", 180, 8.0, 2250, 1.371, 1.077),
+        Gpu("rtx-4090", 24, 1.01, 165, 1.203, 1.071),
+        Gpu("rtx-5090", 32, 1.79, 210, 1.353, 1.057),
+        Gpu("l40s", 48, 0.86, 362, 1.203, 1.071),
+        Gpu("mi300x", 192, 5.3, 1307, 1.723, 1.0),
+        Gpu("mi355x", 288, 8.0, 2300, 1.841, 1.034),
+    )
+}
