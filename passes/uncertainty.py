@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .actions import Read
+from .contents import tensors
 from .nodes import CONCATENATIONS, COPIES, as_write, example, identity, name_of
 
 _MOVEMENT = COPIES | {
@@ -102,8 +103,8 @@ class Uncertainty:
 
     def _carry(self, node: Node, given: dict[Node, Node]) -> None:
         name, uncertain = name_of(node), list(given)
-        if name in _NEW:
-            return  # of its values it takes none
+        if name in _NEW or not tensors(example(node)):
+            return  # it takes none of its values
         joins = name in _JOINING or node.target in CONCATENATIONS
         if joins or name in _SUMS:
             others = [a for a in node.all_input_nodes if a not in given and isinstance(example(a), torch.Tensor)]
