@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .passes.rewrite import OutputStore, Rewritten
 
 NO_RANGE = (0, 0)
+HALF_WRITTEN = (
+    "jkv: raised inside a call that writes packed caches: as in eager mode, the tokens that it writes may hold old or "
+    "new values; all others are as they were"
+)
 
 
 def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +51,12 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
             args[argument]._store.active = None
         for keep in kept:
             args[keep.argument]._store.active = None
-        outputs = inner(*flat)
+        try:
+            outputs = inner(*flat)
+        except Exception as error:
+            if changed:
+                error.add_note(HALF_WRITTEN)
+            raise
         return outputs if finish is None else finish(args, outputs)
 
     return call
