@@ -26,7 +26,7 @@ from .kernels.layout import packed_width
 from .packed import PackedKV
 from .packed_copies import clone
 from .packed_save import rebuild_window
-from .store import CHANNEL, Store, rebuild_store
+from .store import CHANNEL, rebuild_store
 
 MAGIC, VERSION, HEADER, ALIGNMENT = b"JKVCACHE", 1, 1024, 64
 _FIXED = struct.Struct("<8sHHIQqq")
@@ -154,9 +154,8 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
             tensors.append(tensor)
             at += _padded(tensor.nbytes)
     held = None if active is None else (tensors[2], *active)
-    store: Store = rebuild_store(
-        tuple(given["shape"]), tuple(given["strides"]), dtype, given["bits"], *tensors[:2], held, given["quantizer"]
-    )
+    shape, strides, (codes, scales) = tuple(given["shape"]), tuple(given["strides"]), tensors[:2]
+    store = rebuild_store(shape, strides, dtype, given["bits"], codes, scales, held, given["quantizer"])
     store.grows = given["grows"]
     place = tuple(given["size"]), tuple(given["stride"]), given["offset"]
     return rebuild_window(store, *place, _DTYPES[given["reads_as"]], {})

@@ -31,8 +31,8 @@ def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
     if cached:
         result = _packed_attention(pieces, attend, query, cached, keys, values, correction)
     elif call.lse:
-        args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, call.is_causal, call.scale
-        result = pieces.call(SDPA_LSE.default, *args)
+        tokens = pieces.concatenate(keys), pieces.concatenate(values)
+        result = pieces.call(SDPA_LSE.default, query, *tokens, call.mask, call.is_causal, call.scale)
     else:  # the first chunk: nothing is quantized yet
         grouped = example(call.query).shape[1] != attend.key_cache.shape[attend.key_axes[1]]
         args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, 0.0, call.is_causal
@@ -81,7 +81,7 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         result = pieces.call(SDPA_LSE.default, query, key, value, call.mask, call.is_causal, call.scale)
         call.node.replace_all_uses_with(result)
         pieces.graph.erase_node(call.node)
-        return result, "the log-sum-exp of dequantized keys is asked for"
+        return result, "" if correction == "none" else "its log-sum-exp is used"
     if delta is None or correction == "none":
         grouped = bool(example(call.query).shape[1] != example(call.key).shape[1])
         args = query, key, value, call.mask, 0.0, call.is_causal

@@ -98,6 +98,26 @@ def test_attention_that_hands_out_its_log_sum_exp_is_packed(spelling, quantizer)
     assert "attention_active_lse" in backend.reports[-1].after or "attention_lse" in backend.reports[-1].after
 
 
+def test_log_sum_exp_over_keys_that_are_changed_after_the_read_is_not_corrected_and_says_so():
+    def forward(x: Tensor, cache: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor]:
+        end = start + x.shape[2]
+        cache["k"][:, :, start:end] = x
+        cache["v"][:, :, start:end] = x
+        return parallel.attention(x, cache["k"][:, :, :end].flip(-1), cache["v"][:, :, :end])
+
+    backend = jkv_backend(bits=8, inner="eager", group_size=16)
+    compiled = torch.compile(forward, backend=backend)
+    caches = [{name: torch.zeros(1, 2, 40, 32) for name in ("k", "v")} for _ in range(2)]
+    for call in range(3):
+        x = torch.randn(1, 2, 8, 32)
+        (out, lse), (want, want_lse) = compiled(x, caches[0], 8 * call), forward(x, caches[1], 8 * call)
+        assert relative_error(out, want) < BOUND
+        torch.testing.assert_close(lse, want_lse, atol=5e-3, rtol=0)
+    assert is_packed(caches[0]["k"])
+    lowerings = {match.lowering for report in backend.reports for match in report.matches}
+    assert lowerings == {"dequantized, not corrected: its log-sum-exp is used"}, lowerings
+
+
 # ---- flat bytes ----
 
 

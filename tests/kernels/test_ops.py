@@ -75,6 +75,10 @@ CALLS = {
     "round_unbiased": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48),
     "round_unbiased of part of a tensor": lambda: (torch.randn(1, 5, 2, 192)[..., :64], 2, 64),
     "fill_rotated": lambda: (*packed(), 2, 4, 2, 1.5),
+    "fill_within": lambda: (*packed(), 2, 4, 2, 1.5),
+    "round_rotated": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48),
+    "to_grid": lambda: (torch.randn(1, 5, 2, 128).bfloat16().transpose(1, 2), "quarot/pairs128", 32),
+    "from_grid": lambda: (torch.randn(1, 5, 2, 128).bfloat16().transpose(1, 2), "rtn/pairs128", 32),
     "rotate": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2),),
     "rotate of part of a tensor": lambda: (torch.randn(1, 5, 2, 192)[..., :64],),
 }
