@@ -77,7 +77,8 @@ class Simulated(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         caches = caches_of(self.model, args)
-        errors = [self._quantize(cache, q) for cache, q in zip(caches, self.twin.quantizers, strict=True)]
+        kinds = self.twin.quantizers if caches else []  # the twin may have allocated what this is about to
+        errors = [self._quantize(cache, kind) for cache, kind in zip(caches, kinds, strict=True)]
         if self.corrects:
             keys = _attended_keys(self.model, args, lambda _: None)
             shifts: list[list[Tensor]] = [[] for _ in keys]  # per attention, of its keys by each channel's error

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
-import expecttest
 import pytest
 import torch
 
-from jkv_compile import JKVBackend, is_packed
+from jkv_compile import is_packed
 from jkv_compile.kernels import reference
 
-from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins
+from ..harness import fresh_backend, relative_error, run_beside, twins
 from .cases import (
     CASES,
-    Steps,
     chunk,
-    clone_edit,
-    composite,
-    fixed_past,
-    growing_past,
-    keys_beside_values,
-    masked_buffer,
-    rolled_buffer,
-    rolling,
-    stacked,
-    two_caches,
 )
 from .models import CHUNK, HEAD_DIM, HEADS, FixedPast, GrowingPast, RollingCache, rope
 
@@ -129,154 +116,3 @@ def test_growing_moves_packed_tokens_bit_for_bit() -> None:
     for old, new in itertools.pairwise(stores[2:]):
         n = old.codes.shape[2]
         assert torch.equal(new.codes[:, :, :n], old.codes) and torch.equal(new.scales[:, :, :, :n], old.scales)
-
-
-class TestGraphs(expecttest.TestCase):
-    def graph(self, steps: Callable[[JKVBackend], Steps], calls: int = 4, index: int = 0) -> str:
-        backend = fresh_backend(bits=2)
-        with torch.no_grad():
-            generator = steps(backend)
-            for _ in range(calls):
-                next(generator)
-        lines = rewritten(backend, index=index).splitlines()
-        return "\n".join(line for line in lines if "jkv::" in line) + "\n"
-
-    def test_rolling(self) -> None:
-        self.assertExpectedInline(
-            self.graph(rolling, 7, index=1),
-            """\
-jkv::move(l_cache_k__codes, l_cache_k__scales, add_2, 4, 20)
-jkv::move(l_cache_v__codes, l_cache_v__scales, add_2, 4, 20)
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute, sub_5, 2)
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, sub_5, 2)
-attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 4, 4, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""",
-        )
-
-    def test_fixed_past(self) -> None:
-        self.assertExpectedInline(
-            self.graph(fixed_past()),
-            """\
-attention_active_default = jkv::attention_active(q_1, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, 8, transpose, transpose_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""",
-        )
-
-    def test_clone_edit_attend(self) -> None:
-        self.assertExpectedInline(
-            self.graph(clone_edit(True)),
-            """\
-attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, l_start_], permute, permute_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
-""",
-        )
-
-    def test_composite(self) -> None:
-        self.assertExpectedInline(
-            self.graph(composite),
-            """\
-attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 4, sym_max, l_start_], permute, permute_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
-""",
-        )
-
-    def test_a_past_turned_after_the_read(self) -> None:
-        self.assertExpectedInline(
-            self.graph(fixed_past("half")),
-            """\
-dequantize_active_default = jkv::dequantize_active(l_past_0__codes, l_past_0__scales, l_past_0__active, l_past_0__active_range, 0, 8, 2, torch.float32)
-dequantize_active_default_1 = jkv::dequantize_active(l_past_1__codes, l_past_1__scales, l_past_1__active, l_past_1__active_range, 0, 8, 2, torch.float32)
-attention_dense_default = jkv::attention_dense(q_2, k_2, v_1, mean, None, False, 0.17677669529663687, False, 'taylor')
-""",
-        )
-
-    def test_a_growing_concatenation(self) -> None:
-        self.assertExpectedInline(
-            self.graph(growing_past, 5),
-            """\
-attention_active_default = jkv::attention_active(transpose_2, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, s69, k_1, v_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-extend_default = jkv::extend(l_past_0__codes, l_past_0__scales, [0, s69], k_1, 2)
-extend_default_1 = jkv::extend(l_past_1__codes, l_past_1__scales, [0, s89], v_1, 2)
-""",
-        )
-
-    def test_keys_beside_values(self) -> None:
-        self.assertExpectedInline(
-            self.graph(keys_beside_values, 5, index=1),
-            """\
-jkv::append(l_cache__codes, l_cache__scales, permute, l_start_, 2)
-extend_default = jkv::extend(l_cache__codes, l_cache__scales, [0, l_start_], permute_1, 2)
-""",
-        )
-        self.assertExpectedInline(
-            self.graph(keys_beside_values, 5, index=0),
-            """\
-dequantize_active_default = jkv::dequantize_active(l_keys__codes, l_keys__scales, l_keys__active, l_keys__active_range, 0, s23, 2, torch.float32)
-dequantize_active_default_1 = jkv::dequantize_active(l_values__codes, l_values__scales, l_values__active, l_values__active_range, 0, s59, 2, torch.float32)
-attention_dense_default = jkv::attention_dense(transpose, narrow_2, narrow_3, mean, None, False, 0.17677669529663687, False, 'taylor')
-""",
-        )
-
-    def test_stacked_keys_and_values(self) -> None:
-        self.assertExpectedInline(
-            self.graph(stacked(), 5, index=0),
-            """\
-jkv::append(narrow, narrow_1, transpose, l_start_, 2)
-jkv::append(narrow_2, narrow_3, transpose_1, l_start_, 2)
-""",
-        )
-        self.assertExpectedInline(
-            self.graph(stacked(), 5, index=1),
-            """\
-attention_active_default = jkv::attention_active(transpose_2, narrow, narrow_1, narrow_2, narrow_3, narrow_4, l_cache__active_range, narrow_5, l_cache__active_range, 0, l_length_, transpose, transpose_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""",
-        )
-
-    def test_two_caches(self) -> None:
-        self.assertExpectedInline(
-            self.graph(two_caches(rope_on_read=True), 5),
-            """\
-dequantize_default = jkv::dequantize(l_old_k__codes, l_old_k__scales, 0, l_n_old_, 2, torch.float32)
-dequantize_default_1 = jkv::dequantize(l_new_k__codes, l_new_k__scales, 0, l_n_new_, 2, torch.float32)
-dequantize_default_2 = jkv::dequantize(l_old_v__codes, l_old_v__scales, 0, l_n_old_, 2, torch.float32)
-dequantize_default_3 = jkv::dequantize(l_new_v__codes, l_new_v__scales, 0, l_n_new_, 2, torch.float32)
-attention_dense_default = jkv::attention_dense(transpose, transpose_1, transpose_2, mean, None, False, 0.17677669529663687, False, 'taylor')
-jkv::append(l_old_k__codes, l_old_k__scales, permute, l_n_old_, 2)
-jkv::append(l_old_v__codes, l_old_v__scales, permute_1, l_n_old_, 2)
-jkv::append(l_new_k__codes, l_new_k__scales, permute_2, l_n_new_, 2)
-jkv::append(l_new_v__codes, l_new_v__scales, permute_3, l_n_new_, 2)
-""",
-        )
-
-    def test_a_masked_buffer(self) -> None:
-        self.assertExpectedInline(
-            self.graph(masked_buffer()),
-            """\
-jkv::append_at(l_cache_k__codes, l_cache_k__scales, transpose, l_positions_, 2)
-jkv::append_at(l_cache_v__codes, l_cache_v__scales, transpose_1, l_positions_, 2)
-attention_default = jkv::attention(transpose_2, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 176], transpose, transpose_1, cat, False, 0.17677669529663687, 2, 2, 'taylor')
-""",
-        )
-
-    def test_a_buffer_copied_back(self) -> None:
-        self.assertExpectedInline(
-            self.graph(rolled_buffer(edit=False)),
-            """\
-jkv::move(l_cache_k__codes, l_cache_k__scales, 8, 0, 24)
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute, 24, 2)
-jkv::move(l_cache_v__codes, l_cache_v__scales, 8, 0, 24)
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, 24, 2)
-attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""",
-        )
-        self.assertExpectedInline(
-            self.graph(rolled_buffer(edit=True)),
-            """\
-jkv::move(l_cache_k__codes, l_cache_k__scales, 8, 0, 24)
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute, 24, 2)
-jkv::move(l_cache_v__codes, l_cache_v__scales, 8, 0, 24)
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, 24, 2)
-attention_default = jkv::attention(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [0, 24], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
-""",
-        )

