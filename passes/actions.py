@@ -29,6 +29,7 @@ class Holder:
     segments: list[Segment] = field(default_factory=list)
     writes: list[tuple[int, int, int]] = field(default_factory=list)  # (time, start, stop)
     scattered: bool = False  # some of them are to places that only the data tells
+    refused: bool = False  # it is written in a way that cannot be followed
     repeats: int = 1  # of a copy: how often each head of the root stands in it
     packed: bool = False
     roles: tuple[int, ...] = ()  # of a cache: its axis for (batch, head, token, channel), as far as its shape tells

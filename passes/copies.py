@@ -50,7 +50,7 @@ def _repeated(contents: Contents, node: Node, time: int) -> Holder | None:
         return None
     window, segments = contents.content(shown, source, time)
     token_axis = window.axes.index(source.token_axis)
-    if token_axis != 2 or dim != 1 or source.repeats != 1:
+    if example(node).dim() != 4 or {token_axis, dim} != {1, 2} or source.repeats != 1:
         return None
     copy = _copy_of(node, source, window, token_axis, segments)
     copy.repeats = times

@@ -331,7 +331,8 @@ def _adoptable(
                     if holder.packed:
                         continue
                     config.check_head_dim(int(holder.shape[axes[3]]))
-                    if holder.part is not None or keys == values:  # keys and values lie in one tensor
+                    parts = sum(h.node is holder.node for h in tracking.caches)
+                    if parts > 1 or keys == values:  # keys and values lie in one tensor
                         bits = max(config.key_bits, config.value_bits)
                     plans.setdefault(holder, CachePlan(axes, bits, config.group_size, config.quantizer))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
@@ -358,7 +359,7 @@ def _may_persist(action: Action, holder: Holder) -> bool:
 
 
 def _looks_cached(holder: Holder) -> bool:
-    if holder.packed:
+    if holder.packed or holder.refused:
         return True
     return holder.scattered or any(
         not same(stop - start, holder.shape[holder.token_axis]) for _, start, stop in holder.writes

@@ -43,8 +43,10 @@ class Tracker:
             try:
                 self._visit(node)
             except CANNOT_FOLLOW as error:
+                write = as_write(node)
                 for holder in {id(h): h for a in node.all_input_nodes for h in self.contents.sources(a)}.values():
                     holder.blockers.append(reason_of(error))
+                    holder.refused |= write is not None and self.contents.of(write.target) is holder
         return self.result
 
     # ---- nodes ----

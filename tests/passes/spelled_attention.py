@@ -284,6 +284,19 @@ def groups_as_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((query @ k.mT).softmax(-1) @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
+def heads_repeated_before_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As Llama's own code: `[B, S, H_kv, D]` is repeated, and transposed then."""
+
+    def repeated(x: Tensor) -> Tensor:
+        b, h, n, d = x.shape
+        times = q.shape[1] // h
+        return x.transpose(1, 2)[:, :, :, None].expand(b, n, h, times, d).reshape(b, n, h * times, d).transpose(1, 2)
+
+    key, value = repeated(k), repeated(v)
+    weights = (q @ key.transpose(2, 3) / q.shape[-1] ** 0.5).float().softmax(-1).type_as(q)
+    return weights @ value
+
+
 def multi_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head of keys and values, by broadcasting."""
     return (q @ k.mT / 4).softmax(-1) @ v
@@ -293,7 +306,8 @@ GROUPED = {
     f.__name__: f
     for f in (
         einsum_grouped, einsum_grouped_tokens_first, einsum_groups_after_tokens, matmul_grouped, matmul_grouped_expanded,
-        grouped_with_a_bias_per_head, groups_as_queries, multi_query,
+        grouped_with_a_bias_per_head, groups_as_queries, heads_repeated_before_tokens,
+        multi_query,
     )
 }  # fmt: skip
 

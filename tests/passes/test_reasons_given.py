@@ -56,6 +56,13 @@ class OneSlot(Sliced):
         return self.sdpa(q, state[0][:, -CHUNK:], state[1][:, -CHUNK:])
 
 
+class SomeEntries(Sliced):
+    """As Llama's own code: caches for the largest batch, of which a smaller one uses the first entries."""
+
+    def open(self, state: Any) -> Any:
+        return (t[:1] for t in state)
+
+
 def gaps() -> Tensor:
     return torch.empty_strided(SHAPE, (TOKENS * 100, 100, HEAD_DIM, 1)).zero_()
 
@@ -76,6 +83,10 @@ CASES: dict[str, tuple[type[Sliced], Callable[[], Any], str, str]] = {
     "two dimensions": (
         TwoDimensions, lambda: tuple(torch.zeros(2, TOKENS, HEADS * HEAD_DIM).clone().unbind()), "LAYOUT",
         "has no three to five dimensions of which one runs",
+    ),
+    "some batch entries": (
+        SomeEntries, lambda: tuple(torch.zeros(3, *SHAPE[1:]) for _ in range(2)), "WRITE",
+        "only some of its batch entries, heads or channels are written",
     ),
     "keys that are written beside values that are not": (
         OneSlot, lambda: (torch.zeros(SHAPE), torch.randn(SHAPE)), "NOT_A_CACHE", "only one of key and value"

@@ -133,7 +133,7 @@ def test_queries_in_groups(name: str) -> None:
     q, k, v = (torch.randn(2, n, 8, 32).transpose(1, 2) for n in (5, 12, 12))
     gm, left = canonical(spelled.GROUPED[name], q, k[:, :kv_heads], v[:, :kv_heads])
     (call,) = calls(gm)
-    assert left == [] and call.key.meta["example_value"].shape == (2, kv_heads, 12, 32)
+    assert left == [] and call.key.meta["example_value"].shape[2:] == (12, 32)
 
     model = SpelledAttention(spelled.GROUPED[name], kv_heads=kv_heads)
     backend = fresh_backend()
