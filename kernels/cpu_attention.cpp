@@ -19,7 +19,7 @@ constexpr int TILE = 1024;        // query rows per task at most: queries and ou
 
 struct Scratch {
   Buffer<u32> keys, values, words, both;
-  Buffer<float> scores, output, top, sum, norm, key_step, key_zero, key_square, value_step, value_zero;
+  Buffer<float> scores, output, top, sum, norm, length, key_step, key_zero, key_square, value_step, value_zero;
   Buffer<u16> query, weights;
   Buffer<u8> nothing;
 };
@@ -85,11 +85,11 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
   const i64 task = unit / plan.splits, split = unit % plan.splits;
   const i64 row0 = task % plan.tiles * plan.tile, head = task / plan.tiles % a.kv_heads, batch = task / plan.tiles / a.kv_heads;
   const int rows = min(plan.tile, plan.rows - row0), padded_rows = (rows + 15) / 16 * 16;
-  const i64 dim = a.keys.dim, dv = a.values.dim, groups = a.correction ? a.keys.groups : 0, value_pitch = dv + 16;
+  const i64 dim = a.keys.dim, dv = a.values.dim, groups = a.correction ? a.keys.groups : 0, value_pitch = dv + 16, group = dim / max<i64>(groups, 1);
   const i64 query_pitch = dim;
 
   auto* query = (typename Op::type*)s.query.get(padded_rows * query_pitch * 2);
-  auto* weights = (typename Op::type*)s.weights.get(ROWS * PITCH * 2);
+  auto* weights = (typename Op::type*)s.weights.get(ROWS * WEIGHTS * 2);
   auto* keys = (typename Op::word*)s.keys.get(dim * PITCH);
   auto* values = (typename Op::word*)s.values.get(KEYS * value_pitch);
   s.words.get(dim / 4 * PITCH);
@@ -97,8 +97,8 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
   s.value_step.get(a.values.groups * PITCH), s.value_zero.get(a.values.groups * PITCH);
   s.nothing.get(dv), s.both.get(8 * dv);
   float* scores = s.scores.get(ROWS * PITCH);
-  float *output = s.output.get(padded_rows * dv), *top = s.top.get(padded_rows), *sum = s.sum.get(padded_rows);
-  float* norm = s.norm.get(padded_rows * max<i64>(groups, 1));
+  float *output = s.output.get(padded_rows * value_pitch), *top = s.top.get(padded_rows), *sum = s.sum.get(padded_rows);
+  float *norm = s.norm.get(padded_rows * max<i64>(groups, 1)), *length = s.length.get(padded_rows);
 
   const i64 levels = 1 << a.keys.bits;
   const float jensen = a.scale * a.scale * LOG2E / 24 / (levels * levels);
@@ -107,19 +107,24 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     for (int r = 0; r < rows; r++) {
       const i64 h = head * plan.repeat + (row0 + r) / a.length, i = (row0 + r) % a.length;
       const char* q = a.query.data + (batch * a.query.b + h * a.query.h + i * a.query.s) * width_of(dtype);
-      for (i64 g = 0; g < groups; g++) {
+      float total = 0;
+      for (i64 g = 0; g < max<i64>(groups, 1); g++) {
         float square = 0;
         #pragma omp simd reduction(+ : square)
-        for (i64 c = g * dim / groups; c < (g + 1) * dim / groups; c++) square += get<dtype>(q, c) * get<dtype>(q, c);
-        norm[r * groups + g] = square * jensen;
+        for (i64 c = g * group; c < (g + 1) * group; c++) square += get<dtype>(q, c) * get<dtype>(q, c);
+        total += square;
+        if (groups) norm[r * groups + g] = square * jensen;
       }
-      for (i64 c = 0; c < dim; c++) query[r * query_pitch + c] = Op::from(get<dtype>(q, c));
+      length[r] = std::sqrt(total);
+      auto* to = query + r * query_pitch;
+      #pragma omp simd
+      for (i64 c = 0; c < dim; c++) to[c] = Op::from(get<dtype>(q, c));
       top[r] = -INF, sum[r] = 0;
       last_query = max(last_query, i);
     }
   });
   memset(query + rows * query_pitch, 0, (padded_rows - rows) * query_pitch * sizeof(*query));
-  memset(output, 0, padded_rows * dv * sizeof(float));
+  memset(output, 0, padded_rows * value_pitch * sizeof(float));
 
   static thread_local FewScratch few_scratch;
   FewRows few{a, plan, few_scratch, rows};
@@ -141,6 +146,12 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     else if (!plainly) load_current<Op>(a, s, batch, head, block, padded);
     if (n < padded)
       for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
+
+    float norm_of_keys = INFINITY, highest_square = 0;
+    if (!current && !integers && !a.mask && n == padded) {
+      norm_of_keys = highest_norm(a.keys.groups, dim / a.keys.groups, n, s.key_step.data, s.key_zero.data);
+      for (i64 g = 0; g < groups; g++) highest_square = max(highest_square, highest_score<0>(s.key_square.data + g * PITCH, nullptr, nullptr, 1.f, n));
+    }
 
     for (int m0 = 0; m0 < rows; m0 += ROWS) {
       const int m = min(ROWS, padded_rows - m0), used = min(m, rows - m0);
@@ -171,7 +182,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
         auto raise = [&](float to) {  // the exponents' origin, so that what was summed up shrinks
           const float shrink = exp2f(top[row] - to);
           top[row] = to, sum[row] *= shrink;
-          float* o = output + row * dv;
+          float* o = output + row * value_pitch;
           #pragma omp simd
           for (i64 c = 0; c < dv; c++) o[c] *= shrink;
         };
@@ -180,7 +191,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
           const float highest = highest_score(terms, x, c, square, factor, padded);
           if (highest > top[row]) raise(highest);
         }
-        auto* p = weights + r * PITCH;
+        auto* p = weights + r * WEIGHTS;
         if (top[row] == -INF) {  // nothing seen yet
           bool nan = false;
           for (int j = 0; j < n; j++) nan |= x[j] != x[j];
@@ -194,10 +205,19 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
           continue;
         }
         // Higher scores than any before only mean weights above 1, unless they are much higher.
-        Exponentials e = exponentiate<Op>(terms, x, c, square, factor, top[row], p, half_n);
+        float range = length[row] * norm_of_keys + std::fabs(top[row]);  // no exponent is further from 0
+        for (i64 g = 0; g < terms; g++) range += c[g] * highest_square;
+        if (range < 120) {
+          const Exponentials e = exponentiate<Op, true>(terms, x, c, square, factor, top[row], p, half_n);
+          if (e.sum < 65536 * KEYS) {
+            sum[row] += e.sum;
+            continue;
+          }
+        }
+        Exponentials e = exponentiate<Op, false>(terms, x, c, square, factor, top[row], p, half_n);
         if (e.highest > 16) {
           raise(top[row] + e.highest);
-          e = exponentiate<Op>(terms, x, c, square, factor, top[row], p, half_n);
+          e = exponentiate<Op, false>(terms, x, c, square, factor, top[row], p, half_n);
         }
         sum[row] += e.sum;
       }
@@ -207,12 +227,12 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
       else if (plainly)
         few.add_values_plainly(batch, head, block, scores, output);
       else
-        Op::product(m, dv, padded, PITCH, value_pitch, dv, true, weights, values, output + m0 * dv);
+        Op::product(m, dv, padded, WEIGHTS, value_pitch, value_pitch, true, weights, values, output + m0 * value_pitch);
     }
   }
 
   if (plan.splits > 1) {
-    memcpy(plan.partial_output + unit * plan.tile * dv, output, rows * dv * sizeof(float));
+    for (int r = 0; r < rows; r++) memcpy(plan.partial_output + (unit * plan.tile + r) * dv, output + r * value_pitch, dv * sizeof(float));
     memcpy(plan.partial_top + unit * plan.tile, top, rows * sizeof(float));
     memcpy(plan.partial_sum + unit * plan.tile, sum, rows * sizeof(float));
     return;
@@ -222,7 +242,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     const i64 at = ((batch * a.length + i) * a.heads + h) * dv;
     const float inverse = sum[r] == 0 ? 0.f : 1.f / sum[r];  // a row that sees nothing is zero, as PyTorch's
     by_dtype(a.dtype, [&](auto dtype) {
-      for (i64 c = 0; c < dv; c++) put(a.output, at + c, output[r * dv + c] * inverse, dtype);
+      for (i64 c = 0; c < dv; c++) put(a.output, at + c, output[r * value_pitch + c] * inverse, dtype);
     });
     if (a.lse) a.lse[(batch * a.heads + h) * a.length + i] = (top[r] + log2f(sum[r])) / LOG2E;
   }

@@ -156,10 +156,10 @@ def load() -> Kernels:
 class Kernels:
     """The loaded library: the operators of `ops`, for CPU tensors, in C++.
 
-    `append`, `append_kv`, `move`, `fill`, `dequantize`, `attention` and `attention_active` take the arguments of the
-    operators. They raise NotImplementedError where they do not take them, with which `jkv::` operators would go to
-    Python: the exact correction, steps per block of tokens in an append, dtypes and layouts that nothing produces.
-    `attention` also returns the log-sum-exp `[B, H, L]` in float32.
+    `append`, `append_kv`, `move`, `fill`, `dequantize`, `attention` (which is `ops.attention_lse`) and
+    `attention_active` take the arguments of the operators. They raise NotImplementedError where they do not take them,
+    with which `jkv::` operators would go to Python: the exact correction, steps per block of tokens in an append,
+    dtypes and layouts that nothing produces.
 
     Attributes:
         half_precision: whether bf16 products work here; if not, everything runs in float32.
@@ -179,7 +179,7 @@ class Kernels:
         self.append, self.append_kv = operators.append.default, operators.append_kv.default
         self.move, self.fill = operators.move.default, operators.fill.default
         self.dequantize = operators.dequantize.default
-        self.attention, self.attention_active = operators.attention.default, operators.attention_active.default
+        self.attention, self.attention_active = operators.attention_lse.default, operators.attention_active.default
         self.configure(FEW_ROWS, half_precision=True)
 
     @staticmethod

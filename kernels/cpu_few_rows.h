@@ -69,7 +69,7 @@ struct FewRows {
   FewScratch& s;
   const int rows;
   const i64 dim = a.keys.dim, groups = a.keys.groups, dv = a.values.dim, value_groups = a.values.groups;
-  const i64 products = (2 * rows + 1) * groups;
+  const i64 output_pitch = dv + 16, products = (2 * rows + 1) * groups;
 
   // Rows of the integer product per group: high and low byte of each query, and ones, each zero outside of its group.
   void set_queries(i64 batch, i64 head) {
@@ -143,12 +143,13 @@ struct FewRows {
 
   // Replaces scores by weights 2^(factor x - top) in place and returns their sum.
   static float exponentiate(float* x, float factor, float top, int n) {
-    volatile float opaque = -120;
+    volatile float opaque = -120;  // see cpu_softmax.h
     const float lowest = opaque;
     float sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < n; j++) {
-      x[j] = exp2_fast<Float32>(x[j] * factor - top, lowest);
+      const float y = x[j] * factor - top;
+      x[j] = Float32::power(y < lowest ? lowest : y);
       sum += x[j];
     }
     return sum;
@@ -178,7 +179,7 @@ struct FewRows {
         for (int j = 0; j < block.n; j++) {
           const float w = weights[r * PITCH + j];
           #pragma omp simd
-          for (i64 c = 0; c < dv; c++) output[r * dv + c] += w * get<dtype>(v, j * value.s + c);
+          for (i64 c = 0; c < dv; c++) output[r * output_pitch + c] += w * get<dtype>(v, j * value.s + c);
         }
     });
   }
@@ -216,7 +217,7 @@ struct FewRows {
           const u32 lo = (x0 & 0xff) | (x1 & 0xff) << 8 | (x2 & 0xff) << 16 | x3 << 24;
           memcpy(high + 4 * j, &h, 4), memcpy(low + 4 * j, &lo, 4);
         }
-        float* o = output + r * dv + g * size;
+        float* o = output + r * output_pitch + g * size;
         #pragma omp simd
         for (i64 c = 0; c < size; c++) o[c] += sum;
       }
@@ -225,7 +226,7 @@ struct FewRows {
     for (i64 g = 0; g < value_groups; g++)
       for (int r = 0; r < rows; r++) {
         const i32 *high = s.output.data + (g * rows + r) * 2 * dv + g * size, *low = high + dv;
-        float* o = output + r * dv + g * size;
+        float* o = output + r * output_pitch + g * size;
         const float factor = unit[g] / (1 << a.values.bits);
         #pragma omp simd
         for (i64 c = 0; c < size; c++) o[c] += ((high[c] << 8) + low[c]) * factor;

@@ -10,6 +10,7 @@ namespace blas = at::native::cpublas;
 
 constexpr int KEYS = 512;         // keys per block
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
+constexpr int WEIGHTS = KEYS + 32;  // the same in bf16, in whole cache lines
 constexpr float LOG2E = 1.44269504f;
 
 // Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
@@ -63,6 +64,22 @@ template <int BITS> struct Quads {
   }
 };
 
+// A bound on the norms of dequantized tokens, whose steps and zeros are [G][PITCH]; NaN if one of them is.
+float highest_norm(i64 groups, i64 size, int n, const float* step, const float* zero) {
+  float squares[KEYS] = {};
+  for (i64 g = 0; g < groups; g++, step += PITCH, zero += PITCH) {
+    #pragma omp simd
+    for (int j = 0; j < n; j++) {
+      const float low = zero[j] + step[j], high = low + step[j];
+      squares[j] += low * low + high * high;
+    }
+  }
+  u32 highest = 0;  // bits of positive floats are in the order of their values, and NaN is above them
+  #pragma omp simd reduction(max : highest)
+  for (int j = 0; j < n; j++) highest = max(highest, as_bits(squares[j]) & 0x7fffffff);
+  return std::sqrt(as_float(highest) * size);
+}
+
 // step' and zero' of n tokens from `start`, times `factor`, as [G][PITCH]; with `square`, also step'².
 void load_scales(const Packed& c, const u16* scales, i64 start, int n, float factor, float* step, float* zero, float* square) {
   for (i64 g = 0; g < c.groups; g++, step += PITCH, zero += PITCH) {
@@ -100,7 +117,14 @@ struct Bfloat16 {
   static void key4(u32* k, int j, float a, float b, float c, float d) { k[j] = pair(a, b), k[PITCH + j] = pair(c, d); }
   static void value2(u32* v, i64, i64 c, float a, float b) { v[c] = pair(a, b); }
   static void weight2(u16* p, int, int j, float a, float b) { u32 u = pair(a, b); memcpy(p + 2 * j, &u, 4); }
-  static float exp2_fraction(float f) { return ((0.05517166f * f + 0.24261114f) * f + 0.69326099f) * f + 0.99992807f; }  // 7e-5
+  // 2^(t - ZERO), 0 at LOWEST. As a number of 14 binary places above 512, t holds the exponent
+  // and, as a first approximation, the mantissa; that is corrected by a factor. Error 7e-4, NaN is lost.
+  static constexpr float ZERO = 639, LOWEST = 512;
+  static float power(float t) {
+    const u32 i = as_bits(t) << 9;
+    const float m = as_float((i & 0x7fffff) | 0x3f800000);
+    return as_float(i) * (((-0.106445698f * m + 0.707475824f) * m - 1.37730758f) * m + 1.77561472f);
+  }
   static void product(i64 m, i64 n, i64 k, i64 lda, i64 ldb, i64 ldc, bool add, const u16* a, const u32* b, float* c) {
     blas::brgemm(m, n, k, lda, ldb, ldc, add, (const at::BFloat16*)a, (const at::BFloat16*)b, c, true);
   }
@@ -114,8 +138,12 @@ struct Float32 {
   static void key4(float* k, int j, float a, float b, float c, float d) { k[j] = a, k[PITCH + j] = b, k[2 * PITCH + j] = c, k[3 * PITCH + j] = d; }
   static void value2(float* v, i64 half_rows, i64 c, float a, float b) { v[c] = a, v[half_rows + c] = b; }
   static void weight2(float* p, int half, int j, float a, float b) { p[j] = a, p[half + j] = b; }
-  static float exp2_fraction(float f) {  // 8e-8
-    return ((((0.00132765f * f + 0.00967554f) * f + 0.05550713f) * f + 0.2402212f) * f + 0.69314697f) * f + 1.00000007f;
+  // 2^x for x from LOWEST up. Error 8e-8.
+  static constexpr float ZERO = 0, LOWEST = -126;
+  static float power(float x) {
+    const float t = x + 12582912.f, f = x - (t - 12582912.f);  // t holds round(x) in its low bits
+    const float y = ((((0.00132765f * f + 0.00967554f) * f + 0.05550713f) * f + 0.2402212f) * f + 0.69314697f) * f + 1.00000007f;
+    return as_float(as_bits(y) + (as_bits(t) << 23));
   }
   static void product(i64 m, i64 n, i64 k, i64 lda, i64 ldb, i64 ldc, bool add, const float* a, const float* b, float* c) {
     blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);

@@ -167,7 +167,7 @@ void add_packed(AttentionCall& call, i64 start, i64 stop, i64 column) {
   if (start < stop) call.spans.push_back({true, start, stop, column, {}, {}, 0});
 }
 
-bool attention(const IValue* a, bool with_lse, Stack& results) {
+template <bool LSE> bool attention(const IValue* a, Stack& results) {
   if (!a[5].isIntList()) return false;
   const auto ranges = a[5].toIntList();
   AttentionCall call;
@@ -178,13 +178,11 @@ bool attention(const IValue* a, bool with_lse, Stack& results) {
     add_packed(call, start, stop, column);
     column += stop - start;
   }
-  return attention(a, a + 6, call, with_lse, results);
+  return attention(a, a + 6, call, LSE, results);
 }
-bool attention(const IValue* a, Stack& results) { return attention(a, false, results); }
-bool attention_with_lse(const IValue* a, Stack& results) { return attention(a, true, results); }
 
 // What is active is attended where it lies: neither it nor the mask is copied.
-bool attention_active(const IValue* a, Stack& results) {
+template <bool LSE> bool attention_active(const IValue* a, Stack& results) {
   const Tensor &query = a[0].toTensor(), &key = a[5].toTensor(), &value = a[7].toTensor();
   for (int i : {6, 8})
     if (a[i].toTensor().scalar_type() != at::kLong || a[i].toTensor().numel() != 2 || !a[i].toTensor().is_contiguous()) return false;
@@ -205,7 +203,7 @@ bool attention_active(const IValue* a, Stack& results) {
     call.spans.push_back({false, first - written[0], last - written[0], first - start, plain(key), plain(value), 0});
     add_packed(call, last, stop, last - start);
   }
-  return attention(a, a + 11, call, false, results);
+  return attention(a, a + 11, call, LSE, results);
 }
 
 template <int N, bool (*F)(const IValue*, Stack&)> struct Operator {
@@ -232,7 +230,10 @@ template <class F> void for_each(F f) {
   f("move", Operator<5, move>());
   f("fill", Operator<5, fill>());
   f("dequantize", Operator<6, dequantize>());
-  f("attention_active", Operator<19, attention_active>());
+  f("attention", Operator<14, attention<false>>());
+  f("attention_lse", Operator<14, attention<true>>());
+  f("attention_active", Operator<19, attention_active<false>>());
+  f("attention_active_lse", Operator<19, attention_active<true>>());
 }
 
 c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("jkv::") + name).c_str(), ""); }
@@ -250,23 +251,18 @@ template <class F> std::string message_of(F f) {
 
 extern "C" {  // the libraries are never destroyed: that would race with the end of the process
 
-
 void jkv_configure(i64 rows, bool half) { few_rows = rows, half_precision = half; }
 
-// Defines `jkv_cpp::`, once. Its attention returns the log-sum-exp [B, H, L] too. Returns null, or what went wrong.
+// Defines `jkv_cpp::`, once. Returns null, or what went wrong.
 const char* jkv_define() {
   static const std::string error = message_of([] {
     auto& definitions = *new torch::Library(torch::Library::FRAGMENT, "jkv_cpp", std::nullopt, __FILE__, __LINE__);
     auto& kernels = *new torch::Library(torch::Library::IMPL, "jkv_cpp", c10::DispatchKey::CPU, __FILE__, __LINE__);
     auto add = [&](const char* name, auto op) {
-      const auto& schema = find(name).schema();
-      auto returns = schema.returns();
-      if (std::string(name) == "attention") returns.push_back(returns[0]);
-      definitions.def(schema.cloneWithName(std::string("jkv_cpp::") + name, "").cloneWithReturns(returns));
+      definitions.def(find(name).schema().cloneWithName(std::string("jkv_cpp::") + name, ""));
       kernels.impl(name, torch::CppFunction::makeFromBoxedFunction<decltype(op)::or_error>());
     };
     for_each(add);
-    add("attention", Operator<14, attention_with_lse>());
   });
   return error.empty() ? nullptr : error.c_str();
 }
@@ -281,7 +277,6 @@ const char* jkv_install() {
       kernels.impl(name, torch::CppFunction::makeFromBoxedFunction<Op::or_python>());
     };
     for_each(add);
-    add("attention", Operator<14, attention>());
   });
   return error.empty() ? nullptr : error.c_str();
 }

@@ -33,43 +33,41 @@ float highest_score(int groups, const float* s, const float* c, const float* x, 
   }
 }
 
-// 2^x for x < 128, and 2^lowest below `lowest`; NaN stays NaN.
-template <class Op> inline float exp2_fast(float x, float lowest) {
-  x = x < lowest ? lowest : x;
-  float t = x + 12582912.f, f = x - (t - 12582912.f);  // t holds round(x) in its low bits
-  return as_float(as_bits(Op::exp2_fraction(f)) + (as_bits(t) << 23));
-}
-
 struct Exponentials {
-  float sum, highest;  // of the weights, of their exponents
+  float sum, highest;  // of the weights, of their exponents; the sum is NaN if one of them is
 };
 
-// p_j = 2^(factor s_j - top - Σ_g c_g x_gj)
-template <class Op, int G>
+// p_j = 2^(factor s_j - top - Σ_g c_g x_gj). BOUNDED: all exponents are known to be between -120 and 120.
+template <class Op, int G, bool BOUNDED>
 Exponentials exponentiate(const float* __restrict s, const float* c, const float* __restrict x, float factor, float top, typename Op::type* __restrict p, int half_n) {
-  volatile float opaque = -120;  // a constant would be propagated into a branch, which costs more than the maximum
-  const float lowest = opaque;
-  float sum = 0, highest = -INF;
+  volatile float opaque = Op::LOWEST;  // a constant would be propagated into a branch, which costs more than the maximum
+  const float lowest = opaque, base = BOUNDED ? Op::ZERO - top : -top;  // top may be huge
+  float sum = 0;
+  u32 highest = 0;  // bits of positive floats are in the order of their values, and NaN is above them
   #pragma omp simd reduction(+ : sum) reduction(max : highest)
   for (int j = 0; j < half_n; j++) {
-    float a = s[j] * factor - top, b = s[half_n + j] * factor - top;
+    float a = s[j] * factor + base, b = s[half_n + j] * factor + base;
     for (int g = 0; g < G; g++) a -= c[g] * x[g * PITCH + j], b -= c[g] * x[g * PITCH + half_n + j];
-    const float higher = a > b ? a : b;
-    highest = higher > highest ? higher : highest;
-    a = exp2_fast<Op>(a, lowest), b = exp2_fast<Op>(b, lowest);
+    if (!BOUNDED) {
+      a += Op::ZERO, b += Op::ZERO;
+      a = a < lowest ? lowest : a, b = b < lowest ? lowest : b;
+      const u32 i = as_bits(a + (639 - Op::ZERO)), k = as_bits(b + (639 - Op::ZERO)), higher = i > k ? i : k;
+      highest = higher > highest ? higher : highest;
+    }
+    a = Op::power(a), b = Op::power(b);
     sum += a + b;
     Op::weight2(p, half_n, j, a, b);
   }
-  return {sum, highest};
+  return {highest > 0x7f800000 ? NAN : sum, as_float(highest) - 639};
 }
-template <class Op>
+template <class Op, bool BOUNDED>
 Exponentials exponentiate(int groups, const float* s, const float* c, const float* x, float factor, float top, typename Op::type* p, int half_n) {
   switch (groups) {
-    case 0: return exponentiate<Op, 0>(s, c, x, factor, top, p, half_n);
-    case 1: return exponentiate<Op, 1>(s, c, x, factor, top, p, half_n);
-    case 2: return exponentiate<Op, 2>(s, c, x, factor, top, p, half_n);
-    case 3: return exponentiate<Op, 3>(s, c, x, factor, top, p, half_n);
-    default: return exponentiate<Op, 4>(s, c, x, factor, top, p, half_n);
+    case 0: return exponentiate<Op, 0, BOUNDED>(s, c, x, factor, top, p, half_n);
+    case 1: return exponentiate<Op, 1, BOUNDED>(s, c, x, factor, top, p, half_n);
+    case 2: return exponentiate<Op, 2, BOUNDED>(s, c, x, factor, top, p, half_n);
+    case 3: return exponentiate<Op, 3, BOUNDED>(s, c, x, factor, top, p, half_n);
+    default: return exponentiate<Op, 4, BOUNDED>(s, c, x, factor, top, p, half_n);
   }
 }
 

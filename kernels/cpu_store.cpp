@@ -6,31 +6,82 @@ namespace {
 constexpr int BATCH = 4096;  // values quantized at a time
 
 struct Quantizer {
-  float values[BATCH], low[BATCH], high[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];
-  u32 magnitude[BATCH];
-  i32 wide_codes[BATCH];
+  float values[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];
+  i32 low[BATCH], high[BATCH];
+  u32 pairs[BATCH];
   u8 codes[BATCH];
 };
 
-template <int BITS> void pack_row(const u8* __restrict codes, i64 dim, u8* __restrict out) {
+// Codes are in the low bits of words.
+template <int BITS> void pack_row(const u32* __restrict codes, i64 dim, u8* __restrict out) {
   constexpr int P = BITS == 3 ? 2 : BITS;
+  constexpr u32 M = (1u << P) - 1;
   const i64 n = dim * P / 8;
-  if (BITS == 8) {
-    memcpy(out, codes, n);
-    return;
-  }
   #pragma omp simd
   for (i64 b = 0; b < n; b++) {
-    u32 byte = codes[b] & ((1 << P) - 1);
-    for (int i = 1; i < 8 / P; i++) byte |= (codes[i * n + b] & ((1 << P) - 1)) << (i * P);
+    u32 byte = codes[b] & M;
+    for (int i = 1; i < 8 / P; i++) byte |= (codes[i * n + b] & M) << (i * P);
     out[b] = byte;
   }
   if (BITS == 3)
     for (i64 b = 0; b < dim / 8; b++) {
       u32 byte = 0;
-      for (int i = 0; i < 8; i++) byte |= (u32)(codes[i * (dim / 8) + b] >> 2) << i;
+      for (int i = 0; i < 8; i++) byte |= (codes[i * (dim / 8) + b] >> 2 & 1) << i;
       out[n + b] = byte;
     }
+}
+
+// Round to nearest even, for magnitudes up to 65504.
+inline u32 small_half(float f) {
+  const u32 u = as_bits(f), magnitude = u & 0x7fffffff;
+  const u32 normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const u32 subnormal = as_bits(as_float(magnitude) + .5f) - 0x3f000000;  // its last place is that of the sum
+  return (magnitude < 0x38800000 ? subnormal : normal) | (u >> 16 & 0x8000);
+}
+
+// The order of floats as integers: -NaN < -inf < … < inf < NaN. Its own inverse.
+inline i32 in_order(i32 bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// Codes of the values of some groups, in the low bits of words: (x - origin) / delta, rounded to nearest even. A quotient
+// is on the same side of a tie as x - origin is of that multiple of delta, which 24 bits hold.
+template <int BITS> void choose_codes(const Quantizer& q, i64 first, i64 last, i64 size, u32* __restrict codes) {
+  if (BITS == 2) {
+    for (i64 g = first; g < last; g++, codes += size) {
+      const float *x = q.values + g * size, origin = q.origin[g], t1 = q.delta[g] * .5f, t2 = q.delta[g] * 1.5f, t3 = q.delta[g] * 2.5f;
+      #pragma omp simd
+      for (i64 c = 0; c < size; c++) {
+        const float d = x[c] - origin;
+        u32 code = d > t1 ? 1 : 0;
+        code = d >= t2 ? 2 : code;
+        codes[c] = d > t3 ? 3 : code;
+      }
+    }
+    return;
+  }
+  const float most = (1 << BITS) - 1, magic = 12582912;  // adding it rounds to an integer, in the low bits
+  float closest = 0;  // to a tie: there, and only there, a product with the inverse may round otherwise than the quotient
+  for (i64 g = first; g < last; g++) {
+    const float *x = q.values + g * size, origin = q.origin[g], inverse = q.inverse[g];
+    u32* out = codes + (g - first) * size;
+    #pragma omp simd reduction(max : closest)
+    for (i64 c = 0; c < size; c++) {
+      float v = (x[c] - origin) * inverse;
+      v = v > 0.f ? v : 0.f, v = v < most ? v : most;
+      const float sum = v + magic, distance = std::fabs(v - (sum - magic));
+      closest = distance > closest ? distance : closest;
+      out[c] = as_bits(sum);
+    }
+  }
+  if (closest <= .5f - 1e-6f * (1 << BITS)) return;
+  for (i64 g = first; g < last; g++, codes += size) {
+    const float *x = q.values + g * size, origin = q.origin[g], delta = q.delta[g];
+    #pragma omp simd
+    for (i64 c = 0; c < size; c++) {
+      float v = (x[c] - origin) / delta;
+      v = v > 0.f ? v : 0.f, v = v < most ? v : most;
+      codes[c] = as_bits(v + magic);
+    }
+  }
 }
 
 // Quantizes tokens as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
@@ -46,54 +97,34 @@ void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed&
   }
   for (i64 g = 0; g < tokens * groups; g++) {
     const float* x = q.values + g * size;
-    float low = INF, high = -INF;
-    u32 largest = 0;  // magnitude, as bits: NaN and infinity are the largest
-    #pragma omp simd reduction(min : low) reduction(max : high, largest)
+    i32 low = INT32_MAX, high = INT32_MIN;
+    #pragma omp simd reduction(min : low) reduction(max : high)
     for (i64 c = 0; c < size; c++) {
-      const u32 magnitude = as_bits(x[c]) & 0x7fffffff;
-      low = x[c] < low ? x[c] : low;
-      high = x[c] > high ? x[c] : high;
-      largest = magnitude > largest ? magnitude : largest;
+      const i32 ordered = in_order(as_bits(x[c]));
+      low = min(low, ordered), high = max(high, ordered);
     }
-    q.low[g] = low, q.high[g] = high, q.magnitude[g] = largest;
-  }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float low = q.low[g], range = q.high[g] - low;
-    const bool finite = q.magnitude[g] < 0x7f800000 && std::isfinite(range);
-    const u16 step = finite ? to_half(min(range * (float)(levels / (levels - 1.)), 65504.f)) : 0x7e00;
-    const u16 zero = finite ? to_half(max(min(low - half(step), 65504.f), -65504.f)) : 0x7e00;
-    u16* p = scales + g % groups * cache.scales_g + g / groups * cache.scales_s;
-    p[0] = step, p[1] = zero;
-    q.delta[g] = half(step) / levels, q.origin[g] = half(zero) + half(step), q.inverse[g] = 1 / q.delta[g];
-  }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float *x = q.values + g * size, delta = q.delta[g], origin = q.origin[g], inverse = q.inverse[g];
-    i32* codes = q.wide_codes + g * size;
-    if (!(delta > 0)) {
-      std::fill(codes, codes + size, 0);
-      continue;
-    }
-    const float most = levels - 1;
-    float closest = 0;  // to a tie: there, and only there, a product with the inverse may round otherwise than the quotient
-    #pragma omp simd reduction(max : closest)
-    for (i64 c = 0; c < size; c++) {
-      const float v = (x[c] - origin) * inverse, r = std::nearbyintf(v), distance = std::fabs(v - r);
-      closest = distance > closest ? distance : closest;
-      const float at_least = r < 0.f ? 0.f : r;
-      codes[c] = (i32)(at_least > most ? most : at_least);
-    }
-    if (closest > .5f - 1e-6f * levels) {
-      #pragma omp simd
-      for (i64 c = 0; c < size; c++) {
-        const float r = std::nearbyintf((x[c] - origin) / delta), at_least = r < 0.f ? 0.f : r;
-        codes[c] = (i32)(at_least > most ? most : at_least);
-      }
-    }
+    q.low[g] = low, q.high[g] = high;
   }
   #pragma omp simd
-  for (i64 i = 0; i < tokens * dim; i++) q.codes[i] = q.wide_codes[i];
+  for (i64 g = 0; g < tokens * groups; g++) {
+    const float low = as_float(in_order(q.low[g])), range = as_float(in_order(q.high[g])) - low;
+    const bool finite = std::fabs(range) < INF;
+    const float product = range * (float)(levels / (levels - 1.)), step = half(small_half(product < 65504.f ? product : 65504.f));
+    const float difference = low - step, above = difference < 65504.f ? difference : 65504.f;
+    const u32 zero_bits = small_half(above > -65504.f ? above : -65504.f), step_bits = small_half(step);
+    q.pairs[g] = finite ? step_bits | zero_bits << 16 : 0x7e007e00;
+    const bool some = finite && step > 0;
+    q.delta[g] = some ? step / levels : NAN;  // of which nothing is a multiple: codes are 0
+    q.origin[g] = some ? half(zero_bits) + step : 0;
+    q.inverse[g] = some ? 1 / (step / levels) : 0;
+  }
+  for (i64 g = 0; g < tokens * groups; g++) memcpy(scales + g % groups * cache.scales_g + g / groups * cache.scales_s, q.pairs + g, 4);
   by_bits(cache.bits, [&](auto bits) {
-    for (i64 t = 0; t < tokens; t++) pack_row<bits>(q.codes + t * dim, dim, out + t * cache.codes_s);
+    for (i64 t = 0; t < tokens; t++) {
+      u32 codes[1024];
+      choose_codes<bits>(q, t * groups, (t + 1) * groups, size, codes);
+      pack_row<bits>(codes, dim, out + t * cache.codes_s);
+    }
   });
 }
 

@@ -241,6 +241,35 @@ def test_append_and_dequantize_are_the_reference_bit_for_bit(kernels, head_dim, 
     torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
+def test_ties_round_to_even_and_their_neighbours_do_not(kernels, bits):
+    levels = 2**bits
+    grid = torch.arange(2 * levels - 1) / 2  # every level and every tie, at a step of 1
+    ties = torch.stack((grid, grid.nextafter(grid + 1), grid.nextafter(grid - 1))).clamp(0, levels - 1)
+    rows = ties.reshape(-1).split(62)
+    source = torch.zeros(1, 1, len(rows), 64)
+    for row, values in zip(source[0, 0], rows):
+        row[: len(values)], row[-1] = values, levels - 1
+    source = torch.cat((source, 0.7 * source - 0.3), 2)
+    codes, scales = reference.quantize(source, bits, 64)
+    mine, my_scales = torch.zeros_like(codes), torch.zeros_like(scales)
+    kernels.append(mine, my_scales, source, 0, bits)
+    assert torch.equal(mine, codes) and torch.equal(my_scales, scales)
+
+
+@pytest.mark.parametrize("factor", [1, 8, 60])
+def test_scores_that_grow_from_block_to_block(kernels, factor):
+    """As far as exponents reach, and beyond, where 2-byte products are less precise, but nothing overflows."""
+    arguments = make(heads=1, length=20, tokens=2048, current=0)
+    arguments[2] *= torch.linspace(0.1, 6, 2048)[:, None].half()
+    arguments[0] *= factor
+    expected, expected_lse = reference.attention(*arguments)
+    output, lse = kernels.attention(*arguments)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=0.1)
+    error = (output.float() - expected).norm() / expected.norm()
+    assert error < 5e-2, f"relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("source,destination,length", [(7, 3, 30), (3, 7, 30), (0, 40, 10), (5, 5, 5), (0, 1, 0)])
 def test_move_copies_bits(kernels, source, destination, length):
     codes, scales = reference.quantize(torch.randn(2, 3, 50, 64), 2, 32)
