@@ -17,6 +17,7 @@ from .config import Config
 from .errors import ConfigurationError, NoCachedAttentionError
 from .explain_html import page
 from .passes.describe import input_name
+from .passes.dtensors import localise
 from .passes.pipeline import plan_graph
 from .report import Break, CacheUse, GraphReport, Match, Rejected, size_text
 from .runtime import recorded_call
@@ -126,8 +127,18 @@ class _Watcher:
         self.config, self.written, self.graphs = config, Written(), []  # type: ignore[var-annotated]
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        on_shards, rejected = localise(gm)
+        if on_shards is not None:
+            inputs = on_shards.arguments(example_inputs)
+            return on_shards.around(self._watch(on_shards.graph, inputs, rejected))
+        return self._watch(gm, example_inputs, rejected)
+
+    def _watch(
+        self, gm: GraphModule, example_inputs: Sequence[Any], rejected: Sequence[Rejected]
+    ) -> Callable[..., Any]:
         try:
             plan = plan_graph(gm, example_inputs, self.config, self.written)
+            plan.report.rejections = [*plan.report.rejections, *rejected]
         except ConfigurationError as error:
             self.graphs.append(
                 GraphReport(len(gm.graph.nodes), "untouched", rejections=[Rejected("graph", str(error))])

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import examples.distributed as example
 import jkv_compile.distributed as parallel
-from jkv_compile import PackedKV, agreement, is_packed, materialize
+from jkv_compile import PackedKV, agreement, explain, is_packed, materialize
 from jkv_compile.reasons import Reason, classify
 
 from ..caches import assert_same_bits, new_cache, packed_data
@@ -180,6 +180,9 @@ def dtensor_cache(rank: int, ranks: int) -> None:
     plain = copy.deepcopy(model)
     columns = {name: ColwiseParallel(use_local_output=False) for name in ("query", "key", "value")}
     parallelize_module(model, mesh, {**columns, "out": RowwiseParallel()})
+    explained = explain(model, torch.randn(1, CHUNK, DIM), dtensors(mesh), 0, bits=8)
+    assert len(explained.matches) == 1 and not explained.rejections, explained
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
     caches = [dtensors(mesh) for _ in range(2)]  # the second comes when the first is packed
     for cache in caches:
