@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from jkv_compile import PackedKV, materialize
+from jkv_compile.packed_copies import canonical_strides
 from tests.caches import AXES, assert_agrees, assert_same_bits, new_cache, packed_data
 
 MOST_TOKENS = 24
@@ -34,6 +35,7 @@ class PackedCacheMachine(RuleBasedStateMachine):
     )
     def allocate(self, layout: str, batch: int, seed: int, quantizer: str) -> None:
         torch.manual_seed(seed)
+        self.parent: tuple[Tensor, Tensor] | None = None
         self.dim = layout.index("s")
         self.cache, self.plain = new_cache(layout, batch=batch, tokens=12, heads=2, head_dim=64, quantizer=quantizer)
 
@@ -165,7 +167,26 @@ class PackedCacheMachine(RuleBasedStateMachine):
         self.cache, self.plain = grown(self.cache), grown(self.plain)
         assert_same_bits(packed_data(self.part(self.cache, new if front else 0, n)), before)
 
+    @rule(new=st.integers(1, 4))
+    def grow(self, new: int) -> None:
+        """As a compiled graph does that returns the concatenation; what it was made of lives on, until the next time."""
+        if self.plain.shape[self.dim] + new > MOST_TOKENS:
+            return
+        fresh = self.values(new)
+        self.parent = self.cache, self.plain.clone()
+        new_codes, new_scales = packed_data(torch.cat([self.part(self.cache, 0, 1), fresh], self.dim))
+        self.plain = torch.cat([self.plain, fresh], self.dim)
+        window = self.cache.window()
+        strides = canonical_strides(window, self.plain.shape, self.plain.stride())
+        store = self.cache._store.grown(new_codes[:, :, 1:], new_scales[:, :, :, 1:], strides)
+        self.cache = PackedKV(store, self.plain.shape, self.plain.stride(), 0, self.plain.dtype)
+
     # ---- what holds always ----
+
+    @invariant()
+    def a_parent_is_left_alone(self) -> None:
+        if self.parent is not None:
+            assert_agrees(*self.parent)
 
     @invariant()
     def values_agree(self) -> None:
