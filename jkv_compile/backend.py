@@ -110,7 +110,7 @@ class JKVBackend:
         rejected: Sequence[Rejected] = (),
         again: bool = False,
     ) -> Callable[..., Any]:
-        """Compile one graph; `again`, where it was compiled before and met caches that could not be packed."""
+        """Compile one graph; `again`, where it was compiled before, and met other caches than it was compiled for."""
         begin, state = time.perf_counter(), self._state
         plan = plan_graph(gm, example_inputs, self.config, state.written)
         plan.report.rejections, plan.attentions = [*plan.report.rejections, *rejected], plan.attentions + len(rejected)
@@ -140,11 +140,10 @@ class JKVBackend:
             run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
         if plan.written:
             run = recorded_call(run, plan, state.written)
-        return (
-            watched_call(run, plan, self.config, state.stores, state.written, state.seen)
-            if plan.outcome == "watched"
-            else run
-        )
+        if plan.outcome != "watched" or again:  # what is called again in the same call does not come again
+            return run
+        later = self._compiled_later(gm, mode, options)
+        return watched_call(run, later, plan, self.config, state.stores, state.written, state.seen)
 
     def _compiled_later(self, gm: GraphModule, mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
         """A graph for tensors that it was not compiled for: planned and compiled when it is first called with them."""

@@ -160,16 +160,33 @@ def first_contact(
 
 
 def watched_call(
-    inner: Callable[..., Any], plan: Plan, config: Config, stores: Any, written: Written, seen: Seen
+    inner: Callable[..., Any],
+    later: Callable[..., Any],
+    plan: Plan,
+    config: Config,
+    stores: Any,
+    written: Written,
+    seen: Seen,
 ) -> Callable[..., Any]:
-    """Call `inner`, until the tensors that would be caches come a second time; then adopt them."""
+    """Call `inner`, until the tensors that would be caches come a second time; then adopt them.
+
+    Where only some of them do (a list of the last chunks, say), these are adopted, and `later` is called, which has the
+    graph compiled for what its arguments are by then.
+    """
     rewritten = plan.rewritten
     assert rewritten is not None
     adopting = first_contact(inner, plan, config, stores, written)
 
     def call(*args: Any) -> Any:
-        again = [seen.before(args[i]) for i in _still_plain(rewritten, args)]
-        return adopting(*args) if all(again) else inner(*args)
+        plain = _still_plain(rewritten, args)
+        again = [i for i in plain if seen.before(args[i])]
+        if len(again) == len(plain):
+            return adopting(*args)
+        alone = [i for i in again if i not in plan.owners and obstacle(args[i]) is None and not is_ignored(args[i])]
+        for argument in alone:
+            cache = rewritten.caches[argument]
+            adopt(args[argument], cache.axes, cache.bits, config, (), cache.quantizer).join(stores)
+        return later(*args) if alone else inner(*args)
 
     return call
 

@@ -112,6 +112,37 @@ def test_a_past_beside_a_packed_cache_stays_plain_where_it_comes_once() -> None:
     assert all_packed(cache) and not any(is_packed(t) for p in pasts for t in p.values())
 
 
+class Chunks(Projections):
+    """The last chunks, each in tensors of its own."""
+
+    def forward(self, x: Tensor, chunks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self.project(x)
+        keys, values = (torch.cat([*(c[i] for c in chunks), new], 1) for i, new in enumerate((k, v)))
+        return self.sdpa(q, keys, values), (k.clone(), v.clone())
+
+
+def test_of_a_list_of_chunks_those_that_come_again_are_packed() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(Chunks(), backend)
+    ours: list[tuple[Tensor, Tensor]] = []
+    theirs: list[tuple[Tensor, Tensor]] = []
+
+    def steps() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            x = torch.randn(1, CHUNK, DIM)
+            (got, new), (want, reference) = compiled(x, ours[-3:]), eager(x, theirs[-3:])
+            ours.append(new)
+            theirs.append(reference)
+            yield got, want
+
+    with torch.no_grad():
+        run_beside(steps(), calls=9, stable_from=7)
+    assert all(is_packed(t) for chunk in ours[:-2] for t in chunk)
+    assert not any(is_packed(t) for chunk in ours[-2:] for t in chunk)  # attended once, or not at all
+    assert len(backend.reports) <= 9
+
+
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_keys_and_values_of_which_one_is_ignored(name: str) -> None:
     """As where one of them was put in the place of a packed one: the other stays packed, and is read as a tensor."""
