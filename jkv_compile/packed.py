@@ -75,7 +75,7 @@ class PackedKV(torch.Tensor):
         known = self._views.get(name)
         if known is None or known.data_ptr() != tensor.data_ptr():  # the store may have taken memory of its own
             with torch.inference_mode(tensor.is_inference()):
-                known = self._views[name] = tensor.new_empty(0).set_(tensor)  # no view: it has sizes of its own
+                known = self._views[name] = tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload]  # no view: sizes of its own
             maybe_mark_dynamic(known, tokens)
         return known
 

@@ -160,8 +160,8 @@ class Store:
         """This cache and packed tokens after it, as a cache of its own.
 
         It lies in the same memory where that has room, and nothing else has grown into it: what is copied are the new
-        tokens. Otherwise it gets new memory, with room for a quarter more, so that on the average a token is copied
-        a few times however long the cache grows.
+        tokens. Otherwise it gets new memory, with room for an eighth more (a quarter, where as many tokens come at a
+        time), so that on the average a token is copied a few times however long the cache grows.
         """
         batch, heads, tokens, head_dim = self.shape
         total, line = tokens + codes.shape[2], self._line
@@ -169,7 +169,7 @@ class Store:
             line.used = tokens  # what once grew out of this is gone
         # Room for at least one token is left: Dynamo takes two sizes for one where they are equal when it compiles.
         if line is None or line.used != tokens or total >= self._codes.shape[2]:
-            line, room = Line(), max(16, total // 4)
+            line, room = Line(), max(2, total // 8, min(2 * codes.shape[2] + 1, total // 4))
             with torch.inference_mode(False):
                 new_codes = codes.new_zeros(batch, heads, total + room, codes.shape[3])
                 new_scales = scales.new_zeros(batch, heads, scales.shape[2], total + room, 2)

@@ -87,7 +87,7 @@ def test_two_bits_are_what_the_reference_computes(name: str) -> None:
 def test_full_precision_memory_is_freed(name: str) -> None:
     assert run(name).freed
     bits = run(name).effective_bits  # with steps and zero points
-    assert bits == 3 or ("grows" in name and 3 < bits < 3 * 1.5)  # and with room for 16 more tokens
+    assert bits == 3 or ("grows" in name and 3 < bits <= 3 * 1.25)  # and with room for more tokens
 
 
 @pytest.mark.parametrize("rope", ["", "interleaved"], ids=["on packed keys", "on dequantized keys"])
