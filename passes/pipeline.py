@@ -192,7 +192,8 @@ class _View:
     def _not_followed(self) -> list[Node]:
         """Attention over something that the graph writes to, and that was not recognized as a cache."""
         tracking, sources = self.tracking, Sources(self.gm.graph)
-        followed = {a.call.node for a in (*tracking.attends, *tracking.dense)} | {r.node for r in tracking.rejections}
+        followed = {attend.call.node for attend in tracking.attends} | {dense.call.node for dense in tracking.dense}
+        followed |= {rejection.node for rejection in tracking.rejections}
         calls = [call for node in self.gm.graph.nodes if (call := as_attention(node)) is not None]
         return [
             call.node
