@@ -29,7 +29,13 @@ SHAPES = (  # query rows, cached keys, current keys
     (1, 8192, 0), (1, 65536, 0), (4, 8192, 0), (16, 8192, 0), (64, 8192, 0), (512, 8192, 0), (1560, 16384, 0),
     (1560, 16384, 1560),
 )  # fmt: skip
-SLOW_PEER_SCORES = 20e6  # above so many scores the slow peers are left out
+COMPILED_PEERS = (
+    (1, 8192, 0),
+    (64, 8192, 0),
+    (512, 8192, 0),
+    (1560, 16384, 0),
+)  # where those run that must be compiled
+PURE_TORCH_SCORES = 20e6  # above so many scores the pure-torch path is left out
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Measurement:
     against_sdpa: dict[str, float] = field(default_factory=dict)  # > 1: faster than SDPA in bf16
     relative_error: dict[str, float] = field(default_factory=dict)  # against float32 on the same packed data
     rate_of_mm: float = 0.0  # the kernel's FLOP/s as a fraction of a large bf16 torch.mm's
+    correction_cost: float = 0.0  # share of the uncorrected kernel's time
 
 
 def interleaved_minimum(candidates: dict[str, Callable[[], object]], budget: float) -> dict[str, float]:
@@ -69,7 +76,7 @@ def dequantize_then_sdpa(query, key_codes, key_scales, value_codes, value_scales
     return F.scaled_dot_product_attention(query, full_key, full_value)
 
 
-def measure(rows: int, cached: int, current: int, group_size: int, budget: float, compiled_peers: bool) -> Measurement:
+def measure(rows: int, cached: int, current: int, group_size: int, budget: float, slow_peers: bool) -> Measurement:
     torch.manual_seed(0)
     result = Measurement(torch.get_num_threads(), rows, cached, current)
     full = [torch.randn(1, HEADS, cached, HEAD_DIM) for _ in range(2)]
@@ -82,23 +89,29 @@ def measure(rows: int, cached: int, current: int, group_size: int, budget: float
     def arguments(correction: str) -> tuple:
         return query, *store, [0, cached], key, value, None, False, HEAD_DIM**-0.5, 2, 2, correction
 
+    square = torch.randn(2048, 2048).bfloat16()
     candidates: dict[str, Callable[[], object]] = {
         "SDPA bf16": lambda: F.scaled_dot_product_attention(query, keys, values),
         "jkv": lambda: cpu.attention(*arguments("taylor")),
         "jkv, uncorrected": lambda: cpu.attention(*arguments("none")),
+        "mm": lambda: square @ square,
     }
-    if HEADS * rows * (cached + current) <= SLOW_PEER_SCORES:
+    if HEADS * rows * (cached + current) <= PURE_TORCH_SCORES:
+        candidates["jkv, pure torch"] = lambda: cpu_torch.attention(*arguments("taylor"))
+    if slow_peers:
         candidates["SDPA fp32"] = lambda: F.scaled_dot_product_attention(query32, keys32, values32)
         candidates["matmul, softmax, matmul"] = lambda: explicit(query, keys, values)
-        candidates["jkv, pure torch"] = lambda: cpu_torch.attention(*arguments("taylor"))
-        if compiled_peers:
-            from torch.nn.attention.flex_attention import flex_attention
+    if slow_peers and (rows, cached, current) in COMPILED_PEERS:
+        from torch.nn.attention.flex_attention import flex_attention
 
-            flex = torch.compile(flex_attention, dynamic=False)
-            dequantizing = torch.compile(dequantize_then_sdpa, dynamic=False)
-            candidates["FlexAttention"] = lambda: flex(query, keys, values)
-            candidates["compiled dequantize, SDPA"] = lambda: dequantizing(query, *store, key, value)
+        flex = torch.compile(flex_attention, dynamic=False)
+        dequantizing = torch.compile(dequantize_then_sdpa, dynamic=False)
+        candidates["FlexAttention"] = lambda: flex(query, keys, values)
+        candidates["compiled dequantize, SDPA"] = lambda: dequantizing(query, *store, key, value)
     result.milliseconds = interleaved_minimum(candidates, budget)
+    mm = 2 * 2048**3 / result.milliseconds.pop("mm")
+    result.rate_of_mm = 4 * HEADS * rows * (cached + current) * HEAD_DIM / result.milliseconds["jkv"] / mm
+    result.correction_cost = result.milliseconds["jkv"] / result.milliseconds["jkv, uncorrected"] - 1
     result.against_sdpa = {k: result.milliseconds["SDPA bf16"] / v for k, v in result.milliseconds.items()}
 
     few = slice(0, min(rows, 32))
@@ -107,10 +120,6 @@ def measure(rows: int, cached: int, current: int, group_size: int, budget: float
             expected, _ = reference.attention(query[:, :, few], *arguments("taylor")[1:])
             output = attend(*arguments("taylor"))[0][:, :, few].float()
             result.relative_error[name] = ((output - expected).norm() / expected.norm()).item()
-
-    square = torch.randn(2048, 2048).bfloat16()
-    mm = 2 * 2048**3 / interleaved_minimum({"mm": lambda: square @ square}, budget / 4)["mm"]
-    result.rate_of_mm = 4 * HEADS * rows * (cached + current) * HEAD_DIM / result.milliseconds["jkv"] / mm
     return result
 
 
@@ -160,7 +169,7 @@ def plot(measurements: list[Measurement], path: Path) -> None:
         logger.info("no matplotlib: no plot")
         return
     figure, axes = pyplot.subplots(figsize=(11, 4.5))
-    names = [name for name in measurements[0].milliseconds if name != "SDPA bf16"]
+    names = [name for name in dict.fromkeys(n for m in measurements for n in m.milliseconds) if name != "SDPA bf16"]
     for i, name in enumerate(names):
         heights = [m.against_sdpa.get(name, 0.0) for m in measurements]
         axes.bar([x + 0.8 * i / len(names) for x in range(len(heights))], heights, 0.8 / len(names), label=name)
@@ -181,28 +190,30 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="only shapes with so many query rows")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds per shape and number of threads")
-    parser.add_argument(
-        "--no-compiled-peers", action="store_true", help="leave out what torch.compile must build first"
-    )
+    parser.add_argument("--quick", action="store_true", help="up to 8k keys, without the peers that are slow")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_grad_enabled(False)
 
-    measurements = []
+    measurements, other = [], {}
     for threads in dict.fromkeys(options.threads):
         torch.set_num_threads(threads)
         for shape in SHAPES:
-            if options.rows and shape[0] not in options.rows:
+            if (options.rows and shape[0] not in options.rows) or (options.quick and shape[1] > 8192):
                 continue
             torch.compiler.reset()
-            m = measure(*shape, options.group_size, options.budget, not options.no_compiled_peers)
+            m = measure(*shape, options.group_size, options.budget, not options.quick)
             measurements.append(m)
             ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in m.against_sdpa.items() if name != "SDPA bf16")
-            logger.info("%d threads, %d rows, %d+%d keys: SDPA %.3f ms; times faster: %s; error %s; of mm's rate %.2f",
+            logger.info("%d threads, %d rows, %d+%d keys: SDPA %.3f ms; times faster: %s; error %s; of mm's rate %.2f; "
+                        "correction %+.1f %%",
                         m.threads, m.query_rows, m.cached, m.current, m.milliseconds["SDPA bf16"], ratios,
-                        ", ".join(f"{e:.1e}" for e in m.relative_error.values()), m.rate_of_mm)  # fmt: skip
-    other = {**measure_append(options.budget), **measure_calls(options.budget / 3)}
-    logger.info("%s", ", ".join(f"{name} {value:.2f}" for name, value in other.items()))
+                        ", ".join(f"{e:.1e}" for e in m.relative_error.values()), m.rate_of_mm,
+                        100 * m.correction_cost)  # fmt: skip
+        other[threads] = {**measure_append(options.budget), **measure_calls(options.budget / 3)}
+        logger.info(
+            "%d threads: %s", threads, ", ".join(f"{name} {value:.2f}" for name, value in other[threads].items())
+        )
 
     options.out.mkdir(parents=True, exist_ok=True)
     report = {
