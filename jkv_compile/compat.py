@@ -16,15 +16,20 @@ TORCH_RANGE = ((2, 11), (2, 15))  # [from, to): what the private interfaces belo
 
 
 def check_torch_version() -> None:
-    """Warn, once at import, where torch is outside the range that this file is known to work with."""
+    """Once at import: a torch that is newer than this file is known to work with is warned of.
+
+    Raises:
+        ImportError: torch is older: what this file imports works otherwise there, or is not there at all.
+    """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if not TORCH_RANGE[0] <= version < TORCH_RANGE[1]:
+    low, high = (".".join(map(str, v)) for v in TORCH_RANGE)
+    known = f"jkv-compile is known to work with torch >= {low}, < {high}; this is {torch.__version__}"
+    if version < TORCH_RANGE[0]:
+        raise ImportError(f"{known}. Use `pip install 'torch>={low}'`")
+    if version >= TORCH_RANGE[1]:
         import warnings
 
-        low, high = (".".join(map(str, v)) for v in TORCH_RANGE)
-        warnings.warn(
-            f"jkv-compile is known to work with torch >= {low}, < {high}; this is {torch.__version__}", stacklevel=3
-        )
+        warnings.warn(known, stacklevel=3)
 
 
 def is_fake(tensor: Tensor) -> bool:
