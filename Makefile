@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 RUN := $(BIN)/python
 TREE := .venv/tree# the packages as they are imported: mypy knows nothing of setuptools' package-dir
 
-.PHONY: demo quality test lint format bench bench-gpu kernels clean
+.PHONY: demo quality test soak matrix lint format bench bench-gpu kernels clean
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.demo $(ARGS)
@@ -16,6 +16,14 @@ quality: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q $(ARGS)
+
+# A long run with eviction; ARGS="--chunks 2000".
+soak: $(INSTALLED)
+	$(RUN) -m examples.soak $(ARGS)
+
+# The core of the tests on other releases of torch; ARGS="2.11.0 2.12.0".
+matrix: $(INSTALLED)
+	$(RUN) -m tests.matrix $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
