@@ -27,14 +27,18 @@ from .clients import Client, Compile, Step
 
 VOCABULARY, WINDOW = 97, 16
 TINY = {
-    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
     "initializer_range": 0.06,  # attention that is neither uniform nor on one token
 }  # fmt: skip
 
 
-def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+def llama(layers: int = 1) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": layers})).eval()
+
+
+def two_layers() -> PreTrainedModel:
+    return llama(2)
 
 
 def qwen2() -> PreTrainedModel:
@@ -96,9 +100,9 @@ WHOLE = "a whole buffer under a mask"
 GROWING = "a concatenation that grows and is returned"
 ROLLED = "a buffer rolled and copied back"
 CLIENTS = [
-    Client("Llama", "StaticCache", WHOLE, decoding(llama, static_cache, padded=True)),
+    Client("Llama", "StaticCache", WHOLE, decoding(two_layers, static_cache, padded=True)),
     Client("Llama", "DynamicCache", GROWING, decoding(llama, dynamic_cache)),
-    Client("Llama", "StaticCache", WHOLE, decoding(llama, static_cache), compiled="blocks"),
+    Client("Llama", "StaticCache", WHOLE, decoding(two_layers, static_cache), compiled="blocks"),
     Client("Qwen2", "DynamicCache", GROWING, decoding(qwen2, dynamic_cache, padded=True)),
     Client("Qwen3", "StaticCache", WHOLE, decoding(qwen3, static_cache)),
     Client("Mistral", "StaticCache with a window", ROLLED, decoding(mistral, static_cache), stable_from=9, calls=11),
