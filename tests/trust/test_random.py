@@ -32,13 +32,13 @@ def test_what_random_models_have_found_stays_right(name: str) -> None:
     assert outcome is not None and not outcome.failure, outcome
 
 
-@pytest.mark.parametrize("seed", (9000, 9001, 9002, 9004, 9007, 9008))
+@pytest.mark.parametrize("seed", (9000, 9002, 9004, 9007))
 def test_random_model_is_as_eager_or_refused(seed: int) -> None:
     outcome = attempt(random_models.run, drawing.draw(random.Random(seed)), seed)
     assert outcome is not None and not outcome.failure, outcome
 
 
-@pytest.mark.parametrize("seed", range(9012, 9024))
+@pytest.mark.parametrize("seed", range(9012, 9020))
 def test_random_program_is_as_eager_or_refused(seed: int) -> None:
     outcome = attempt(random_programs.run, programs.draw(random.Random(seed)), seed)
     assert outcome is not None and not outcome.failure, outcome
