@@ -20,6 +20,7 @@ from .compat import compile_inner
 from .config import Config, configure
 from .errors import NoCachedAttentionError, NotRewrittenWarning
 from .glimpse import Sightings, glimpsing_call
+from .passed import Passed, attending_call, handing_call
 from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
@@ -39,6 +40,7 @@ class State:
         self.written = Written()
         self.seen = Seen()
         self.sightings = Sightings()
+        self.passed = Passed()
 
 
 _states: weakref.WeakValueDictionary[Config, State] = weakref.WeakValueDictionary()
@@ -138,6 +140,10 @@ class JKVBackend:
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
         if plan.glimpses:
             run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
+        if plan.attended:
+            run = attending_call(run, plan.attended, plan.report, self.config, state.stores, state.passed)
+        if plan.handed:
+            run = handing_call(run, plan.handed, state.passed)
         if plan.written:
             run = recorded_call(run, plan, state.written)
         if plan.outcome != "watched" or again:  # what is called again in the same call does not come again

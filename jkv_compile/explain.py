@@ -16,6 +16,7 @@ from .compat import graph_break_of, unwrap_compiled
 from .config import Config
 from .errors import ConfigurationError, NoCachedAttentionError
 from .explain_html import page
+from .passed import Passed, attending_call, handing_call
 from .passes.describe import input_name
 from .passes.dtensors import localise
 from .passes.pipeline import plan_graph
@@ -124,7 +125,8 @@ class _Watcher:
     __name__ = "jkv_compile.explain"
 
     def __init__(self, config: Config) -> None:
-        self.config, self.written, self.graphs = config, Written(), []  # type: ignore[var-annotated]
+        self.config, self.written, self.passed = config, Written(), Passed()
+        self.graphs: list[GraphReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         on_shards, rejected = localise(gm)
@@ -148,8 +150,14 @@ class _Watcher:
         parted = [w.argument for w in plan.written] + [
             k.argument for k in (plan.rewritten.kept if plan.rewritten else ())
         ]
+        parted += [h.argument for h in plan.handed if h.tokens is not None]
         broken = graph_break_of(gm)
         if broken is not None and parted:
             inputs = list(gm.graph.find_nodes(op="placeholder"))
-            plan.report.graph_break = Break(*broken, [input_name(inputs[i]) for i in parted])
-        return recorded_call(gm.forward, plan, self.written) if plan.written else gm.forward
+            plan.report.graph_break = Break(*broken, [input_name(inputs[i]) for i in dict.fromkeys(parted)])
+        run: Callable[..., Any] = gm.forward
+        if plan.attended:
+            run = attending_call(run, plan.attended, plan.report, self.config, None, self.passed)
+        if plan.handed:
+            run = handing_call(run, plan.handed, self.passed)
+        return recorded_call(run, plan, self.written) if plan.written else run

@@ -31,6 +31,10 @@ class Reason(Enum):
         "Shard caches evenly on heads, and write and read them by slices along tokens; where the tokens of caches are "
         "parted, attend to one's own with jkv_compile.distributed.sharded_attention."
     )
+    GRAPH_BREAK = (
+        "Remove the graph break between the read of the cache and its attention; TORCH_LOGS=graph_breaks shows it. "
+        "Often something that the first call computes is to be made before (tables of rotary embeddings)."
+    )
     CONFIGURATION = "Change the setting that the reason names."
     IGNORED = "Nothing: it was asked for with jkv_compile.ignore."
     OTHER = "No known way to change this."
@@ -42,6 +46,7 @@ class Reason(Enum):
 
 _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"jkv_compile\.ignore", Reason.IGNORED),
+    (r"in another graph", Reason.GRAPH_BREAK),
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),
     (r"group_size|head_dim=", Reason.CONFIGURATION),

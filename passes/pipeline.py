@@ -21,6 +21,7 @@ from .actions import Append, Attend, Dense, Holder, Returned, Tracking
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
+from .handed import Attended, Handed, Passages
 from .nodes import example
 from .pieces import CachePlan
 from .printing import graph_text
@@ -63,6 +64,8 @@ class Plan:
     ignores: bool = False  # tensors of the call that is compiled are to be left alone; those of others may be packed
     marked: set[int] = field(default_factory=set)  # arguments that are caches because they were marked as such
     glimpses: list[Glimpse] = field(default_factory=list)
+    handed: list[Handed] = field(default_factory=list)
+    attended: list[Attended] = field(default_factory=list)
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
     instead: Plan | None = None  # what becomes of it while its plain caches stay so, where others are packed already
 
@@ -124,6 +127,8 @@ def _plan(
     plan.written = _written_ranges(view, plan.symbols, plans)
     if plan.outcome in ("untouched", "packed"):
         plan.glimpses = _glimpses(view)
+        passages = Passages(view.gm.graph, view.position)
+        plan.handed, plan.attended = passages.handed(), passages.attended()
     if not plans:
         return plan
     report.outcome = plan.outcome

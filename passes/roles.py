@@ -13,7 +13,7 @@ from ..compat import is_wrapped
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
 from .attention_forms import as_attention
-from .nodes import as_write, copied, example, identity, name_of
+from .nodes import CONCATENATIONS, as_write, copied, example, identity, name_of
 
 _PROJECTIONS = {"linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"}
 _ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "addcmul", "lerp", "where", "mul_", "add_", "sub_"}
@@ -23,10 +23,11 @@ class Roles:
     """Which dimension of each plain input runs along tokens, from how the graph uses it.
 
     Followed backwards from the third dimension of attention's keys and values, through views, copies and
-    concatenations. An input that no attention of this graph reads is told by its being written in slices.
+    concatenations. An input that no attention of this graph reads is told by its being written in slices; with
+    `of_copies`, also by its being concatenated, or copied and written in slices, as what other graphs attend to is.
     """
 
-    def __init__(self, graph: torch.fx.Graph) -> None:
+    def __init__(self, graph: torch.fx.Graph, of_copies: bool = False) -> None:
         self.first: dict[int, Node] = {}  # storage -> the node that first holds it
         self.axes: dict[Node, int] = {}  # by input
         self.followed: set[Node] = set()
@@ -50,7 +51,15 @@ class Roles:
             if example(base).dim() == 5:  # keys and values, one after the other
                 partial.discard(0)
             if len(partial) == 1:
-                self.axes.setdefault(base, partial.pop())
+                axis = partial.pop()
+                self.axes.setdefault(base, axis)
+                if of_copies:
+                    self._follow(base, axis)
+        for node in graph.nodes if of_copies else ():
+            if node.target in CONCATENATIONS and isinstance(value := example(node), Tensor):
+                dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+                for part in copied(node):
+                    self._follow(part, dim % value.dim())  # type: ignore[operator]
 
     def input_of(self, node: Node) -> Node | None:
         """The input whose memory a node shows or copies, where it is a single one."""
@@ -91,7 +100,7 @@ class Roles:
         comes after tokens, repeated heads or batches what comes before). Not through projections: what they are made
         from are hidden states.
         """
-        if node in self.followed or _projects(node):
+        if node in self.followed or projects(node):
             return
         self.followed.add(node)
         result = example(node)
@@ -126,7 +135,7 @@ class Roles:
         )
 
 
-def _projects(node: Node) -> bool:
+def projects(node: Node) -> bool:
     """Whether a node is a layer's: attention, or the product with a matrix of weights."""
     if as_attention(node) is not None or name_of(node) in _PROJECTIONS:
         return True

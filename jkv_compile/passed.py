@@ -1,0 +1,145 @@
+"""Caches that one graph reads and another attends to: a graph break lies between.
+
+What a graph hands on is remembered by tensor, from cache to attention. A tensor whose tokens reach attention in this
+way for the second time is a cache, and is packed *after* that call. Read back in one graph, its tokens lose what is
+known of their quantization steps before they come to the other: such attention is not corrected, which is said.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .adopt import adopt, obstacle
+from .config import Config
+from .errors import ConfigurationError, NotRewrittenWarning
+from .geometry import four_dimensional
+from .hints import is_ignored
+from .report import GraphReport, Rejected
+
+if TYPE_CHECKING:
+    from .passes.handed import Attended, Handed
+
+PENDING = "what it attends to is read from a cache in another graph: packed when it comes again, and then not corrected"
+UNCORRECTED = "packed, but read back in another graph: dequantized, and its scores are not corrected"
+Source = tuple[Tensor, int]  # a tensor and its dimension along tokens
+
+
+class Passed:
+    """Where the tokens of tensors come from that graphs have handed on. Holds no tensor alive."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, tuple[weakref.ref[Tensor], list[tuple[weakref.ref[Tensor], int]]]] = {}
+        self._attended: dict[int, weakref.ref[Tensor]] = {}
+
+    def sources(self, tensor: Any) -> list[Source]:
+        known = self._sources.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            return []
+        return [(cache, tokens) for ref, tokens in known[1] if (cache := ref()) is not None]
+
+    def record(self, output: Tensor, sources: Sequence[Source]) -> None:
+        key = id(output)
+        refs = [(weakref.ref(cache), tokens) for cache, tokens in sources]
+        self._sources[key] = weakref.ref(output, lambda _: self._sources.pop(key, None)), refs
+
+    def again(self, cache: Tensor) -> bool:
+        """Whether attention has been handed tokens of this very tensor before; remembers it."""
+        key = id(cache)
+        known = self._attended.get(key)
+        if known is not None and known() is cache:
+            return True
+        self._attended[key] = weakref.ref(cache, lambda _: self._attended.pop(key, None))
+        return False
+
+
+def handing_call(inner: Callable[..., Any], handed: Sequence[Handed], passed: Passed) -> Callable[..., Any]:
+    """Call `inner`, and remember where what it returns comes from."""
+
+    def call(*args: Any) -> Any:
+        outputs = inner(*args)
+        found: dict[int, list[Source]] = {}
+        for one in handed:
+            argument = args[one.argument]
+            if type(argument) is Tensor and type(outputs[one.output]) is Tensor:
+                own = [(argument, one.tokens)] if one.tokens is not None else []
+                found.setdefault(one.output, []).extend(passed.sources(argument) or own)
+        for output, sources in found.items():
+            if sources:
+                passed.record(outputs[output], sources)
+        return outputs
+
+    return call
+
+
+def attending_call(
+    inner: Callable[..., Any],
+    attended: Sequence[Attended],
+    report: GraphReport,
+    config: Config,
+    stores: Any,
+    passed: Passed,
+) -> Callable[..., Any]:
+    """Call `inner`; afterwards pack the tensors that its attention was handed tokens of, once they come again.
+
+    Without `stores`, nothing is packed, and `report` alone tells of them.
+    """
+
+    def call(*args: Any) -> Any:
+        outputs = inner(*args)
+        for one in attended:
+            keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
+            if not keys or not values:
+                continue
+            pending, uncorrected = (Rejected(one.source, reason) for reason in (PENDING, UNCORRECTED))
+            packed = stores is not None and _adopt(keys, values, one.head_dim, config, stores, passed)
+            if uncorrected in report.rejections:
+                continue
+            if packed:
+                report.rejections = [r for r in report.rejections if r != pending] + [uncorrected]
+                warnings.warn(f"jkv: {one.source}: a cache is {UNCORRECTED}", NotRewrittenWarning, stacklevel=2)
+            elif pending not in report.rejections:
+                report.rejections.append(pending)
+        return outputs
+
+    return call
+
+
+def _adopt(
+    keys: list[Source], values: list[Source], head_dim: int, config: Config, stores: Any, passed: Passed
+) -> bool:
+    caches: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
+    for side, bits in ((keys, config.key_bits), (values, config.value_bits)):
+        for cache, tokens in side:
+            if (axes := _axes(cache, tokens)) is None:
+                return False
+            known = caches.get(id(cache))
+            caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
+    if not all([passed.again(cache) for cache, _, _ in caches.values()]):
+        return False
+    for cache, _, _ in caches.values():
+        if is_ignored(cache) or obstacle(cache) is not None:
+            return False
+        try:
+            config.check_head_dim(head_dim)  # keys and values may lie in one tensor, side by side
+            config.check_head_dim(cache.shape[-1])
+        except ConfigurationError:
+            return False
+    for cache, axes, bits in caches.values():
+        adopt(cache, axes, bits, config).join(stores)
+    return True
+
+
+def _axes(cache: Tensor, tokens: int) -> tuple[int, ...] | None:
+    """A cache's dimension, as a tensor of four, for each of (batch, head, token, channel)."""
+    if type(cache) is not Tensor or not 3 <= cache.dim() <= 4 or four_dimensional(cache.shape, cache.stride()) is None:
+        return None
+    token = tokens + 4 - cache.dim()
+    if token == 3:
+        return None
+    batch, head = (axis for axis in range(3) if axis != token)
+    return batch, head, token, 3
