@@ -22,6 +22,11 @@ library.define(
     "int pairs, str correction) -> Tensor",
     tags=(torch.Tag.flexible_layout,),
 )
+# What `flex_attention`'s score function gathers from. An operator, since Inductor's templates ask for buffers in memory.
+library.define(
+    "score_terms(Tensor query, Tensor variance, float scale, int pairs) -> Tensor[]",
+    tags=(torch.Tag.flexible_layout,),
+)
 
 
 def attention_dense(
@@ -78,6 +83,30 @@ def grouped(x: Tensor, groups: int, pairs: int) -> Tensor:
     return x.unflatten(-1, (runs, 2, groups // runs, -1)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
+def score_terms(query: Tensor, variance: Tensor, scale: float, pairs: int) -> list[Tensor]:
+    """The factors of s²/24 · Σ_g ‖q_ig‖² Δ²_jg, group by group (arXiv 2605.26266).
+
+    Args:
+        query: `[B, H, L, D]`.
+        variance: Δ² of the keys, float32 `[B or 1, H_kv, S, G]`.
+        scale: softmax scale s.
+        pairs: as for `attention_dense`.
+
+    Returns:
+        G times ‖q_g‖², then G times s²/24 · Δ_g²: float32 `[B, H, L]` and `[B, H_kv, S]`, contiguous.
+    """
+    groups = variance.shape[-1]
+    norms = grouped(query.float(), groups, pairs).square().sum(-1)
+    variances = (variance * (scale**2 / 24)).expand(query.shape[0], -1, -1, -1)
+    return [one.contiguous() for of in (norms, variances) for one in of.unbind(-1)]
+
+
+def _score_terms_fake(query: Tensor, variance: Tensor, scale: float, pairs: int) -> list[Tensor]:
+    (batch, heads, length, _), (_, key_heads, tokens, groups) = query.shape, variance.shape
+    sizes = [(batch, heads, length)] * groups + [(batch, key_heads, tokens)] * groups
+    return [query.new_empty(size, dtype=torch.float32) for size in sizes]
+
+
 def _widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
     padding = width - x.shape[-1] - columns.shape[-1]
     return F.pad(torch.cat((x, columns.to(x.dtype)), -1), (0, padding))
@@ -110,6 +139,10 @@ def _fake(query, key, value, *_):
     return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
 
 
-for _key in ("CPU", "CUDA"):
-    library.impl("attention_dense", _without_autocast(attention_dense), _key)
-torch.library.register_fake("jkv::attention_dense", _fake, lib=library)
+for _name, _kernel, _shapes in (
+    ("attention_dense", attention_dense, _fake),
+    ("score_terms", score_terms, _score_terms_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        library.impl(_name, _without_autocast(_kernel), _key)
+    torch.library.register_fake(f"jkv::{_name}", _shapes, lib=library)

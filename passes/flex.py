@@ -11,10 +11,10 @@ import functools
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..kernels.dense import grouped
 from .attention_forms import FLEX, SPELLED, AttentionCall, NotCanonical, flex
 from .nodes import example, name_of
 from .pieces import Pieces
@@ -42,7 +42,7 @@ def canonicalise_flex(graph: Graph, node: Node, result: Node) -> None:
 class CorrectedScores(nn.Module):
     """A score function of flex_attention with the correction subtracted before it: score_mod(s·q·k_j - b_ij, …).
 
-    b_ij = Σ_g norms[g][b, h, i] · variances[g][b, h / repeat, j]: the last 2 · `groups` buffers.
+    b_ij = Σ_g norms[g][b, h, i] · variances[g][b, h / repeat, j]: the last 2 · `groups` buffers, of `jkv::score_terms`.
     """
 
     def __init__(self, score_mod: nn.Module, groups: int, repeat: int) -> None:
@@ -56,16 +56,6 @@ class CorrectedScores(nn.Module):
         for norm, variance in zip(norms, variances):
             score = score - (norm[batch, head, query] * variance[batch, key_head, key]).to(score.dtype)
         return self.score_mod(score, batch, head, query, key, *buffers[:first])
-
-
-def group_norms(query: Tensor, groups: int, pairs: int) -> list[Tensor]:
-    """‖q_g‖² per channel group, each float32 `[B, H, L]`; `pairs` as for `jkv::attention_dense`."""
-    return list(grouped(query.float(), groups, pairs).square().sum(-1).unbind(-1))
-
-
-def key_variances(variance: Tensor, batch: int, scale: float) -> list[Tensor]:
-    """s²/24 · Δ² per channel group, each float32 `[B, H_kv, S]`, from Δ² `[B or 1, H_kv, S, G]`."""
-    return list((variance * (scale**2 / 24)).expand(batch, -1, -1, -1).unbind(-1))
 
 
 def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, groups: int, pairs: int) -> Node:
@@ -82,10 +72,8 @@ def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, group
     score_buffers, mask_buffers = (*buffers, (), ())[:2]
     if variance is not None:
         repeat = example(query).shape[1] // example(key).shape[1]
-        batch = pieces.number(example(query).shape[0])
-        norms = pieces.call(group_norms, query, groups, pairs)
-        variances = pieces.call(key_variances, variance, batch, scale)
-        parts = [pieces.call(operator.getitem, part, g) for part in (norms, variances) for g in range(groups)]
+        terms = pieces.call(torch.ops.jkv.score_terms.default, query, variance, scale, pairs)
+        parts = [pieces.call(operator.getitem, terms, i) for i in range(2 * groups)]
         score_buffers = (*score_buffers, *parts)  # type: ignore[misc]
         score_mod = _corrected(graph, score_mod, groups, int(repeat))
     result = pieces.call(FLEX, query, key, value, score_mod, block_mask, scale, options, score_buffers, mask_buffers)

@@ -69,6 +69,8 @@ CALLS = {
     "attention_dense": lambda: dense_arguments("taylor"),
     "attention_dense, exact": lambda: dense_arguments("exact"),
     "attention_dense, not corrected": lambda: dense_arguments("none"),
+    "score_terms": lambda: (torch.randn(2, 4, 3, 64), torch.rand(1, 2, 9, 2), 0.2, 0),
+    "score_terms, halves": lambda: (torch.randn(2, 4, 3, 64), torch.rand(2, 2, 9, 2), 0.2, 64),
     "append_at": lambda: (*packed(), torch.randn(1, 2, 3, 64), torch.tensor([1, 7, 4]), 2),
     "extend": lambda: (*packed(), [0, 4, 6, 8], torch.randn(1, 2, 3, 64), 2),
     "extend by nothing": lambda: (*packed(), [0, 4], torch.randn(1, 2, 0, 64), 2),
