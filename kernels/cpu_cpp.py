@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -106,14 +107,27 @@ def _run_together(commands: Iterable[list[str]]) -> None:
             raise BuildError(f"compiling the CPU kernels failed: {error.strip()[-2000:]}")
 
 
+def _trusted(library: Path) -> bool:
+    """Whether nobody but this user, and root, can have put a library where it is."""
+    if not hasattr(os, "geteuid"):
+        return True
+    found = [path.stat() for path in (library, library.parent)]
+    return all(s.st_uid in (0, os.geteuid()) and not s.st_mode & stat.S_IWOTH for s in found)
+
+
 def build() -> Path:
     """Path of the compiled library, compiling it if it is not there yet.
 
     Raises:
-        BuildError: no compiler, or it failed.
+        BuildError: no compiler, or it failed; or what is there could be somebody else's.
     """
     target = library_path()
     if target.exists():
+        if not _trusted(target):
+            raise BuildError(
+                f"{target} belongs to another user, or anyone may change it: it is not loaded; remove it, or set "
+                "JKV_CACHE_DIR to a folder of your own"
+            )
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ library.define(
     "int pairs, str correction) -> Tensor",
     tags=(torch.Tag.flexible_layout,),
 )
-# What `flex_attention`'s score function gathers from. An operator, since Inductor's templates ask for buffers in memory.
+# What `flex_attention`'s score function gathers from: Inductor's templates ask for buffers that lie in memory.
 library.define(
     "score_terms(Tensor query, Tensor variance, float scale, int pairs) -> Tensor[]",
     tags=(torch.Tag.flexible_layout,),

@@ -121,6 +121,21 @@ def test_a_broken_library_is_not_used(built, tmp_path):
     assert "result: torch" in output and "cannot load" in output
 
 
+@pytest.mark.parametrize("who", ["anyone may write the library", "anyone may write the folder", "another user's"])
+def test_a_library_that_may_be_somebody_elses_is_not_loaded(monkeypatch, tmp_path, who):
+    monkeypatch.setenv("JKV_CACHE_DIR", str(tmp_path))
+    library = cpu_cpp.library_path()
+    library.write_bytes(b"")
+    if who == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+        if tmp_path.stat().st_uid == 0:  # what root has put there is trusted
+            os.chown(library, 12345, -1)
+    else:
+        (tmp_path if who.endswith("folder") else library).chmod(0o777)
+    with pytest.raises(cpu_cpp.BuildError, match="it is not loaded; remove it, or set JKV_CACHE_DIR"):
+        cpu_cpp.build()
+
+
 def test_the_choice_can_be_overridden(filled):
     assert "result: torch" in finish(start(filled, kernel="torch"))
 
