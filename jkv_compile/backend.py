@@ -26,7 +26,7 @@ from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
 from .report import GraphReport, MemoryReport, Rejected
 from .runtime import Seen, first_contact, packed_call, recorded_call, watched_call
-from .store import Store
+from .store import Family
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class State:
     """What a configuration knows at run time; shared by all backends that are equal."""
 
-    def __init__(self) -> None:
-        self.stores: weakref.WeakSet[Store] = weakref.WeakSet()
+    def __init__(self, config: Config) -> None:
+        self.stores = Family(config.correction)
         self.reports: list[GraphReport] = []
         self.written = Written()
         self.seen = Seen()
@@ -55,7 +55,7 @@ class JKVBackend:
     def __init__(self, config: Config) -> None:
         self.config = config
         with _lock:
-            self._state = _states.setdefault(config, State())
+            self._state = _states.setdefault(config, State(config))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, JKVBackend) and self.config == other.config

@@ -163,4 +163,4 @@ def _is_library(module: str, filename: str) -> bool:
     return module.partition(".")[0] in ("jkv_compile", "torch") or filename.startswith("<eval_with_key>")
 
 
-from . import packed_copies, packed_writes  # noqa: E402, F401  (they register what they implement)
+from . import packed_attention, packed_copies, packed_writes  # noqa: E402, F401  (they register what they implement)

@@ -49,6 +49,14 @@ class Line:
         self.used = store.shape[TOKEN]
 
 
+class Family(weakref.WeakSet["Store"]):
+    """The stores of one configuration, and how it corrects attention."""
+
+    def __init__(self, correction: str) -> None:
+        super().__init__()
+        self.correction = correction
+
+
 class Store:
     """A packed cache of canonical shape `[B, H, S, D]`.
 
@@ -79,7 +87,7 @@ class Store:
         self._grid = grid_of(quantizer)
         self.active: Active | None = None
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
-        self._family: weakref.WeakSet[Store] | None = None
+        self._family: Family | None = None
 
     @classmethod
     def empty(
@@ -148,7 +156,12 @@ class Store:
         batch, heads, tokens, head_dim = self.shape
         return batch * heads * tokens * head_dim * self.dtype.itemsize
 
-    def join(self, family: weakref.WeakSet[Store] | None) -> None:
+    @property
+    def correction(self) -> str:
+        """How attention over it is corrected in eager code: as its configuration says."""
+        return self._family.correction if self._family is not None else "taylor"
+
+    def join(self, family: Family | None) -> None:
         """Be counted in `family`, with every store that is made from this one (copies, moves to devices, cats)."""
         self._family = family
         if family is not None:

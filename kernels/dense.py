@@ -62,17 +62,24 @@ def attention_dense(
     elif correction == "none":
         output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     else:
-        # One head_dim for queries, keys and values, a multiple of 8: what fused attention kernels ask for.
-        groups = variance.shape[-1]
-        width = -(-(max(query.shape[-1], value.shape[-1]) + groups) // 8) * 8
-        norms = grouped(query.float(), groups, pairs).square().sum(-1)
-        output = F.scaled_dot_product_attention(
-            _widened(query, norms, width),
-            _widened(key, -scale / 24 * variance, width),
-            F.pad(value, (0, width - value.shape[-1])),
-            mask, is_causal=causal, scale=scale, enable_gqa=gqa,
-        )  # fmt: skip
+        widened = with_correction(query, key, value, variance, scale, pairs)
+        output = F.scaled_dot_product_attention(*widened, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     return output[..., : value.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_correction(
+    query: Tensor, key: Tensor, value: Tensor, variance: Tensor, scale: float, pairs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with channels appended, with which any attention computes Taylor-corrected scores.
+
+    Arguments are those of `attention_dense`. All three get one head_dim, a multiple of 8, as fused kernels ask for;
+    of the result, the first Dv channels count.
+    """
+    groups = variance.shape[-1]
+    width = -(-(max(query.shape[-1], value.shape[-1]) + groups) // 8) * 8
+    norms = grouped(query.float(), groups, pairs).square().sum(-1)
+    padded = F.pad(value, (0, width - value.shape[-1]))
+    return _widened(query, norms, width), _widened(key, -scale / 24 * variance, width), padded
 
 
 def grouped(x: Tensor, groups: int, pairs: int) -> Tensor:

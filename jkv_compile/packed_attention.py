@@ -1,0 +1,50 @@
+"""Attention over packed caches in eager code, as where Dynamo has given up compiling a function: corrected, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.dense import with_correction
+from .kernels.quantizers import grid_of
+from .packed import PackedKV
+from .packed_dispatch import implements, warn_of_read
+
+aten = torch.ops.aten
+
+
+@implements(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """What `F.scaled_dot_product_attention` comes to on CPUs: keys `[B, H, S, D]` are dequantized for the call, and the
+    scores of those that are quantized corrected, in Taylor's form (arXiv 2605.26266)."""
+    correct = isinstance(key, PackedKV) and key._store.correction == "taylor" and not isinstance(query, PackedKV)
+    window = key.find_window() if correct else None  # type: ignore[union-attr]
+    if not isinstance(key, PackedKV) or window is None or tuple(window.axes) != (0, 1, 2, 3):
+        return NotImplemented
+    store = key._store
+    if not window.covers(store.shape, 3) or dropout_p:
+        return NotImplemented
+    warn_of_read("scaled_dot_product_attention")
+    variance = store.quantization_step(window.starts, window.lengths).square()
+    grid = grid_of(store.quantizer)
+    keys = key.dequantize_window()
+    values = value.dequantize_window() if isinstance(value, PackedKV) else value
+    if grid.rotates and not grid.within:  # groups are of rotated channels; scores stay what they are
+        query, keys = torch.ops.jkv.rotate(query), torch.ops.jkv.rotate(keys)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    widened = with_correction(query, keys, values, variance, scale, grid.pairs)
+    output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *widened, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+    )
+    return output[..., : values.shape[-1]], lse
