@@ -29,7 +29,7 @@ def attention(
     """What `F.scaled_dot_product_attention` comes to on CPUs: keys `[B, H, S, D]` are dequantized for the call, and the
     scores of those that are quantized corrected, in Taylor's form (arXiv 2605.26266)."""
     correct = isinstance(key, PackedKV) and key._store.correction == "taylor" and not isinstance(query, PackedKV)
-    window = key.find_window() if correct else None  # type: ignore[union-attr]
+    window = key.find_window() if correct else None  # type: ignore[attr-defined]
     if not isinstance(key, PackedKV) or window is None or tuple(window.axes) != (0, 1, 2, 3):
         return NotImplemented
     store = key._store
