@@ -24,6 +24,11 @@ from .report import Break, CacheUse, GraphReport, Match, Rejected, size_text
 from .runtime import recorded_call
 from .snapshot import taken_back
 
+NO_ATTENTION = (
+    "no attention came to a compiled graph: it is not compiled, or runs in eager code behind a graph break or "
+    "torch.compiler.disable, or is spelled in a way that jkv_compile.register_attention can tell of"
+)
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -31,6 +36,7 @@ class Explanation:
 
     config: Config
     graphs: list[GraphReport]
+    attentions: int = 0  # that came to compiled graphs, over caches or not
 
     @property
     def matches(self) -> list[Match]:
@@ -44,7 +50,7 @@ class Explanation:
 
     @property
     def breaks(self) -> list[Break]:
-        """Graph breaks that part a cache from its attention."""
+        """Graph breaks that part a cache from its attention; all, where no attention came to a compiled graph."""
         return [g.graph_break for g in self.graphs if g.graph_break is not None]
 
     @property
@@ -60,7 +66,7 @@ class Explanation:
         saving = f"; their caches take {size_text(full)}, packed {size_text(packed)}" if packed else ""
         return (
             f"graphs: {len(self.graphs)}; attention over caches that can be packed: {len(self.matches)}, "
-            f"left in full precision: {len(self.rejections)}{saving}"
+            f"left in full precision: {len(self.rejections)}{saving}" + ("" if self.attentions else f"\n{NO_ATTENTION}")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +119,10 @@ def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any
         compiled = torch.compile(unwrap_compiled(model), backend=watcher, **options)
         for _ in range(calls):
             compiled(*args, **kwargs)
-    explanation = Explanation(config, watcher.graphs)
+    explanation = Explanation(config, watcher.graphs, watcher.attentions)
+    if not watcher.attentions:
+        for report, broken in zip(watcher.graphs, watcher.broken):
+            report.graph_break = report.graph_break or broken
     if config.strict and not explanation.matches:
         raise NoCachedAttentionError(f"strict=True, and no attention reads a cache that can be packed\n{explanation}")
     return explanation
@@ -127,6 +136,8 @@ class _Watcher:
     def __init__(self, config: Config) -> None:
         self.config, self.written, self.passed = config, Written(), Passed()
         self.graphs: list[GraphReport] = []
+        self.broken: list[Break | None] = []  # where each of them ended early
+        self.attentions = 0
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         on_shards, rejected = localise(gm)
@@ -145,13 +156,17 @@ class _Watcher:
             self.graphs.append(
                 GraphReport(len(gm.graph.nodes), "untouched", rejections=[Rejected("graph", str(error))])
             )
+            self.broken.append(None)
+            self.attentions += 1
             return gm.forward
         self.graphs.append(plan.report)
+        self.attentions += plan.attentions + len(rejected)
         parted = [w.argument for w in plan.written] + [
             k.argument for k in (plan.rewritten.kept if plan.rewritten else ())
         ]
         parted += [h.argument for h in plan.handed if h.tokens is not None]
         broken = graph_break_of(gm)
+        self.broken.append(None if broken is None else Break(*broken, []))
         if broken is not None and parted:
             inputs = list(gm.graph.find_nodes(op="placeholder"))
             plan.report.graph_break = Break(*broken, [input_name(inputs[i]) for i in dict.fromkeys(parted)])

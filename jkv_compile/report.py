@@ -129,7 +129,7 @@ class Break:
         return [
             f"! {self.source}",
             f"    graph break: {self.reason}",
-            f"    parts from its attention: {', '.join(self.parts)}",
+            *([f"    parts from its attention: {', '.join(self.parts)}"] if self.parts else []),
         ]
 
 

@@ -44,6 +44,8 @@ def taken_back(*roots: Any) -> Iterator[None]:
 class _UndoLog(TorchDispatchMode):
     """Keeps what operations overwrite in tensors that were there before."""
 
+    supports_higher_order_operators = True  # flex_attention, which writes to nothing
+
     def __init__(self) -> None:
         super().__init__()
         self.log: list[tuple[Callable[[], Tensor | None], Tensor]] = []
@@ -55,6 +57,8 @@ class _UndoLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **kwargs)
         for argument, value in zip(func._schema.arguments, args):
             if argument.is_write:
                 self._save(value)

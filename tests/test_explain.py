@@ -336,3 +336,15 @@ def test_blocks_that_are_compiled_one_by_one_are_explained() -> None:
     explanation = explain(model, chunk(), caches, 8)
     assert len(explanation.matches) == 2
     assert not any(is_packed(t) for c in caches for t in c.values())
+
+
+def test_attention_that_is_nowhere_compiled_is_missed() -> None:
+    class Eager(SelfAttention):
+        @torch.compiler.disable
+        def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return super().attend(q, keys, values)
+
+    model = Eager()
+    account = explain(model, chunk(), model.new_cache(1, 64), 0)
+    assert "no attention came to a compiled graph" in account.summary
+    assert account.breaks and "torch.compiler.disable" in str(account)

@@ -113,6 +113,18 @@ def test_output_is_what_the_correction_says(bits: int, correction: str) -> None:
             past.append((k, v))
 
 
+def test_explain_runs_it_in_eager_code_and_compiled() -> None:
+    model = FlexAttention()
+    cache = model.new_cache(2, 64)
+    with torch.no_grad():
+        account = jkv_compile.explain(model, torch.randn(2, CHUNK, 256), cache, CHUNK)
+    assert len(account.matches) == 1 and not account.rejections and not cache["k"].any()
+    model.forward = torch.compiler.disable(model.forward)  # type: ignore[method-assign]
+    with torch.no_grad():
+        account = jkv_compile.explain(model, torch.randn(2, CHUNK, 256), cache, CHUNK)
+    assert not account.matches and not cache["k"].any()
+
+
 class Turned(FlexAttention):
     """Queries that were computed, as rotary embeddings leave them: Inductor's CPU template fails on views."""
 
