@@ -122,7 +122,7 @@ def _adopt(
     if not all([passed.again(cache) for cache, _, _ in caches.values()]):
         return False
     for cache, _, _ in caches.values():
-        if is_ignored(cache) or obstacle(cache) is not None:
+        if cache.shape[-1] % head_dim or is_ignored(cache) or obstacle(cache) is not None:
             return False
         try:
             config.check_head_dim(head_dim)  # keys and values may lie in one tensor, side by side

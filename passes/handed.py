@@ -12,8 +12,8 @@ from ..packed import PackedKV
 from .attention_forms import as_attention
 from .contents import tensors
 from .describe import source_line
-from .nodes import as_write, example, identity
-from .roles import Roles, projects
+from .nodes import as_write, example, identity, name_of
+from .roles import ARITHMETIC, Roles, alike, projects
 from .sources import hands_tokens_on
 
 
@@ -52,7 +52,8 @@ class Passages:
                 for result in tensors(example(node)):
                     known = self.inputs.setdefault(identity(result), {})
                     for argument in node.all_input_nodes:
-                        known.update(self.of(argument))
+                        if not _broadcast(node, argument, result):
+                            known.update(self.of(argument))
 
     def of(self, node: object) -> dict[Node, None]:
         found: dict[Node, None] = {}
@@ -78,6 +79,12 @@ class Passages:
                 if keys and values:
                     found.append(Attended(keys, values, int(example(call.key).shape[-1]), source_line(node)))
         return found
+
+
+def _broadcast(node: Node, argument: Node, result: Tensor) -> bool:
+    """Whether an argument is spread over a result, as tables of angles and scales are: no tokens."""
+    value = example(argument)
+    return name_of(node) in ARITHMETIC and isinstance(value, Tensor) and not alike(value.shape, result.shape)
 
 
 def _may_hold_tokens(value: object) -> bool:

@@ -16,7 +16,7 @@ from .attention_forms import as_attention
 from .nodes import CONCATENATIONS, as_write, copied, example, identity, name_of
 
 _PROJECTIONS = {"linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"}
-_ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "addcmul", "lerp", "where", "mul_", "add_", "sub_"}
+ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "addcmul", "lerp", "where", "mul_", "add_", "sub_"}
 
 
 class Roles:
@@ -115,13 +115,13 @@ class Roles:
                 if len(kept) == 1:
                     self._follow(argument, kept[0])
                 continue
-            if name_of(node) in _ARITHMETIC:  # what is broadcast (tables of angles, scales) is no cache
-                if _alike(value.shape, shape):
+            if name_of(node) in ARITHMETIC:  # what is broadcast (tables of angles, scales) is no cache
+                if alike(value.shape, shape):
                     self._follow(argument, dim)
                 continue
             own = dim + value.dim() - len(shape)
-            after = own >= 0 and _alike(value.shape[own:], shape[dim:])
-            before = value.dim() > dim and _alike(value.shape[: dim + 1], shape[: dim + 1])
+            after = own >= 0 and alike(value.shape[own:], shape[dim:])
+            before = value.dim() > dim and alike(value.shape[: dim + 1], shape[: dim + 1])
             within = value.dim() == len(shape) and same(value.shape[dim], shape[dim])
             if after or before or within:
                 self._follow(argument, own if after else dim)
@@ -140,8 +140,8 @@ def projects(node: Node) -> bool:
     if as_attention(node) is not None or name_of(node) in _PROJECTIONS:
         return True
     weights = any(isinstance(v := example(a), nn.Parameter) and v.dim() > 1 for a in node.all_input_nodes)
-    return weights and name_of(node) not in _ARITHMETIC
+    return weights and name_of(node) not in ARITHMETIC
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+def alike(a: Sequence[int], b: Sequence[int]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))

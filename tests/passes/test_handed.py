@@ -117,6 +117,30 @@ class FreshEachTime(Projections):
         return self.out(attend(q, k, v))
 
 
+class Angles(Projections):
+    """What keys are turned by is concatenated in another graph, too, and is no cache."""
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, ...], angles: tuple[Tensor, ...]) -> Tensor:
+        q, k, v = self.project(x)
+        k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
+        table = torch.cat(angles, 1)
+        torch._dynamo.graph_break()
+        return self.out(attend(q, k * table.cos(), v))
+
+
+def test_what_keys_are_turned_by_stays_plain() -> None:
+    backend = fresh_backend()
+    compiled, eager = twins(Angles(), backend)
+    cache = tuple(torch.randn(1, 16, HEADS, HEAD_DIM) for _ in range(2))
+    angles = tuple(torch.randn(1, n, 1, HEAD_DIM) for n in (16, CHUNK))
+    plain = tuple(t.clone() for t in cache)
+    with torch.no_grad(), pytest.warns(NotRewrittenWarning, match="read back in another graph"):
+        for _ in range(4):
+            x = torch.randn(1, CHUNK, DIM)
+            assert relative_error(compiled(x, cache, angles), eager(x, plain, angles)) < 0.01
+    assert all(map(is_packed, cache)) and not any(map(is_packed, angles))
+
+
 class HiddenStates(Projections):
     """What is concatenated are not keys: keys are yet to be made of it."""
 
