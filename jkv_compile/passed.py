@@ -36,6 +36,9 @@ class Passed:
         self._sources: dict[int, tuple[weakref.ref[Tensor], list[tuple[weakref.ref[Tensor], int]]]] = {}
         self._attended: dict[int, weakref.ref[Tensor]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._sources)
+
     def sources(self, tensor: Any) -> list[Source]:
         known = self._sources.get(id(tensor))
         if known is None or known[0]() is not tensor:
@@ -59,9 +62,12 @@ class Passed:
 
 def handing_call(inner: Callable[..., Any], handed: Sequence[Handed], passed: Passed) -> Callable[..., Any]:
     """Call `inner`, and remember where what it returns comes from."""
+    begins = any(one.tokens is not None for one in handed)
 
     def call(*args: Any) -> Any:
         outputs = inner(*args)
+        if not passed and not begins:
+            return outputs
         found: dict[int, list[Source]] = {}
         for one in handed:
             argument = args[one.argument]
@@ -91,7 +97,7 @@ def attending_call(
 
     def call(*args: Any) -> Any:
         outputs = inner(*args)
-        for one in attended:
+        for one in attended if passed else ():
             keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
             if not keys or not values:
                 continue
