@@ -172,17 +172,22 @@ def plot(measurements: list[Measurement], path: Path) -> None:
     except ImportError:
         logger.info("no matplotlib: no plot")
         return
-    figure, axes = pyplot.subplots(figsize=(11, 4.5))
     names = [name for name in dict.fromkeys(n for m in measurements for n in m.milliseconds) if name != "SDPA bf16"]
-    for i, name in enumerate(names):
-        heights = [m.against_sdpa.get(name, 0.0) for m in measurements]
-        axes.bar([x + 0.8 * i / len(names) for x in range(len(heights))], heights, 0.8 / len(names), label=name)
-    axes.axhline(1, color="black", linewidth=0.8)
-    labels = [f"{m.query_rows} × {m.cached}+{m.current}\n{m.threads} threads" for m in measurements]
-    axes.set_xticks([x + 0.4 for x in range(len(labels))], labels, fontsize=7)
-    axes.set_ylabel("times faster than SDPA, bf16, full cache")
-    axes.set_title(f"CPU attention over a 2-bit cache, {HEADS} heads of {HEAD_DIM}: query rows × keys")
-    axes.legend(fontsize=8)
+    threads = list(dict.fromkeys(m.threads for m in measurements))
+    figure, rows = pyplot.subplots(len(threads), figsize=(11, 3.2 * len(threads)), sharey=True, squeeze=False)
+    for n, axes in zip(threads, rows[:, 0]):
+        shown = [m for m in measurements if m.threads == n]
+        for i, name in enumerate(names):
+            heights = [m.against_sdpa.get(name, 0.0) for m in shown]
+            axes.bar([x + 0.8 * i / len(names) for x in range(len(heights))], heights, 0.8 / len(names), label=name)
+        axes.axhline(1, color="black", linewidth=0.8)
+        labels = [f"{m.query_rows} × {m.cached // 1024}k" + (f" + {m.current}" if m.current else "") for m in shown]
+        axes.set_xticks([x + 0.4 for x in range(len(labels))], labels, fontsize=8)
+        axes.set_ylabel(f"× SDPA in bf16, {n} thread{'s' * (n > 1)}")
+    rows[0, 0].set_title(
+        f"CPU attention over a 2-bit cache, {HEADS} heads of {HEAD_DIM}: query rows × keys, times faster"
+    )
+    rows[0, 0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
