@@ -39,6 +39,8 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         flat = []
+        for argument in rewritten.joined:
+            args[argument]._store.settle()
         for argument in changed:
             args[argument]._store.own()
         for argument, component in inputs:

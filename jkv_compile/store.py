@@ -88,6 +88,7 @@ class Store:
         self.active: Active | None = None
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self._family: Family | None = None
+        self._renewed = 0  # how far the range written last has reached from the first token; -1, it has grown
 
     @classmethod
     def empty(
@@ -223,6 +224,21 @@ class Store:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
             self.active = Active(held, starts[TOKEN], starts[TOKEN] + tokens)
+
+    def settle(self) -> None:
+        """Called where attention adds tokens of its own to these: is the range written last a chunk being generated?
+
+        It is not where it is the whole cache, nor where it begins at the first token again and again, and reaches
+        further: a model that computes its past anew for each chunk (AnyFlow-FAR). Then it need not be held.
+        """
+        if self.active is None or self.active.start:
+            return
+        if self._renewed and self.active.stop > self._renewed:
+            self._renewed = -1  # from here on
+        elif not self._renewed:
+            self._renewed = self.active.stop
+        if self._renewed < 0 or self.active.stop == self.shape[TOKEN]:
+            self.active = None
 
     def scatter(
         self, source: Tensor | Store, axis: int, index: Tensor, starts: Sequence[int], lengths: Sequence[int]

@@ -83,6 +83,7 @@ class Rewritten:
     stores: list[OutputStore] = field(default_factory=list)
     kept: list[KeptRange] = field(default_factory=list)
     written: list[int] = field(default_factory=list)  # arguments whose store no longer has an active range
+    joined: list[int] = field(default_factory=list)  # arguments attended beside tokens of the graph's own
     caches: dict[int, CachePlan] = field(default_factory=dict)  # by argument
     uncorrected: dict[Node, str] = field(default_factory=dict)  # attention on dequantized keys, and why not corrected
 
@@ -145,6 +146,9 @@ class _Rewriter:
                 self.reads.setdefault(read.consumer, []).append(read)
         self.returned = {r.argument: r for r in tracking.returned if r.copy.cache in plans}
         self.rewritten = Rewritten(gm, [], [], caches={self.position[h.node]: plan for h, plan in plans.items()})
+        beside = [h for a in self.attends.values() if a.gathers for h in (a.key_cache, a.value_cache)]
+        beside += [h for d in self.dense.values() if d.gathers for h in d.caches]
+        self.rewritten.joined = sorted({self.position[h.node] for h in beside if h in plans})
 
     def run(self) -> Rewritten:
         output = next(iter(self.graph.find_nodes(op="output")))

@@ -210,3 +210,18 @@ def test_range_held_in_full_precision(change, held):
     reset = ~plain.any(-1).any(-1).any(0)
     assert torch.equal(in_full & ~reset, written)
     assert cache._store.active_bytes == written.sum() * 2 * 2 * 64 * 4
+
+
+def test_a_past_that_is_written_anew_for_each_chunk_is_not_held_in_full_precision() -> None:
+    """`settle` is called where attention adds tokens of its own; a chunk being generated begins where others end."""
+    cache, plain = new_cache()
+    store = cache._store
+    for start, stop, held in ((0, 4, True), (0, 4, True), (4, 8, True), (0, 8, False), (0, 12, False), (0, 4, False)):
+        cache[:, start:stop] = plain[:, start:stop]
+        store.settle()
+        assert (store.active is not None) == held, (start, stop)
+    whole, plain = new_cache()
+    whole.copy_(plain)
+    assert whole._store.active is not None
+    whole._store.settle()
+    assert whole._store.active is None

@@ -256,7 +256,7 @@ CLIENTS = [
     ),
     Client(
         "AnyFlow-FAR", "a dict of tensors", "keys and values stacked in one tensor; flex_attention", anyflow,
-        calls=8, stable_from=7, exact=True, ratio=1.0,
+        calls=8, stable_from=7, exact=True, ratio=2.5,
     ),
     Client(
         "Wan-Animate-2", "WanAnimate2KVCache", "a fixed past, scattered into a buffer; flex_attention", wan_animate,
