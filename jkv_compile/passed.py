@@ -20,6 +20,7 @@ from .errors import ConfigurationError, NotRewrittenWarning
 from .geometry import four_dimensional
 from .hints import is_ignored
 from .report import GraphReport, Rejected
+from .runtime import Seen
 
 if TYPE_CHECKING:
     from .passes.handed import Attended, Handed
@@ -34,7 +35,7 @@ class Passed:
 
     def __init__(self) -> None:
         self._sources: dict[int, tuple[weakref.ref[Tensor], list[tuple[weakref.ref[Tensor], int]]]] = {}
-        self._attended: dict[int, weakref.ref[Tensor]] = {}
+        self.attended = Seen()  # the caches whose tokens came to attention
 
     def __bool__(self) -> bool:
         return bool(self._sources)
@@ -49,15 +50,6 @@ class Passed:
         key = id(output)
         refs = [(weakref.ref(cache), tokens) for cache, tokens in sources]
         self._sources[key] = weakref.ref(output, lambda _: self._sources.pop(key, None)), refs
-
-    def again(self, cache: Tensor) -> bool:
-        """Whether attention has been handed tokens of this very tensor before; remembers it."""
-        key = id(cache)
-        known = self._attended.get(key)
-        if known is not None and known() is cache:
-            return True
-        self._attended[key] = weakref.ref(cache, lambda _: self._attended.pop(key, None))
-        return False
 
 
 def handing_call(inner: Callable[..., Any], handed: Sequence[Handed], passed: Passed) -> Callable[..., Any]:
@@ -125,7 +117,7 @@ def _adopt(
                 return False
             known = caches.get(id(cache))
             caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
-    if not all([passed.again(cache) for cache, _, _ in caches.values()]):
+    if not all([passed.attended.before(cache) for cache, _, _ in caches.values()]):
         return False
     for cache, _, _ in caches.values():
         if cache.shape[-1] % head_dim or is_ignored(cache) or obstacle(cache) is not None:
