@@ -23,8 +23,6 @@ pytestmark = pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning"
 COMPILED = (  # one of each lowering
     "a fixed past, turned in halves after the read",
     "a concatenation that grows and is returned",
-    "keys and values stacked, batch of two",
-    "a whole buffer, heads repeated",
 )
 
 
