@@ -47,4 +47,4 @@ def attention(
     output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *widened, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )
-    return output[..., : values.shape[-1]], lse
+    return output[..., : values.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2), lse  # laid out as its own
