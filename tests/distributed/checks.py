@@ -36,13 +36,17 @@ from .models import (
     SingleProcess,
     TokenParallel,
     all_to_all_in_the_graph,
+    differentiable_all_to_all,
     hidden_all_to_all,
     replicated,
     rewritten_all_to_all,
 )
 from .models import new_cache as plain_cache
 
-ALL_TO_ALLS = {f.__name__: f for f in (all_to_all_in_the_graph, rewritten_all_to_all, hidden_all_to_all)}
+ALL_TO_ALLS = {
+    f.__name__: f
+    for f in (all_to_all_in_the_graph, rewritten_all_to_all, hidden_all_to_all, differentiable_all_to_all)
+}
 PACKED_8 = 1 + 4 / 32  # bytes of a channel at 8 bits, a step and a zero point for 32 of them
 
 
@@ -88,6 +92,10 @@ def head_parallel_rewritten(rank: int, ranks: int) -> None:
 
 def head_parallel_hidden(rank: int, ranks: int) -> None:
     head_parallel(rank, ranks, "hidden_all_to_all")
+
+
+def head_parallel_differentiable(rank: int, ranks: int) -> None:
+    head_parallel(rank, ranks, "differentiable_all_to_all")
 
 
 # ---- tokens parted over the ranks ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ def rewritten_all_to_all(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x)
     return out
+
+
+def differentiable_all_to_all(x: Tensor) -> Tensor:
+    """`torch.distributed.nn`'s own."""
+    return differentiable.all_to_all_single(torch.empty_like(x), x)
 
 
 class HeadParallel(Projections):

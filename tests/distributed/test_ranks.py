@@ -17,6 +17,7 @@ TWO = [
     "head_parallel",
     "head_parallel_rewritten",
     "head_parallel_hidden",
+    "head_parallel_differentiable",
     "token_parallel_rotated",
     "merged_by_hand",
     "context_parallel_runs_as_written",
