@@ -44,8 +44,7 @@ from .models import (
 from .models import new_cache as plain_cache
 
 ALL_TO_ALLS = {
-    f.__name__: f
-    for f in (all_to_all_in_the_graph, rewritten_all_to_all, hidden_all_to_all, differentiable_all_to_all)
+    f.__name__: f for f in (all_to_all_in_the_graph, rewritten_all_to_all, hidden_all_to_all, differentiable_all_to_all)
 }
 PACKED_8 = 1 + 4 / 32  # bytes of a channel at 8 bits, a step and a zero point for 32 of them
 
