@@ -12,41 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .layout import PLANES
+from .layout import PLANES, in_blocks, token_block
 
 BLOCK = 2048
 
 
-def _blocks(codes: Tensor, scales: Tensor, *tokens: int) -> list[int]:
-    """Token positions as positions in the scales.
-
-    Raises:
-        RuntimeError: a position lies inside of a block of tokens that share scales.
-    """
-    block = codes.shape[2] // scales.shape[3]
-    if any(token % block for token in tokens):
-        raise RuntimeError(f"jkv: tokens {list(tokens)} must be multiples of {block}, as so many tokens share a step")
-    return [token // block for token in tokens]
-
-
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
     stop = start + source.shape[2]
-    first, last = _blocks(codes, scales, start, stop)
-    block = codes.shape[2] // scales.shape[3]
+    first, last = in_blocks(codes, scales, start, stop)
+    block = token_block(codes, scales)
     new_codes, new_scales = reference.quantize(source, bits, source.shape[3] // scales.shape[2], block)
     codes[:, :, start:stop] = new_codes
     scales[:, :, :, first:last] = new_scales
 
 
 def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
-    first, to, count = _blocks(codes, scales, source, destination, length)
+    first, to, count = in_blocks(codes, scales, source, destination, length)
     codes[:, :, destination : destination + length] = codes[:, :, source : source + length].clone()
     scales[:, :, :, to : to + count] = scales[:, :, :, first : first + count].clone()
 
 
 def _scales_between(codes: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
     """One pair of scales for each token from `start` to `stop - 1`: `[B, H, G, n, 2]`."""
-    block = codes.shape[2] // scales.shape[3]
+    block = token_block(codes, scales)
     first, last = start // block, -(-stop // block)
     per_token = reference.per_token(scales[:, :, :, first:last], (last - first) * block)
     return per_token[:, :, :, start - first * block : stop - first * block]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .layout import in_blocks, token_block
 from .triton_append import append_kernel
 from .triton_attention import Meta, attention_kernel
 from .triton_config import (
@@ -30,7 +31,9 @@ from .triton_config import (
     ARCHITECTURES,
     DEQUANTIZE_BLOCK,
     MAX_FUSED_RANGES,
+    MAX_MOVE_STEPS,
     MAX_SPLITS,
+    MOVE_BLOCK,
     SLAB_BYTES,
     architecture_of,
     eighth_lanes,
@@ -40,6 +43,7 @@ from .triton_config import (
 from .triton_correction import prepare_kernel
 from .triton_dequantize import dequantize_kernel
 from .triton_merge import merge_kernel
+from .triton_move import move_kernel
 
 
 def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int) -> None:
@@ -64,20 +68,37 @@ def append_kv(
 
 def _append(key_codes, key_scales, key, value_codes, value_scales, value, start, key_bits, value_bits, stores) -> None:
     batch, heads, length, head_dim = key.shape
-    if key_scales.shape[3] != key_codes.shape[2] or value_scales.shape[3] != value_codes.shape[2]:
-        raise RuntimeError(
-            f"append to a cache whose {key_codes.shape[2]} tokens share {key_scales.shape[3]} blocks of steps: "
-            "GPUs write one step per token; quantize whole blocks with kernels.reference.quantize(block=...) instead"
-        )
+    blocks = token_block(key_codes, key_scales), token_block(value_codes, value_scales)
+    for codes, scales in ((key_codes, key_scales), (value_codes, value_scales)):
+        in_blocks(codes, scales, start, length)
     if length == 0 or batch * heads == 0:
         return
-    append_kernel[(_ceil_div(length, APPEND_BLOCK), batch * heads, stores)](
+    least = min(APPEND_BLOCK if block == 1 else block for block in blocks)
+    append_kernel[(_ceil_div(length, least), batch * heads, stores)](
         key_codes, key_scales, key, value_codes, value_scales, value,
         _code_strides(key_codes), _word_strides(key_scales), key.stride(),
         _code_strides(value_codes), _word_strides(value_scales), value.stride(),
         heads, length, start, APPEND_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
-        value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
+        value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]), *blocks,
+    )  # fmt: skip
+
+
+def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: int) -> None:
+    """Copy tokens `source …` to `destination …`, bit for bit; see `ops.move`."""
+    first, to, count = in_blocks(codes, scales, source, destination, length)
+    distance = min(abs(source - destination), length)
+    if distance == 0 or codes.numel() == 0:
+        return
+    if length > MAX_MOVE_STEPS * distance:  # too little is moved at a time: aside and back, with the whole device
+        codes[:, :, destination : destination + length] = codes[:, :, source : source + length].clone()
+        scales[:, :, :, to : to + count] = scales[:, :, :, first : first + count].clone()
+        return
+    batch, heads, _, width = codes.shape
+    groups = scales.shape[2]
+    move_kernel[(_ceil_div(distance, MOVE_BLOCK), batch * heads, 2)](
+        codes, scales, _code_strides(codes), _word_strides(scales), heads, source, destination, length, distance,
+        width, _power_of_2(width), groups, _power_of_2(groups), token_block(codes, scales), MOVE_BLOCK,
     )  # fmt: skip
 
 
@@ -100,7 +121,7 @@ def _dequantize(key_codes, key_scales, key, value_codes, value_scales, value, co
         heads, start, stop - start, first, total, DEQUANTIZE_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
         value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
-        _token_block(key_codes, key_scales), _token_block(value_codes, value_scales), n_columns,
+        token_block(key_codes, key_scales), token_block(value_codes, value_scales), n_columns,
     )  # fmt: skip
 
 
@@ -141,7 +162,7 @@ def attention(
 
     rows = heads // kv_heads * length
     architecture = architecture_of(query.device)
-    per_channel = _token_block(key_codes, key_scales) > 1 or _token_block(value_codes, value_scales) > 1
+    per_channel = token_block(key_codes, key_scales) > 1 or token_block(value_codes, value_scales) > 1
     groups = 1 if per_channel else key_scales.shape[2]
     meta, options = tile(architecture, head_dim, value_dim, _power_of_2(rows), query.dtype == torch.float32)
     crowded = mask is not None or 3 in (key_bits, value_bits)  # a tile of the mask, a second plane: registers too
@@ -215,15 +236,15 @@ def _unpack_once(meta: Meta, store, spans, arguments, correction: str) -> None:
     n_cached = sum(b - a for a, b in spans)
     columns = meta.COLUMNS if meta.CORRECTION == "taylor" else 0
     width = meta.HEAD_DIM + meta.VALUE_DIM + columns
-    token_block = _token_block(key_codes, key_scales)
+    block = token_block(key_codes, key_scales)
     group = query.shape[1] // kv_heads
     per_head = 2 * batch * n_cached * width
     if meta.CORRECTION == "block":
-        first_block = min(a for a, _ in spans) // token_block
-        blocks = slice(first_block, _ceil_div(max(b for _, b in spans), token_block))
+        first_block = min(a for a, _ in spans) // block
+        blocks = slice(first_block, _ceil_div(max(b for _, b in spans), block))
         per_head += 4 * batch * group * query.shape[2] * (blocks.stop - blocks.start)
         rows = [torch.arange(a, b, dtype=torch.int32, device=query.device) for a, b in spans]
-        block_of_row = torch.cat(rows) // token_block - first_block
+        block_of_row = torch.cat(rows) // block - first_block
     heads = min(kv_heads, max(1, SLAB_BYTES // per_head))
     scratch = query.new_empty(batch * heads * n_cached * width, dtype=torch.float16)
     for first in range(0, kv_heads, heads):
@@ -361,8 +382,3 @@ def _word_strides(scales: Tensor) -> tuple[int, ...]:
     if strides[3:] != (2, 1) or any(s % 2 for s in strides[:3]) or scales.storage_offset() % 2:
         raise ValueError(f"scales [B, H, G, S, 2] are stored token by token as pairs; found strides {strides}")
     return tuple(s // 2 for s in strides[:3])
-
-
-def _token_block(codes: Tensor, scales: Tensor) -> int:
-    """Tokens that share a step: 1, or more for per-channel steps."""
-    return codes.shape[2] // scales.shape[3]

@@ -30,10 +30,11 @@ from triton.compiler import ASTSource
 
 from .triton_append import append_kernel
 from .triton_attention import attention_kernel
-from .triton_config import APPEND_BLOCK, ARCHITECTURES, DEQUANTIZE_BLOCK, eighth_lanes, tile
+from .triton_config import APPEND_BLOCK, ARCHITECTURES, DEQUANTIZE_BLOCK, MOVE_BLOCK, eighth_lanes, tile
 from .triton_correction import prepare_kernel
 from .triton_dequantize import dequantize_kernel
 from .triton_merge import merge_kernel
+from .triton_move import move_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,11 +75,11 @@ def compile_for(target: GPUTarget, kernel: Any, signature: dict[str, Any], const
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     aligned = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], Any] = {}
-    if "mask_strides" in names:  # the last is 1, which the JIT makes a constant
-        constants = {**constants, (names.index("mask_strides"), 3): 1}  # type: ignore[dict-item]
-        types["mask_strides"] = ("i32", "i32", "i32", "constexpr")
     for i, name in enumerate(names):
         if "strides" in name:
+            if len(types[name]) == 4 and name != "output_strides":  # the last is 1, which the JIT makes a constant
+                constants = {**constants, (i, 3): 1}  # type: ignore[dict-item]
+                types[name] = (*types[name][:3], "constexpr")
             attributes |= {(i, j): aligned for j, kind in enumerate(types[name]) if kind == "i32"}
         elif isinstance(types[name], str) and types[name].startswith("*"):
             attributes[(i,)] = aligned
@@ -124,7 +125,9 @@ def _count(opcodes: Iterable[str], kinds: list[tuple[str, str]]) -> dict[str, in
     return counts
 
 
-def _loops(instructions: list[tuple[str, str | None]], labels: dict[str, int]) -> list[list[str]]:
+def _loops(
+    instructions: list[tuple[str, str | None]], labels: dict[str, int], kinds: list[tuple[str, str]]
+) -> list[list[str]]:
     """Opcodes of every innermost loop that holds a matrix instruction; instructions are (opcode, branch target)."""
     spans = [
         (labels[target], i)
@@ -132,7 +135,8 @@ def _loops(instructions: list[tuple[str, str | None]], labels: dict[str, int]) -
         if target is not None and labels.get(target, i + 1) <= i
     ]
     bodies = {(a, b): [opcode for opcode, _ in instructions[a : b + 1]] for a, b in spans}
-    with_mma = {span for span, body in bodies.items() if any(re.match(r".*(MMA|mfma)", opcode) for opcode in body)}
+    matrix = dict(kinds)["mma"]
+    with_mma = {span for span, body in bodies.items() if any(re.match(matrix, opcode) for opcode in body)}
     innermost = [s for s in with_mma if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in with_mma)]
     return [bodies[span] for span in sorted(innermost)]
 
@@ -154,7 +158,7 @@ def _inspect_nvidia(compiled: Any) -> tuple[int, int, list[list[str]]]:
         instructions.append((match[2], str(int(jump[1], 16)) if jump else None))
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     spills = sum(opcode.startswith(("LDL", "STL")) for opcode, _ in instructions)
-    return registers, spills, _loops(instructions, labels)
+    return registers, spills, _loops(instructions, labels, _NVIDIA_KINDS)
 
 
 def _inspect_amd(compiled: Any) -> tuple[int, int, list[list[str]]]:
@@ -171,7 +175,7 @@ def _inspect_amd(compiled: Any) -> tuple[int, int, list[list[str]]]:
     registers, spills = (
         int((re.search(rf"\.{key}\s*:?\s*(\d+)", code) or [0, 0])[1]) for key in ("vgpr_count", "vgpr_spill_count")
     )
-    return registers, spills, _loops(instructions, labels)
+    return registers, spills, _loops(instructions, labels, _AMD_KINDS)
 
 
 def occupancy(target: str, registers: int, shared_bytes: int, warps: int) -> int:
@@ -201,6 +205,7 @@ _STRIDES = {
     "query_strides": 3, "prepared_strides": 2, "key_store_strides": 3, "key_scale_strides": 3, "value_store_strides": 3,
     "value_scale_strides": 3, "bias_strides": 3, "key_strides": 3, "value_strides": 3, "mask_strides": 4,
     "output_strides": 4, "lse_strides": 2, "key_code_strides": 3, "value_code_strides": 3,
+    "code_strides": 3, "scale_strides": 3,
 }  # fmt: skip
 
 
@@ -238,7 +243,7 @@ def _compile_append(target: str, kernel: Any = append_kernel, head_dim: int = 12
         "BLOCK": APPEND_BLOCK if kernel is append_kernel else DEQUANTIZE_BLOCK, "KEY_BITS": 2,
         "KEY_GROUPS": head_dim // 32, "HEAD_DIM": head_dim,
         "KEY_EIGHTH": eighth_lanes(head_dim), "VALUE_BITS": 2, "VALUE_GROUPS": head_dim // 32, "VALUE_DIM": head_dim,
-        "VALUE_EIGHTH": eighth_lanes(head_dim), **constants,
+        "VALUE_EIGHTH": eighth_lanes(head_dim), "KEY_TOKEN_BLOCK": 1, "VALUE_TOKEN_BLOCK": 1, **constants,
     }  # fmt: skip
     types: dict[str, Any] = dict.fromkeys(("p_key_codes", "p_value_codes"), "*u8")
     types |= dict.fromkeys(("p_key_scales", "p_value_scales"), "*fp16")
@@ -250,7 +255,7 @@ def _compile_append(target: str, kernel: Any = append_kernel, head_dim: int = 12
 
 
 def _compile_dequantize(target: str):
-    return _compile_append(target, dequantize_kernel, KEY_TOKEN_BLOCK=1, VALUE_TOKEN_BLOCK=1, COLUMNS=16)
+    return _compile_append(target, dequantize_kernel, COLUMNS=16)
 
 
 def _compile_prepare(target: str):
@@ -266,6 +271,13 @@ def _compile_merge(target: str):
     return compile_for(TARGETS[target], merge_kernel, signature, constants, num_warps=4)
 
 
+def _compile_move(target: str):
+    signature = _signature(move_kernel, p_codes="*u8", p_scales="*fp16")
+    constants = {"WIDTH": 32, "WIDTH_PADDED": 32, "GROUPS": 4, "GROUPS_PADDED": 4, "TOKEN_BLOCK": 1}
+    constants["BLOCK"] = MOVE_BLOCK
+    return compile_for(TARGETS[target], move_kernel, signature, constants, num_warps=4)
+
+
 _FUSED: dict[str, Any] = {"CACHED": "packed", "CORRECTION": "taylor"}
 _DENSE: dict[str, Any] = {"CACHED": "dense", "CORRECTION": "taylor"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -273,12 +285,14 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused": (_compile_attention, _FUSED),
     "unpack_once": (_compile_attention, _DENSE),
     "append_kv": (_compile_append, {}),
+    "append_kv_per_channel": (_compile_append, {"KEY_GROUPS": 128, "KEY_TOKEN_BLOCK": 32}),
+    "move": (_compile_move, {}),
     "dequantize": (_compile_dequantize, {}),
     "prepare": (_compile_prepare, {}),
     "merge": (_compile_merge, {}),
     "decode": (_compile_attention, {**_FUSED, "rows": 16, "SPLIT": True, "GROUPED": True}),
 }
-"""What `make kernels` shows: head_dim 128, 2 bits, group size 32."""
+"""What `make kernels` shows: head_dim 128, 2 bits, group size 32 (per channel: blocks of 32 tokens)."""
 
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused_3_bits": (_compile_attention, {**_FUSED, "KEY_BITS": 3, "VALUE_BITS": 3, "BLOCK_N": 64}),

@@ -57,6 +57,23 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return codes
 
 
+def token_block(codes: Tensor, scales: Tensor) -> int:
+    """How many tokens share a pair of scales: 1, or more where steps are those of channels."""
+    return codes.shape[2] // scales.shape[3] if scales.shape[3] else 1
+
+
+def in_blocks(codes: Tensor, scales: Tensor, *tokens: int) -> list[int]:
+    """Token positions as positions in the scales.
+
+    Raises:
+        RuntimeError: a position lies inside of a block of tokens that share scales.
+    """
+    block = token_block(codes, scales)
+    if any(token % block for token in tokens):
+        raise RuntimeError(f"jkv: tokens {list(tokens)} must be multiples of {block}, as so many tokens share a step")
+    return [token // block for token in tokens]
+
+
 def packed_bytes(shape: tuple[int, int, int, int], bits: int, group_size: int) -> int:
     """Bytes of a packed cache of logical shape `[B, H, S, D]`: codes and scales."""
     batch, heads, tokens, head_dim = shape

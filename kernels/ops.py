@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, quantizers
+from .layout import in_blocks
 
 library = torch.library.Library("jkv", "DEF")
 _TAGS = (torch.Tag.flexible_layout,)  # kernels take any strides: Inductor need not copy inputs into a layout
@@ -94,13 +95,15 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
 
     Args:
         codes: uint8 `[B, H, S, D · bits / 8]`, mutated.
-        scales: float16 `[B, H, G, S, 2]`, mutated.
+        scales: float16 `[B, H, G, S, 2]`, mutated; or `[B, H, G, S / block, 2]`, where a block of tokens shares its
+            steps (with G = D, per-channel steps: KIVI, arXiv 2402.02750).
         source: float32, float16 or bfloat16, any strides; must not alias the cache.
         start: first token written.
         bits: 2, 3, 4 or 8.
 
     Raises:
-        RuntimeError: the range does not lie within the cache; nothing has been written then.
+        RuntimeError: the range does not lie within the cache, or is not made of whole blocks; nothing has been written
+            then.
     """
     if start < 0 or start + source.shape[2] > codes.shape[2]:
         raise RuntimeError(
@@ -129,6 +132,8 @@ def append_kv(
             f"jkv::append_kv: tokens {start}:{stop} do not lie within caches of {key_codes.shape[2]} and "
             f"{value_codes.shape[2]} tokens, or keys {tuple(key.shape)} and values {tuple(value.shape)} differ"
         )
+    in_blocks(key_codes, key_scales, start, stop)
+    in_blocks(value_codes, value_scales, start, stop)
     if key_codes.device.type == "cuda" and key.numel():
         _kernels(key_codes.device).append_kv(
             key_codes, key_scales, value_codes, value_scales, key, value, start, key_bits, value_bits
@@ -145,20 +150,17 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
             raise RuntimeError(
                 f"jkv::move: tokens {first}:{first + length} do not lie within the cache's {codes.shape[2]} tokens"
             )
-    if codes.device.type == "cpu":
-        cpu.move(codes, scales, source, destination, length)
-        return
-    codes[:, :, destination : destination + length] = codes[:, :, source : source + length].clone()
-    scales[:, :, :, destination : destination + length] = scales[:, :, :, source : source + length].clone()
+    _kernels(codes.device).move(codes, scales, source, destination, length)
 
 
 def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
     """Set tokens `start … stop - 1` to a number that float16 holds exactly (zero, as a rule)."""
     if not 0 <= start <= stop <= codes.shape[2]:
         raise RuntimeError(f"jkv::fill: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens")
+    first, last = in_blocks(codes, scales, start, stop)
     codes[:, :, start:stop] = 0
-    scales[:, :, :, start:stop, 0] = 0
-    scales[:, :, :, start:stop, 1] = value
+    scales[:, :, :, first:last, 0] = 0
+    scales[:, :, :, first:last, 1] = value
 
 
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,9 @@ Per token and group of channels, as `reference.quantize`, whose bits it reproduc
     code   = round_half_even((x - zero' - step') / (step' / 2^b)), clamped to 0 … 2^b - 1
 
 A group that holds a NaN or an infinity, or spans more than float32 can hold, gets NaN scales and codes 0.
+
+Where a block of tokens shares its steps (KIVI, arXiv 2402.02750, has one per channel and block), min and max are taken
+over the block, too, by the one program that writes it.
 """
 
 from __future__ import annotations
@@ -62,6 +65,17 @@ def _store_plane(p_plane, b_codes, m_token, PLANE_BITS: tl.constexpr, SHIFT: tl.
 
 
 @triton.jit
+def _store_planes(p_token, b_codes, m_token, BITS: tl.constexpr, EIGHTH: tl.constexpr,
+                  EIGHTH_PADDED: tl.constexpr):  # fmt: skip
+    """Codes `[N, 8, EIGHTH_PADDED]` of tokens; p_token `[N]`."""
+    if BITS == 3:
+        _store_plane(p_token, b_codes, m_token, 2, 0, EIGHTH, EIGHTH_PADDED)
+        _store_plane(p_token + 2 * EIGHTH, b_codes, m_token, 1, 2, EIGHTH, EIGHTH_PADDED)
+    else:
+        _store_plane(p_token, b_codes, m_token, BITS, 0, EIGHTH, EIGHTH_PADDED)
+
+
+@triton.jit
 def _append_block(p_codes, p_scales, p_source, code_strides, scale_strides, source_strides, i_batch, i_head, i_token,
                   m_token, start, BITS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
                   EIGHTH_PADDED: tl.constexpr):  # fmt: skip
@@ -102,11 +116,75 @@ def _append_block(p_codes, p_scales, p_source, code_strides, scale_strides, sour
 
     p_plane = p_codes + i_batch * code_strides[0] + i_head * code_strides[1]
     p_plane += (start + i_token).to(tl.int64) * code_strides[2]
-    if BITS == 3:
-        _store_plane(p_plane, b_codes, m_token, 2, 0, EIGHTH, EIGHTH_PADDED)
-        _store_plane(p_plane + 2 * EIGHTH, b_codes, m_token, 1, 2, EIGHTH, EIGHTH_PADDED)
-    else:
-        _store_plane(p_plane, b_codes, m_token, BITS, 0, EIGHTH, EIGHTH_PADDED)
+    _store_planes(p_plane, b_codes, m_token, BITS, EIGHTH, EIGHTH_PADDED)
+
+
+@triton.jit
+def _append_shared_steps(p_codes, p_scales, p_source, code_strides, scale_strides, source_strides, i_batch, i_head,
+                         i_block, start, BITS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                         EIGHTH_PADDED: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Block `i_block` of the source, whose tokens share their steps; a block of any length, a tile at a time.
+
+    The second sweep over its tokens finds them in the L1 cache: memory is read once.
+    """
+    EIGHTH: tl.constexpr = HEAD_DIM // 8
+    GROUP: tl.constexpr = HEAD_DIM // GROUPS
+    i_rest = tl.arange(0, EIGHTH_PADDED)
+    m_lane = tl.broadcast_to((i_rest < EIGHTH)[None, :], (8, EIGHTH_PADDED))
+    i_channel = tl.arange(0, 8)[:, None] * EIGHTH + i_rest[None, :]  # [8, EIGHTH_PADDED]
+    i_tile = tl.arange(0, TILE)
+    p_x = p_source + i_batch * source_strides[0] + i_head * source_strides[1]
+    p_x += (i_block * TOKEN_BLOCK + i_tile).to(tl.int64)[:, None, None] * source_strides[2]
+    p_x += (i_channel * source_strides[3])[None, :, :]  # [TILE, 8, EIGHTH_PADDED]
+
+    b_low = tl.full((TILE, 8, EIGHTH_PADDED), float("inf"), tl.float32)
+    b_high = tl.full((TILE, 8, EIGHTH_PADDED), -float("inf"), tl.float32)
+    b_bad = tl.zeros((TILE, 8, EIGHTH_PADDED), tl.int32)
+    for i_first in range(0, TOKEN_BLOCK, TILE):
+        m_x = (i_first + i_tile < TOKEN_BLOCK)[:, None, None] & m_lane[None, :, :]
+        b_x = tl.load(p_x + i_first * source_strides[2], mask=m_x, other=0.0).to(tl.float32)
+        b_low = tl.minimum(b_low, tl.where(m_x, b_x, float("inf")))
+        b_high = tl.maximum(b_high, tl.where(m_x, b_x, -float("inf")))
+        b_bad |= (tl.abs(b_x) <= FLOAT32_MAX).to(tl.int32) ^ 1  # NaN compares false
+    b_low, b_high, b_bad = tl.min(b_low, 0), tl.max(b_high, 0), tl.max(b_bad, 0)  # [8, EIGHTH_PADDED]
+    if GROUPS < HEAD_DIM:  # every channel gets its group's range
+        for g in range(GROUPS):
+            m_group = (i_channel // GROUP == g) & m_lane
+            b_low = tl.where(m_group, tl.min(tl.min(tl.where(m_group, b_low, float("inf")), 1), 0), b_low)
+            b_high = tl.where(m_group, tl.max(tl.max(tl.where(m_group, b_high, -float("inf")), 1), 0), b_high)
+            b_bad = tl.where(m_group, tl.max(tl.max(tl.where(m_group, b_bad, 0), 1), 0), b_bad)
+    b_step, b_zero, b_word, m_coded = _scales_of(b_low, b_high, b_bad == 0, BITS)
+
+    i_token = start + i_block * TOKEN_BLOCK
+    p_words = p_scales.to(tl.pointer_type(tl.int32)) + i_batch * scale_strides[0] + i_head * scale_strides[1]
+    p_words += i_channel // GROUP * scale_strides[2] + i_token // TOKEN_BLOCK
+    tl.store(p_words, b_word, mask=m_lane & (i_channel % GROUP == 0))
+    p_plane = p_codes + i_batch * code_strides[0] + i_head * code_strides[1]
+    p_plane += (i_token + i_tile).to(tl.int64) * code_strides[2]
+    for i_first in range(0, TOKEN_BLOCK, TILE):
+        m_token = i_first + i_tile < TOKEN_BLOCK
+        m_x = m_token[:, None, None] & m_lane[None, :, :]
+        b_x = tl.load(p_x + i_first * source_strides[2], mask=m_x, other=0.0).to(tl.float32)
+        b_codes = _codes_of(b_x, b_step[None, :, :], b_zero[None, :, :], m_coded[None, :, :], BITS)
+        _store_planes(p_plane + i_first * code_strides[2], b_codes, m_token, BITS, EIGHTH, EIGHTH_PADDED)
+
+
+@triton.jit
+def _append_store(p_codes, p_scales, p_source, code_strides, scale_strides, source_strides, i_batch, i_head, length,
+                  start, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                  EIGHTH_PADDED: tl.constexpr, TOKEN_BLOCK: tl.constexpr):  # fmt: skip
+    i_block = tl.program_id(0)
+    if TOKEN_BLOCK == 1:
+        i_token = i_block * BLOCK + tl.arange(0, BLOCK)
+        _append_block(
+            p_codes, p_scales, p_source, code_strides, scale_strides, source_strides, i_batch, i_head, i_token,
+            i_token < length, start, BITS, GROUPS, HEAD_DIM, EIGHTH_PADDED,
+        )  # fmt: skip
+    elif i_block * TOKEN_BLOCK < length:  # the grid may be the other store's, of shorter blocks
+        _append_shared_steps(
+            p_codes, p_scales, p_source, code_strides, scale_strides, source_strides, i_batch, i_head, i_block, start,
+            BITS, GROUPS, HEAD_DIM, EIGHTH_PADDED, TOKEN_BLOCK, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "length", "start"])
@@ -115,19 +193,21 @@ def append_kernel(
     key_strides, value_code_strides, value_scale_strides, value_strides, heads, length, start, BLOCK: tl.constexpr,
     KEY_BITS: tl.constexpr, KEY_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_EIGHTH: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_GROUPS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_EIGHTH: tl.constexpr,
+    KEY_TOKEN_BLOCK: tl.constexpr, VALUE_TOKEN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (token blocks, batch · heads, 1 for keys alone or 2 for keys and values)."""
+    """Grid: (blocks of tokens, batch · heads, 1 for keys alone or 2 for keys and values).
+
+    A block is `BLOCK` tokens, or so many as share a step where they do; start and length are multiples of those.
+    """
     i_batch = (tl.program_id(1) // heads).to(tl.int64)
     i_head = (tl.program_id(1) % heads).to(tl.int64)
-    i_token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_token = i_token < length
     if tl.program_id(2) == 0:
-        _append_block(
+        _append_store(
             p_key_codes, p_key_scales, p_key, key_code_strides, key_scale_strides, key_strides, i_batch, i_head,
-            i_token, m_token, start, KEY_BITS, KEY_GROUPS, HEAD_DIM, KEY_EIGHTH,
+            length, start, BLOCK, KEY_BITS, KEY_GROUPS, HEAD_DIM, KEY_EIGHTH, KEY_TOKEN_BLOCK,
         )  # fmt: skip
     else:
-        _append_block(
+        _append_store(
             p_value_codes, p_value_scales, p_value, value_code_strides, value_scale_strides, value_strides, i_batch,
-            i_head, i_token, m_token, start, VALUE_BITS, VALUE_GROUPS, VALUE_DIM, VALUE_EIGHTH,
+            i_head, length, start, BLOCK, VALUE_BITS, VALUE_GROUPS, VALUE_DIM, VALUE_EIGHTH, VALUE_TOKEN_BLOCK,
         )  # fmt: skip

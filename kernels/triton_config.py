@@ -23,7 +23,10 @@ MAX_FUSED_RANGES = 4
 
 MAX_SPLITS = 64
 
-APPEND_BLOCK, DEQUANTIZE_BLOCK = 16, 64
+MAX_MOVE_STEPS = 64
+"""How often a program may go on by the distance of a move, which it does one step after the other (`triton_move`)."""
+
+APPEND_BLOCK, DEQUANTIZE_BLOCK, MOVE_BLOCK = 16, 64, 64
 """Tokens per program; appending holds a program's tokens in registers, in float32."""
 
 

@@ -21,6 +21,11 @@ def packed(tokens: int = 12, heads: int = 2, head_dim: int = 64, bits: int = 2, 
     return reference.quantize(torch.randn(1, heads, tokens, head_dim), bits, group_size)
 
 
+def per_channel(tokens: int = 32, block: int = 8):
+    """One step per channel and block of tokens (KIVI)."""
+    return reference.quantize(torch.randn(1, 2, tokens, 64), 2, 1, block)
+
+
 def attention_arguments(
     length: int = 3, current: int = 4, ranges=(0, 4, 6, 9), mask=None, causal=False, heads: int = 4
 ):
@@ -51,7 +56,9 @@ CALLS = {
     "append": lambda: (*packed(), torch.randn(1, 2, 5, 64), 3, 2),
     "append of another dtype": lambda: (*packed(bits=8), torch.randn(1, 5, 2, 64).bfloat16().transpose(1, 2), 3, 8),
     "append_kv": lambda: (*packed(), *packed(bits=4), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64), 3, 2, 4),
+    "append of blocks of tokens": lambda: (*per_channel(), torch.randn(1, 2, 16, 64), 8, 2),
     "move": lambda: (*packed(), 2, 4, 6),
+    "move of blocks of tokens": lambda: (*per_channel(), 8, 0, 16),
     "fill": lambda: (*packed(), 2, 4, 0.0),
     "dequantize": lambda: (*packed(bits=3), 2, 9, 3, torch.bfloat16),
     "dequantize of nothing": lambda: (*packed(bits=3), 2, 2, 3, torch.bfloat16),
@@ -171,6 +178,26 @@ def test_range_outside_of_the_cache_is_an_error_and_changes_nothing(name):
     ):
         OUT_OF_RANGE[name](cache)
     assert all(torch.equal(a, b) for a, b in zip(cache, before))
+
+
+def test_blocks_of_tokens_that_share_steps_are_written_whole_or_not_at_all():
+    codes, scales = per_channel()
+    before = codes.clone(), scales.clone()
+    for call in (
+        lambda: ops.append(codes, scales, torch.randn(1, 2, 8, 64), 4, 2),
+        lambda: ops.append_kv(*packed(32), codes, scales, *torch.randn(2, 1, 2, 4, 64), 8, 2, 2),
+        lambda: ops.move(codes, scales, 8, 4, 16),
+        lambda: ops.fill(codes, scales, 0, 9, 0.0),
+    ):
+        with pytest.raises(RuntimeError, match="must be multiples of 8"):
+            call()
+    assert torch.equal(codes, before[0]) and torch.equal(scales, before[1])
+    ops.fill(codes, scales, 8, 24, 1.5)
+    filled = ops.dequantize(codes, scales, 0, 32, 2, torch.float32)
+    assert (filled[:, :, 8:24] == 1.5).all()
+    expected = reference.dequantize(*before, 2)
+    torch.testing.assert_close(filled[:, :, :8], expected[:, :, :8])
+    torch.testing.assert_close(filled[:, :, 24:], expected[:, :, 24:])
 
 
 # ---- quantization, by hand ----

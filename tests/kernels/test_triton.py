@@ -154,6 +154,76 @@ def test_append_kv_is_two_appends_in_one_launch():
     assert all(torch.equal(a, b) for a, b in zip(joint, apart))
 
 
+@pytest.mark.parametrize(
+    "head_dim, group, block, bits, dtype",
+    [
+        (64, 1, 32, 2, torch.bfloat16), (96, 1, 8, 3, torch.float32), (128, 1, 20, 4, torch.float16),
+        (96, 32, 16, 2, torch.float32),
+    ],
+)  # fmt: skip
+def test_append_of_blocks_of_tokens_that_share_steps(head_dim, group, block, bits, dtype):
+    """KIVI's keys (one step per channel and block) beside per-token values, in one launch; and by themselves."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 1, 2, 2 * block, head_dim).to(DEVICE, dtype)
+    key[0, 0, 3, 5], key[0, 1, 2, head_dim - 1], key[0, 0, block:, 7] = float("nan"), float("inf"), 2.0
+    key_codes = torch.zeros(1, 2, 4 * block, packed_width(head_dim, bits), dtype=torch.uint8, device=DEVICE)
+    key_scales = torch.zeros(1, 2, head_dim // group, 4, 2, dtype=torch.float16, device=DEVICE)
+    value_codes = torch.zeros(1, 2, 4 * block, packed_width(head_dim, 2), dtype=torch.uint8, device=DEVICE)
+    value_scales = torch.zeros(1, 2, 1, 4 * block, 2, dtype=torch.float16, device=DEVICE)
+    alone = key_codes.clone(), key_scales.clone()
+    gpu.append_kv(key_codes, key_scales, value_codes, value_scales, key, value, block, bits, 2)
+    gpu.append(*alone, key, block, bits)
+    codes, scales = reference.quantize(key, bits, group, block)
+    assert torch.equal(key_codes[:, :, block : 3 * block], codes)
+    assert torch.equal(key_scales[:, :, :, 1:3].contiguous().view(torch.int32), scales.view(torch.int32))
+    assert scales.isnan().sum() == 4  # of two groups in one block each
+    assert torch.equal(alone[0], key_codes) and torch.equal(alone[1].view(torch.int16), key_scales.view(torch.int16))
+    assert not key_codes[:, :, :block].any() and not key_scales[:, :, :, 3].any()
+    codes, scales = reference.quantize(value, 2, head_dim)
+    assert torch.equal(value_codes[:, :, block : 3 * block], codes)
+    assert torch.equal(value_scales[:, :, :, block : 3 * block], scales)
+
+
+def test_append_of_part_of_a_block_is_an_error_and_changes_nothing():
+    codes = torch.zeros(1, 1, 32, 16, dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(1, 1, 64, 2, 2, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="must be multiples of 16"):
+        gpu.append(codes, scales, torch.randn(1, 1, 16, 64, device=DEVICE), 8, 2)
+    assert not codes.any() and not scales.any()
+
+
+MOVES = {
+    "to the left, overlapping": (70, 10, 110),
+    "to the right, overlapping": (10, 70, 110),
+    "apart": (0, 100, 60),
+    "by one, so that it goes aside": (1, 0, 199),
+    "by nothing": (20, 20, 100),
+    "of nothing": (20, 30, 0),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_move_copies_packed_tokens_bit_for_bit(name):
+    torch.manual_seed(0)
+    source, destination, length = MOVES[name]
+    codes, scales = quantized(2, 2, 96, 3, 32)
+    expected = codes.clone(), scales.clone()
+    expected[0][:, :, destination : destination + length] = codes[:, :, source : source + length]
+    expected[1][:, :, :, destination : destination + length] = scales[:, :, :, source : source + length]
+    gpu.move(codes, scales, source, destination, length)
+    assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
+
+
+def test_move_takes_the_steps_of_blocks_along_and_leaves_other_heads_alone():
+    torch.manual_seed(0)
+    codes, scales = (t.to(DEVICE) for t in reference.quantize(torch.randn(1, 3, 160, 64), 2, 1, 16))
+    expected = codes.clone(), scales.clone()
+    expected[0][:, 1:2, 16:112] = codes[:, 1:2, 64:160]
+    expected[1][:, 1:2, :, 1:7] = scales[:, 1:2, :, 4:10]
+    gpu.move(codes[:, 1:2], scales[:, 1:2], 64, 16, 96)
+    assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_attention_in_every_dtype(dtype):
     check(dtype=dtype, head_dim=128)
@@ -266,6 +336,15 @@ def test_attention_without_cached_or_without_current_keys():
     check(current=0)
 
 
+def test_attention_beside_a_cache_of_no_tokens():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 5, 64, device=DEVICE), torch.randn(1, 1, 9, 64, device=DEVICE)
+    empty = [t[:, :, :0] if i % 2 == 0 else t[:, :, :, :0] for i, t in enumerate(quantized(1, 1, 64, 2, 32) * 2)]
+    output, _ = gpu.attention(query, *empty, [], key, key, None, False, 0.125, 2, 2, "taylor")
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, scale=0.125, enable_gqa=True)
+    assert relative_error(output, expected) < FLOORS[torch.float32]
+
+
 @pytest.mark.parametrize("correction", ["none", "exact"])
 def test_attention_with_other_corrections(correction):
     check(correction=correction, queries=16, head_dim=64)
@@ -359,6 +438,7 @@ def test_launches_and_allocations_depend_on_shapes_alone(path, architecture, mon
         key = torch.randn(1, 1, 66, 64, device=DEVICE)
         with _Calls() as mode:
             gpu.append(*store[:2], key, 10, 2)
+            gpu.move(*store[:2], 60, 20, 120)
             gpu.attention(query, *store, [0, 190], key, key, None, False, 0.125, 2, 2, "taylor")
         recorded.append(mode.calls)
     assert recorded[0] == recorded[1]
