@@ -241,6 +241,13 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
     return gather(tensor.contiguous().unsqueeze(0), 0, group)
 
 
+def exchanged(tensor: Tensor, group: Any) -> Tensor:
+    """`tensor[i]` of this rank goes to rank i; the result's i-th came from there. A collective of its own, likewise."""
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.all_to_all_single(tensor.contiguous(), None, None, group)
+
+
 def is_dtensor(value: Any) -> bool:
     """Whether a value is a DTensor; does not import what it takes to make one."""
     module = sys.modules.get("torch.distributed.tensor")

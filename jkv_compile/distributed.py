@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .agreement import allow_different_configurations as allow_different_configurations
-from .compat import gathered
+from .compat import exchanged, gathered
 from .errors import ConfigurationError
 from .flat import pack_bytes as pack_bytes
 from .flat import unpack_bytes as unpack_bytes
@@ -26,6 +26,7 @@ __all__ = [
     "all_gather",
     "allow_different_configurations",
     "attention",
+    "context_parallel_attention",
     "exchange",
     "merge",
     "merge_across",
@@ -128,6 +129,37 @@ def sharded_attention(
         `[B, H, L, D]`, the same on every rank.
     """
     return merge_across(*attention(query, key, value, mask, scale=scale), group)[0]
+
+
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, group: Group = None
+) -> Tensor:
+    """Attention where queries, too, are parted over the ranks, evenly: what a ring computes, with queries that travel.
+
+    Keys and values stay where they are: each rank attends with all ranks' queries to its own, and gets the parts of its
+    own queries back. Traffic grows with the chunk, not with the cache.
+
+    Args:
+        query: this rank's `[B, H, L, D]`; all ranks have L of them.
+        key, value: this rank's tokens, `[B, H_kv, N, D]`, as slices of its own cache; N may be 0, and differ by rank.
+
+    Returns:
+        `[B, H, L, D]`, of this rank's queries.
+    """
+    group = dist.group.WORLD if group is None else group
+    out, lse = attention(gather_queries(query, group), key, value, scale=scale)
+    return merge_own(out, lse, dist.get_world_size(group), group)
+
+
+def gather_queries(query: Tensor, group: Group | str) -> Tensor:
+    """All ranks' `[B, H, L, D]`, one after the other: `[B, H, ranks · L, D]`."""
+    return gathered(query, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def merge_own(out: Tensor, lse: Tensor, ranks: int, group: Group | str) -> Tensor:
+    """Merge what all ranks found for this rank's queries: of `[B, H, ranks · L, D]` by rank, `[B, H, L, D]`."""
+    outs, lses = (exchanged(t.unflatten(2, (ranks, -1)).movedim(2, 0), group) for t in (out, lse))
+    return merge(outs.unbind(0), lses.unbind(0))[0]
 
 
 # ---- caches from rank to rank ----

@@ -15,6 +15,8 @@ from torch import Tensor
 from . import reference
 from .ops import _without_autocast, library
 
+# F.scaled_dot_product_attention itself: torch's context parallelism puts another function in its place for a while.
+sdpa = torch._C._nn.scaled_dot_product_attention
 _ROWS = 256  # query rows at a time where scores are held
 
 library.define(
@@ -60,10 +62,10 @@ def attention_dense(
     if correction == "exact":
         output = _exact(query, key, value, variance, mask, causal, scale, pairs)
     elif correction == "none":
-        output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+        output = sdpa(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     else:
         widened = with_correction(query, key, value, variance, scale, pairs)
-        output = F.scaled_dot_product_attention(*widened, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+        output = sdpa(*widened, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     return output[..., : value.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -137,7 +139,7 @@ def _exact(
         if causal:
             visible = columns <= torch.arange(first, first + q.shape[2], device=query.device)[:, None]
             bias = bias.masked_fill(~visible, -torch.inf)
-        parts.append(F.scaled_dot_product_attention(q, key, value, bias.to(q.dtype), scale=scale))
+        parts.append(sdpa(q, key, value, bias.to(q.dtype), scale=scale))
     return torch.cat(parts, 2)
 
 

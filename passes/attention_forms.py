@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
 from .. import kernels as kernels  # defines the operators
 from ..compat import is_dtensor
 from ..errors import ConfigurationError
+from ..kernels.dense import sdpa as sdpa
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ class AttentionCall:
         return value[0] if self.lse else value
 
 
-SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
+SDPA = (sdpa, aten.scaled_dot_product_attention.default)
 
 
 SDPA_LSE = torch.ops.jkv.sdpa_lse
@@ -90,7 +90,12 @@ def as_attention(node: Node) -> AttentionCall | None:
         names = ("query", "key", "value", "mask", "causal", "scale")
         query, key, value, mask, causal, scale = ({**dict(zip(names, node.args)), **node.kwargs}[n] for n in names)
         return AttentionCall(node, query, key, value, mask, causal, scale, 0.0, lse=True)  # type: ignore[arg-type]
-    if node.op != "call_function" or node.target not in SDPA or is_dtensor(node.meta["example_value"]):
+    return None if is_dtensor(node.meta.get("example_value")) else sdpa_call(node)
+
+
+def sdpa_call(node: Node) -> AttentionCall | None:
+    """What a call of `F.scaled_dot_product_attention` computes, on whatever kind of tensors; None for other nodes."""
+    if node.op != "call_function" or node.target not in SDPA:
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..compat import fake_mode_of
 from ..geometry import same
-from .attention_forms import FLEX, SPELLED, AttentionArguments, NotCanonical, as_attention
+from .attention_forms import FLEX, SPELLED, AttentionArguments, NotCanonical, as_attention, sdpa
+from .context_parallel import canonicalise_parted, parted_attention
 from .flex import canonicalise_flex
 from .nodes import example, identity, mutates, name_of
 from .sources import Sources
@@ -58,6 +58,10 @@ def canonicalise(graph: Graph, as_spelled: frozenset[str] = frozenset()) -> list
         if call is not None and example(call.query).dim() == 4:
             continue
         try:
+            if (parted := parted_attention(node)) is not None:
+                if sources.may_read_a_cache(parted.query, parted.key, parted.value):
+                    canonicalise_parted(graph, parted)
+                continue
             if returns_used_lse(node):
                 if sources.may_read_a_cache(*node.args[:3]):
                     canonicalise_with_lse(graph, node)
@@ -150,7 +154,7 @@ class _Writer:
         if not same(query.shape[1], key.shape[1]):
             keywords["enable_gqa"] = True
         steps = _steps_back(layout, split, grouped)
-        node = self.call(F.scaled_dot_product_attention, *canonical, value=self._unlaid(steps, split), **keywords)
+        node = self.call(sdpa, *canonical, value=self._unlaid(steps, split), **keywords)
         node.meta[SPELLED] = self.node.name
         for i, (name, *args) in enumerate(steps):
             node = self.call(name, node, *args, value=self.result if i == len(steps) - 1 else None)

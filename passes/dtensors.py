@@ -20,6 +20,7 @@ from ..compat import is_dtensor
 from ..packed import PackedKV
 from ..report import Rejected
 from .attention_forms import SDPA
+from .context_parallel import parted_attention
 from .describe import source_line
 from .nodes import CONCATENATIONS, COPIES, example, identity, mutates, name_of
 from .rewrite import copy_graph
@@ -85,7 +86,7 @@ def _rejections(gm: GraphModule, candidates: set[Node]) -> list[Rejected]:
     gathering = {r for node in reaches for r in reaches[node] if node in written or node.target in CONCATENATIONS}
     rejected = []
     for node in reaches:
-        if node.target not in SDPA or not is_dtensor(example(node.args[1])):
+        if node.target not in SDPA or not is_dtensor(example(node.args[1])) or parted_attention(node) is not None:
             continue
         placements = tuple(example(node.args[1]).placements)
         read = {r for a in node.args[1:3] if isinstance(a, Node) for r in reaches.get(a, ())}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from ..kernels.dense import grouped
 from ..kernels.quantizers import grid_of
 from .actions import Attend, Dense, Holder
-from .attention_forms import SDPA_LSE, AttentionCall
+from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
 from .nodes import example
 from .pieces import Pieces
@@ -37,7 +36,7 @@ def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
         grouped = example(call.query).shape[1] != attend.key_cache.shape[attend.key_axes[1]]
         args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, 0.0, call.is_causal
         keywords = {"scale": call.scale, "enable_gqa": bool(grouped)}
-        result = pieces.call(F.scaled_dot_product_attention, *args, **keywords)
+        result = pieces.call(sdpa, *args, **keywords)
     _replace(pieces, call, result, attend.value_cache if cached else None)
 
 
@@ -85,7 +84,7 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
     if delta is None or correction == "none":
         grouped = bool(example(call.query).shape[1] != example(call.key).shape[1])
         args = query, key, value, call.mask, 0.0, call.is_causal
-        attention = result = pieces.call(F.scaled_dot_product_attention, *args, scale=call.scale, enable_gqa=grouped)
+        attention = result = pieces.call(sdpa, *args, scale=call.scale, enable_gqa=grouped)
     else:
         groups, pairs = _groups(pieces, dense, uncertainty)
         variance = _variance(pieces, delta, groups, pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable
@@ -149,32 +150,84 @@ class Halves(nn.Module):
         return model.out(model.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-def context_parallel_runs_as_written(rank: int, ranks: int) -> None:
-    """torch's own context parallelism shows attention on DTensors parted along tokens: left as it is, and told of."""
-    backend = fresh_backend(group_size=16)
-    mesh, cache = init_device_mesh("cpu", (ranks,)), {name: torch.zeros(1, 2, 64, 16) for name in ("k", "v")}
-    own, past = slice(8 * rank, 8 * rank + 8), []
+class ContextParallel(Halves):
+    """Each rank has its part of every chunk, of its queries too, and attends to all of it."""
 
-    def step(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        end = start + k.shape[2]
-        cache["k"][:, :, start:end] = k
-        cache["v"][:, :, start:end] = v
-        return F.scaled_dot_product_attention(q, cache["k"][:, :, :end], cache["v"][:, :, :end])
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
 
-    compiled = torch.compile(step, backend=backend)
-    buffer = torch.zeros(1, 8 * ranks)
-    with torch.no_grad(), context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1]):
-        for call in range(2):
-            q, k, v = torch.randn(3, 1, 2, 8 * ranks, 16)
-            got = compiled(*(t[:, :, own].contiguous() for t in (q, k, v)), 8 * call)
-            past.append((k, v))
-            keys, values = (torch.cat(t, 2) for t in zip(*past))
-            torch.testing.assert_close(got, ((q @ keys.mT / 4).softmax(-1) @ values)[:, :, own])
-    assert not is_packed(cache["k"]) and not backend.memory().adopted
-    reasons = [r.reason for report in backend.reports for r in report.rejections]
-    assert reasons and all("DTensor of (Shard(dim=2),)" in r and classify(r) is Reason.SHARDED for r in reasons), (
-        reasons
+    def forward(self, x: Tensor, cache: dict[str, Tensor], held: int) -> Tensor:
+        own = x.shape[1] // self.ranks
+        q, k, v = self.model.project(x[:, self.rank * own : self.rank * own + own])
+        cache["k"][:, held - own : held] = k
+        cache["v"][:, held - own : held] = v
+        q, k, v = (t.transpose(1, 2) for t in (q, cache["k"][:, :held], cache["v"][:, :held]))
+        return self.model.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ContextParallelByCall(ContextParallel):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel.context_parallel_attention(q, k, v)
+
+
+class OwnTokensOnly(ContextParallel):
+    attend = staticmethod(F.scaled_dot_product_attention)  # PyTorch's own, whatever takes its place for a while
+
+
+class CausalContextParallel(ContextParallel):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def shards(ranks: int) -> Any:
+    """torch's own context parallelism, in which attention is that of all ranks' tokens."""
+    return context_parallel(init_device_mesh("cpu", (ranks,)), buffers=[torch.zeros(1, CHUNK)], buffer_seq_dims=[1])
+
+
+def context_parallel_packs(rank: int, ranks: int) -> None:
+    """Tokens stay packed where they are, and queries travel: torch's own, and a model that calls ours."""
+    own = CHUNK // ranks
+    for kind, around in ((ContextParallel, shards), (ContextParallelByCall, contextlib.nullcontext)):
+        backend = fresh_backend(inner="aot_eager")
+        model, cache = TokenParallel().requires_grad_(False), plain_cache()
+        compiled = torch.compile(kind(model, rank, ranks), backend=backend)
+
+        def step(x: Tensor, start: int, compiled=compiled, cache=cache, around=around) -> Tensor:
+            with around(ranks):
+                return compiled(x, cache, start // CHUNK * own + own)
+
+        beside_one_process(step, model, slice(rank * own, (rank + 1) * own))
+        assert is_packed(cache["k"]) and is_packed(cache["v"])
+        assert all(match.lowering == "fused" for report in backend.reports for match in report.matches)
+        assert not any(report.rejections for report in backend.reports)
+
+
+def causal_context_parallel_runs_as_written(rank: int, ranks: int) -> None:
+    """Ranks hold tokens in an order of torch's own there."""
+    backend, own = fresh_backend(), CHUNK // ranks
+    model = CausalContextParallel(TokenParallel().requires_grad_(False), rank, ranks)
+    compiled, cache, other, x = (
+        torch.compile(model, backend=backend),
+        plain_cache(),
+        plain_cache(),
+        torch.randn(1, 8, DIM),
     )
+    with shards(ranks), torch.no_grad():
+        torch.testing.assert_close(compiled(x, cache, own), model(x, other, own))
+    assert not is_packed(cache["k"])
+    assert ["a causal mask" in r.reason for report in backend.reports for r in report.rejections] == [True]
+
+
+def context_parallel_spares_what_it_does_not_reach(rank: int, ranks: int) -> None:
+    """Neither the model's attention nor what takes its place asks other ranks for anything."""
+    backend, own = fresh_backend(inner="aot_eager"), CHUNK // ranks
+    model = OwnTokensOnly(TokenParallel().requires_grad_(False), rank, ranks)
+    compiled, cache, other = torch.compile(model, backend=backend), plain_cache(), plain_cache()
+    with shards(ranks), torch.no_grad():
+        for call in range(1, 4):
+            x = torch.randn(1, CHUNK, DIM)
+            assert relative_error(compiled(x, cache, call * own), model(x, other, call * own)) < BOUND
+    assert is_packed(cache["k"]) and is_packed(cache["v"])
 
 
 # ---- DTensors and FSDP ----

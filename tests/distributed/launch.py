@@ -1,8 +1,7 @@
-"""Runs checks on several ranks: `python -m tests.distributed.launch RANKS FILE CHECK...`.
+"""What each rank runs: `torchrun --standalone --nproc-per-node RANKS -m tests.distributed.launch FILE CHECK...`.
 
-What a rank needs is imported once, and ranks are forked from there: imports are most of a small check's time. A rank
-whose check fails leaves at once, so that the others meet torch's own error instead of waiting; each writes what it found
-to `FILE.rank`, as `{check: "ok" or a traceback}`.
+A rank whose check fails leaves at once, so that nobody waits for it; each writes what it found to `FILE.rank`, as
+`{check: "ok" or a traceback}`.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from . import checks
 
 TIMEOUT = timedelta(seconds=40)  # of a collective; nothing here takes seconds unless a rank is gone
 
 
-def run_rank(rank: int, ranks: int, file: str, names: list[str]) -> None:
+def main(file: str, *names: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=ranks, timeout=TIMEOUT)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     found: dict[str, str] = {}
     for name in names:
         torch.manual_seed(0)
@@ -49,5 +48,4 @@ def run_rank(rank: int, ranks: int, file: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    ranks, file, *names = sys.argv[1:]
-    mp.start_processes(run_rank, (int(ranks), file, names), int(ranks), start_method="fork")
+    main(*sys.argv[1:])

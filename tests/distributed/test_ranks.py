@@ -1,4 +1,4 @@
-"""Several processes over loopback: what one process computes, within the bound of 8 bits, and bytes where they belong.
+"""Several processes under torchrun: what one process computes, within the bound of 8 bits, and bytes where they belong.
 
 All checks of a number of ranks share one launch (`launch`), as starting processes takes longer than most of them.
 """
@@ -20,7 +20,9 @@ TWO = [
     "head_parallel_differentiable",
     "token_parallel_rotated",
     "merged_by_hand",
-    "context_parallel_runs_as_written",
+    "context_parallel_packs",
+    "causal_context_parallel_runs_as_written",
+    "context_parallel_spares_what_it_does_not_reach",
     "dtensor_cache",
     "dtensors_used_across_ranks",
     "fsdp_per_block",
@@ -29,13 +31,14 @@ TWO = [
     "configurations_must_agree",
     "last_rank_dies",
 ]
-FOUR = ["head_parallel", "token_parallel", "caches_move"]
+FOUR = ["head_parallel", "token_parallel", "context_parallel_packs", "caches_move"]
 
 
 def launched(ranks: int, names: list[str], folder: Path) -> list[dict[str, str]]:
     """What every rank found, by check."""
-    command = [sys.executable, "-m", "tests.distributed.launch", str(ranks), str(folder / "found"), *names]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, "-m", "tests.distributed.launch", str(folder / "found"), *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     found = [folder / f"found.{rank}" for rank in range(ranks)]
     assert all(file.exists() for file in found), finished.stderr[-4000:]
