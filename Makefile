@@ -14,8 +14,9 @@ demo: $(INSTALLED)
 quality: $(INSTALLED)
 	$(RUN) -m examples.quality $(ARGS)
 
+# By files, on up to four processes: a file's tests share what takes long to start.
 test: $(INSTALLED)
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # A long run with eviction; ARGS="--chunks 2000".
 soak: $(INSTALLED)
