@@ -43,7 +43,8 @@ def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_siz
     """What a chunk costs between devices, over all layers and passes; and what moving one device's cache costs, once.
 
     heads: the all-to-alls of queries, keys, values and results of the chunk, which are in full precision anyhow.
-    tokens: results and log-sum-exps of every other device (`jkv_compile.distributed.sharded_attention`), or, where
+    tokens: results and log-sum-exps of every other device (`jkv_compile.distributed.sharded_attention`); where queries
+    are parted too, other devices' queries, and its share of their results (`context_parallel_attention`); or, where
     caches are passed round instead (ring attention), those of every other device.
     """
     share, rounds = share_of(model, devices, sharding), model.layers * model.passes
@@ -56,6 +57,8 @@ def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_siz
     if sharding == "tokens":
         partial = model.chunk * model.heads * (model.head_dim * BYTES_FULL + BYTES_LSE)
         result.append(Traffic("partial results, a chunk", rounds * others * partial, rounds * others * partial))
+        own = -(-model.chunk // devices) * model.heads * (2 * model.head_dim * BYTES_FULL + BYTES_LSE)
+        result.append(Traffic("queries passed round instead", rounds * others * own, rounds * others * own))
         ring = (others * model.passes * size for size in (share.full_bytes, share.bytes_of(bits, group_size)))
         result.append(Traffic("caches passed round instead", *ring))
     result.append(Traffic("its cache moved, once", share.full_bytes, share.bytes_of(bits, group_size)))

@@ -119,6 +119,7 @@ def test_command_line_plans_several_devices(capsys):
     assert "8 x h100" in text and "10,800 tokens, all weights" in text
     assert re.search(r"caches passed round instead +[\d.]+ +[\d.]+ +5\.33x", text)
     assert re.search(r"partial results, a chunk +[\d.]+ +[\d.]+ +same", text)
+    assert re.search(r"queries passed round instead +[\d.]+ +[\d.]+ +same", text)
     assert re.search(r"1 h +77,760,000 +1,779\.8 +no +333\.7 +no", text)
     assert "8 passes per chunk" in text
     assert plan.main(["--model", "self-forcing", "--seconds", "3600", "--devices", "4", "--shard-weights"]) == 0
