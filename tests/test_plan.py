@@ -98,7 +98,8 @@ def test_traffic_by_hand():
     # Of its own 5 tokens a device has half of the heads already: 2.5 tokens' worth, rounded down, per layer and pass.
     assert heads.full == heads.packed == 6 * 2 * (2 * 4 + 2 * 2) * 32 * 2
     assert (moved.full, moved.packed) == (share, share * 3 / 16)
-    partial, ring, moved = plan.traffic(model, 2, "tokens", 2, 32)
+    partial, queries, ring, moved = plan.traffic(model, 2, "tokens", 2, 32)
+    assert queries.full == queries.packed == 6 * 5 * 4 * (2 * 32 * 2 + 4)
     assert partial.full == partial.packed == 6 * 10 * 4 * (32 * 2 + 4)
     assert (ring.full, ring.packed) == (3 * share, 3 * share * 3 / 16)
     assert (moved.full, moved.packed) == (share, share * 3 / 16)
