@@ -10,6 +10,7 @@ from .errors import (
     JKVError,
     NoCachedAttentionError,
     NotRewrittenWarning,
+    OffloadWarning,
     PackedCacheError,
     PackedReadWarning,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryReport",
     "NoCachedAttentionError",
     "NotRewrittenWarning",
+    "OffloadWarning",
     "PackedCacheError",
     "PackedKV",
     "PackedReadWarning",

@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import EllipsisType
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.fx import GraphModule
 
 from .adopt import Written
 from .agreement import check_agreement
-from .compat import compile_inner
+from .compat import compile_inner, records_cuda_graphs
 from .config import Config, configure
-from .errors import NoCachedAttentionError, NotRewrittenWarning
+from .errors import ConfigurationError, NoCachedAttentionError, NotRewrittenWarning, OffloadWarning
 from .glimpse import Sightings, glimpsing_call
+from .offload import Offload
 from .passed import Passed, attending_call, handing_call
 from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
@@ -30,12 +32,14 @@ from .store import Family
 
 logger = logging.getLogger(__name__)
 
+LAYERS_AT_HAND = 2  # more in one graph, and offloading frees little
+
 
 class State:
     """What a configuration knows at run time; shared by all backends that are equal."""
 
     def __init__(self, config: Config) -> None:
-        self.stores = Family(config.correction)
+        self.stores = Family(config.correction, Offload() if config.offload else None)
         self.reports: list[GraphReport] = []
         self.written = Written()
         self.seen = Seen()
@@ -72,12 +76,15 @@ class JKVBackend:
 
     def memory(self) -> MemoryReport:
         """Bytes of the caches that backends of this configuration have packed and that are still alive."""
-        stores = list(self._state.stores)
+        stores, offload = list(self._state.stores), self._state.stores.offload
         return MemoryReport(
             adopted=len(stores),
             full_precision_bytes=sum(s.full_precision_bytes for s in stores),
             packed_bytes=sum(s.packed_bytes for s in stores),
             active_bytes=sum(s.active_bytes for s in stores),
+            host_bytes=sum(s.host_bytes for s in stores),
+            staging_bytes=offload.peak_bytes if offload else 0,
+            traffic=replace(offload.traffic) if offload else None,
         )
 
     @property
@@ -95,6 +102,12 @@ class JKVBackend:
     ) -> Callable[..., Any]:
         """Compile one graph of Dynamo's. `mode` and `options` are passed on to Inductor."""
         check_agreement(self.config)
+        if self.config.offload and self.config.inner == "inductor" and records_cuda_graphs(mode, options or {}):
+            raise ConfigurationError(
+                f"offload={self.config.offload!r} with CUDA graphs (mode={mode!r}): they are recorded for tensors that "
+                "stay where they are, and an offloaded cache is brought to another place in every call; use another "
+                'mode, such as "default" or "max-autotune-no-cudagraphs", or offload=None'
+            )
         on_shards, rejected = localise(gm)
         inputs = list(example_inputs) if on_shards is None else on_shards.arguments(example_inputs)
         if packed_inside(inputs):  # what this graph does to a shard is told by eager code only
@@ -129,7 +142,7 @@ class JKVBackend:
             if plan is not None and plan.rewritten is not None:
                 graph, inputs = plan.rewritten.graph, plan.inner_inputs(example_inputs)
             inner = compile_inner(graph, inputs, self.config.inner, mode, options or {})
-            return inner if graph is gm else packed_call(plan, inner)  # type: ignore[arg-type]
+            return inner if graph is gm else packed_call(plan, inner, state.stores)  # type: ignore[arg-type]
 
         if plan.outcome == "adopted":
             if plan.ignores:
@@ -161,7 +174,15 @@ class JKVBackend:
 
     def _complain(self, plan: Plan) -> None:
         """Nothing is left undone in silence: near misses warn, or raise where the user asked for it."""
-        report = plan.report
+        report, caches = plan.report, plan.rewritten.caches if plan.rewritten else {}
+        if self.config.offload and plan.outcome == "packed" and len(caches) > LAYERS_AT_HAND * 2:
+            warnings.warn(
+                f"jkv: one graph uses {len(caches)} caches: while it runs, all of them are on the device. Compile the "
+                "model's blocks one by one, `for block in model.blocks: block.compile(backend=backend)`, to have those "
+                "of two blocks there at a time",
+                OffloadWarning,
+                stacklevel=2,
+            )
         unasked = [r for r in report.rejections if r.kind is not Reason.IGNORED]
         if report.matches or not plan.attentions:
             if unasked:
@@ -186,7 +207,7 @@ def jkv_backend(
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
         preset: "quality", "balanced" or "memory": what measured best at 4.0, 5.3 and 6.4 times less memory
             (`config.PRESETS`). Settings that are given beside it replace the preset's.
-        settings: group_size, correction, quantizer, inner and strict, as `Config` describes them.
+        settings: group_size, correction, quantizer, inner, strict and offload, as `Config` describes them.
 
     Raises:
         ConfigurationError: one of them has a value that cannot work.

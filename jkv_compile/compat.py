@@ -108,6 +108,14 @@ def compile_inner(
     return compile_fx(gm, example_inputs, config_patches=patches or None)
 
 
+def records_cuda_graphs(mode: str | None, options: dict[str, Any]) -> bool:
+    """Whether Inductor would record CUDA graphs, told so by `torch.compile`'s `mode` and `options`, or by its config."""
+    from torch._inductor import config, list_mode_options
+
+    settings = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+    return bool(settings.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def fake_mode_of(tensor: Tensor) -> FakeTensorMode | None:
     """The fake mode that a fake tensor belongs to; Dynamo's own differs from the one that a backend is to use."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else None

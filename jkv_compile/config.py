@@ -12,6 +12,7 @@ from .kernels.quantizers import QUANTIZERS
 Correction = Literal["taylor", "exact", "none"]
 Quantizer = Literal["rtn", "quarot", "unbiased"]
 Inner = Literal["inductor", "aot_eager", "eager"]
+Offload = Literal["cpu"]
 
 
 # What measured best at three sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x and 6.4x smaller
@@ -38,6 +39,8 @@ class Config:
             error is orthogonal to it (`kernels.quantizers`).
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
+        offload: "cpu" keeps packed caches in (pinned) host memory, and brings each to its device for the calls that use
+            it (`offload`); None keeps them where the model has them.
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -49,6 +52,7 @@ class Config:
     inner: Inner = "inductor"
     strict: bool = False
     quantizer: Quantizer = "rtn"
+    offload: Offload | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -72,6 +76,7 @@ class Config:
             ("quantizer", self.quantizer, QUANTIZERS),
             ("inner", self.inner, get_args(Inner)),
             ("strict", self.strict, (True, False)),
+            ("offload", self.offload, (None, *get_args(Offload))),
         ):
             if value not in allowed:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {allowed}")

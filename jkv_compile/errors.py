@@ -23,5 +23,9 @@ class PackedReadWarning(UserWarning):
     """A packed cache was read as a whole by an operation that needs full precision, and was dequantized for it."""
 
 
+class OffloadWarning(UserWarning):
+    """Caches are kept in host memory in a way that saves no device memory, or next to none."""
+
+
 class NotRewrittenWarning(UserWarning):
     """Attention over something that looks like a cache was left in full precision."""

@@ -58,11 +58,11 @@ def pack_bytes(cache: Tensor) -> Tensor:
         assert isinstance(copied, PackedKV)
         cache = copied
     store = cache._store
-    sections = [store.codes, store.scales] + ([store.active.data] if store.active else [])
+    sections = [*store.data()] + ([store.active.data] if store.active else [])
     sections = [t.contiguous().reshape(-1).view(torch.uint8) for t in sections]
     total = HEADER + sum(_padded(t.numel()) for t in sections)
     with torch.inference_mode(False):
-        buffer = torch.zeros(total, dtype=torch.uint8, device=store.codes.device)
+        buffer = torch.zeros(total, dtype=torch.uint8, device=store.device)
     at = HEADER
     for section in sections:
         buffer[at : at + section.numel()] = section

@@ -38,7 +38,7 @@ class PackedKV(torch.Tensor):
     def __new__(
         cls, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
     ) -> PackedKV:
-        return torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=store.codes.device)
+        return torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=store.device)
 
     def __init__(
         self, store: Store, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
@@ -46,9 +46,9 @@ class PackedKV(torch.Tensor):
         self._store = store
         self.offset = offset  # elements from where the tensor begins that the store replaces
         self._first_token = self._shadow = self._told = self._views = None
-        if not store.grows and not is_fake(store.codes):  # `dynamic=True` is meant for what does change
-            mark_static(store.codes)
-            mark_static(store.scales)
+        if not store.grows and not is_fake(store.memory[0]):  # `dynamic=True` is meant for what does change
+            for component in store.memory:
+                mark_static(component)
 
     # What torch.compile sees. Where a window begins reaches Dynamo as a *size*, of a tensor without bytes: sizes become
     # dynamic one by one, while storage offsets that are equal are taken to be one symbol. Everything else that a graph
@@ -75,7 +75,7 @@ class PackedKV(torch.Tensor):
         known = self._views.get(name)
         if known is None or known.data_ptr() != tensor.data_ptr():  # the store may have taken memory of its own
             with torch.inference_mode(tensor.is_inference()):
-                known = self._views[name] = tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload]  # no view: sizes of its own
+                known = self._views[name] = tensor.data  # no view: sizes of its own
             maybe_mark_dynamic(known, tokens)
         return known
 
@@ -84,7 +84,7 @@ class PackedKV(torch.Tensor):
         if self._first_token is None:
             offset, row = self.offset, self._store.strides[2]
             with torch.inference_mode(False):  # the same kind of tensor wherever it is asked for
-                self._first_token = self._store.codes.new_empty((MARGIN + offset // row, offset % row, 0))
+                self._first_token = self._store.memory[0].new_empty((MARGIN + offset // row, offset % row, 0))
             # Where a slice begins is likely to move; a whole cache stays where it is (but is not marked as if it did: a
             # slice may come to show all of it).
             if not is_fake(self._first_token) and self.numel() != self._store.numel:
@@ -105,7 +105,7 @@ class PackedKV(torch.Tensor):
         if self._told is None:
             store = self._store
             window, order = None, None
-            if store.grows and not is_fake(store.codes):
+            if store.grows and not is_fake(store.memory[0]):
                 window, order = self.find_window(), memory_order(store.shape, store.strides)
             if window is None or order is None or not all(window.covers(store.shape, a) for a in range(CHANNEL)):
                 self._told = store.shape, store.strides
@@ -160,7 +160,7 @@ class PackedKV(torch.Tensor):
     def dequantize_window(self) -> Tensor:
         """A plain tensor with this one's values, shape and dtype."""
         if self.numel() == 0:
-            return self._store.scales.new_empty(self.shape, dtype=self.dtype)
+            return self._store.memory[1].new_empty(self.shape, dtype=self.dtype)
         window = self.find_window()
         if window is not None:
             return window.from_canonical(self._store.read(window.starts, window.lengths, self.dtype))
@@ -221,11 +221,16 @@ class PackedKV(torch.Tensor):
         return self
 
     def is_shared(self) -> bool:
-        return self._store.codes.is_shared() and self._store.scales.is_shared()
+        return self._store.host is None and all(t.is_shared() for t in self._store.memory)
 
     def share_memory_(self) -> PackedKV:
-        self._store.codes.share_memory_()
-        self._store.scales.share_memory_()
+        if self._store.host is not None:
+            raise PackedCacheError(
+                "share_memory_() of an offloaded cache: its host memory belongs to this process; send it to others as "
+                "it is (they get a copy), or use jkv_compile.materialize first"
+            )
+        for component in self._store.memory:
+            component.share_memory_()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:

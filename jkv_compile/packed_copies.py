@@ -72,13 +72,15 @@ def pin_memory(source: PackedKV, device: Any = None) -> Any:
 
 @implements(aten.is_pinned.default)
 def is_pinned(source: PackedKV, device: Any = None) -> bool:
-    return source._store.codes.is_pinned()
+    host = source._store.host
+    return (source._store.memory if host is None else host.pages)[0].is_pinned()
 
 
 @implements(aten.record_stream.default)
 def record_stream(source: PackedKV, stream: Any) -> None:
-    for t in (source._store.codes, source._store.scales):
-        t.record_stream(stream)
+    if source._store.host is None:
+        for t in source._store.memory:
+            t.record_stream(stream)
 
 
 @implements(aten.cat.default)

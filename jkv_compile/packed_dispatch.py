@@ -40,7 +40,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kind == "composite":  # reaches this point whole in inference mode only
         return func.decompose(*args, **kwargs)
     source = next(a for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, PackedKV))
-    if is_fake(source._store.codes):
+    if is_fake(source._store.memory[0]):
         return _trace(func, args, kwargs)
     if (handler := HANDLERS.get(func)) is not None:
         result = handler(*args, **kwargs)
@@ -114,7 +114,7 @@ def _trace(func: Any, args: Any, kwargs: Any) -> Any:
         return written[0]
 
     def plain(x: PackedKV) -> Tensor:
-        return x._store.codes.new_empty(x.shape, dtype=x.dtype)
+        return x._store.memory[0].new_empty(x.shape, dtype=x.dtype)
 
     return func(*_map(plain, args), **_map(plain, kwargs))
 

@@ -17,7 +17,7 @@ from .packed_dispatch import warn_of_read
 
 
 def _without_data(packed: PackedKV) -> Tensor:
-    return packed._store.codes.new_empty(packed.shape, dtype=packed.dtype)
+    return packed._store.memory[0].new_empty(packed.shape, dtype=packed.dtype)
 
 
 def _fake(operator: Any, *args: Any) -> Any:

@@ -153,8 +153,8 @@ def packed_origin(source: Tensor, target: PackedKV, window: Window) -> Window | 
 
 def same_steps(one: Store, other: Store) -> bool:
     """Whether codes of two caches mean the same, and lie on the same device."""
-    return (one.bits, one.group_size, one.quantizer, one.shape[CHANNEL], one.codes.device.type) == (
-        other.bits, other.group_size, other.quantizer, other.shape[CHANNEL], other.codes.device.type,
+    return (one.bits, one.group_size, one.quantizer, one.shape[CHANNEL], one.device.type) == (
+        other.bits, other.group_size, other.quantizer, other.shape[CHANNEL], other.device.type,
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _plain(source: Tensor, shape: Sequence[int], store: Store) -> Tensor:
     """A full-precision source of a write, broadcast; a packed one that codes cannot be copied of is dequantized."""
     if isinstance(source, PackedKV):
         source = source.dequantize_window()
-    return source.detach().to(store.codes.device).expand(*shape)
+    return source.detach().to(store.device).expand(*shape)
 
 
 def _checked(index: Tensor, size: int) -> Tensor:

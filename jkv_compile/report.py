@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .offload import Traffic
 from .reasons import Reason, classify
 
 
@@ -17,12 +18,18 @@ class MemoryReport:
         full_precision_bytes: what they would take as they were allocated.
         packed_bytes: what they take: codes, steps, zero points, slack, and ranges held in full precision.
         active_bytes: the part of `packed_bytes` that is held in full precision.
+        host_bytes: the part of `packed_bytes` that is in host memory, with `offload="cpu"`.
+        staging_bytes: device memory that those caches were brought to: the most that it was at a time.
+        traffic: what went between the two; `ratio` of it tells how much less than in full precision.
     """
 
     adopted: int
     full_precision_bytes: int
     packed_bytes: int
     active_bytes: int = 0
+    host_bytes: int = 0
+    staging_bytes: int = 0
+    traffic: Traffic | None = None
 
     @property
     def ratio(self) -> float:
@@ -40,6 +47,14 @@ class MemoryReport:
             ("  of which current chunk", size_text(self.active_bytes)),
             ("ratio", f"{self.ratio:.2f}x"),
         ]
+        if self.traffic is not None:
+            rows += [
+                ("in host memory", size_text(self.host_bytes)),
+                ("device memory for calls", size_text(self.staging_bytes)),
+                ("moved to the device", size_text(self.traffic.to_device)),
+                ("moved back", size_text(self.traffic.from_device)),
+                ("less than in full precision", f"{self.traffic.ratio:.2f}x"),
+            ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value:>12}" for name, value in rows]
         if not self.adopted:

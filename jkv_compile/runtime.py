@@ -15,6 +15,7 @@ from .compat import as_function
 from .config import Config
 from .errors import NotRewrittenWarning
 from .hints import is_ignored, is_marked
+from .offload import HostMemory, Ranges, release, stage
 from .packed import PackedKV
 from .store import Active, Store
 
@@ -29,12 +30,15 @@ HALF_WRITTEN = (
 )
 
 
-def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Call `inner` with the components of packed caches; nothing else where the graph needs nothing else."""
+def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any) -> Callable[..., Any]:
+    """Call `inner` with the components of packed caches; nothing else where the graph needs nothing else.
+
+    Caches that nobody counts yet, as they have been loaded from a file, say, are counted among `stores` from then on.
+    """
     rewritten = plan.rewritten
     assert rewritten is not None
     inputs, written, kept = rewritten.inputs, rewritten.written, rewritten.kept
-    changed = [*written, *(keep.argument for keep in kept)]
+    changed, used = [*written, *(keep.argument for keep in kept)], list(rewritten.caches)
     finish = _finisher(plan) if rewritten.has_extra_outputs else None
 
     def call(*args: Any) -> Any:
@@ -43,36 +47,57 @@ def packed_call(plan: Plan, inner: Callable[..., Any]) -> Callable[..., Any]:
             args[argument]._store.settle()
         for argument in changed:
             args[argument]._store.own()
-        for argument, component in inputs:
-            value = args[argument]
-            if component == "first_token":
-                flat.append(value.first_token.shape[0])
-            else:
-                flat.append(value if component == "plain" else _component(value._store, component))
-        for argument in written:
-            args[argument]._store.active = None
-        for keep in kept:
-            args[keep.argument]._store.active = None
+        here = [args[argument]._store for argument in used]
+        for store in here:
+            if not store.is_counted:
+                store.join(stores)
+        offloaded = stage(here)
+        moved: dict[HostMemory, Ranges] | None = None
         try:
+            for argument, component in inputs:
+                value = args[argument]
+                if component == "first_token":
+                    flat.append(value.first_token.shape[0])
+                else:
+                    flat.append(value if component == "plain" else _component(value._store, component))
+            for argument in changed:
+                args[argument]._store.active = None
             outputs = inner(*flat)
+            moved = _moved(rewritten, args, changed, outputs) if offloaded else None
         except Exception as error:
             if changed:
                 error.add_note(HALF_WRITTEN)
             raise
+        finally:
+            if offloaded:
+                release(offloaded, moved)
         return outputs if finish is None else finish(args, outputs)
 
     return call
 
 
+def _moved(
+    rewritten: Rewritten, args: Sequence[Any], changed: Sequence[int], outputs: Sequence[Any]
+) -> dict[HostMemory, Ranges]:
+    """What a call has changed of offloaded caches: all that the cache holds, where the graph does not tell."""
+    moved: dict[HostMemory, Ranges] = {}
+    for argument in changed:
+        store, told = args[argument]._store, rewritten.changed.get(argument)
+        ranges = [(0, store.shape[2])] if told is None else [(outputs[a], outputs[b]) for a, b in told]
+        if store.host is not None:
+            moved[store.host] = [*moved.get(store.host, ()), *ranges]
+    return moved
+
+
 def _component(store: Store, component: str) -> Tensor:
     if component in ("codes", "scales"):
-        return store.memory[component == "scales"]
+        return store.staged[component == "scales"]
     active = store.active
     if component == "active_range":
         return torch.tensor(NO_RANGE if active is None else (active.start, active.stop))
     if active is None or active.data.shape[2] < 2:  # sizes 0 and 1 are special to compilers: never pass them
         batch, heads, _, head_dim = store.shape
-        padded = torch.zeros(batch, heads, 2, head_dim, dtype=store.dtype, device=store.codes.device)
+        padded = torch.zeros(batch, heads, 2, head_dim, dtype=store.dtype, device=store.device)
         if active is not None:
             padded[:, :, : active.data.shape[2]] = active.data
         return padded
@@ -131,7 +156,7 @@ def first_contact(
     """
     rewritten = plan.rewritten
     assert rewritten is not None
-    run_packed = packed_call(plan, rewritten.graph.forward)
+    run_packed = packed_call(plan, rewritten.graph.forward, stores)
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)

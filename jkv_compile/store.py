@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,23 +15,39 @@ from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .errors import PackedCacheError
 from .kernels import layout, reference
 from .kernels.quantizers import grid_of, grid_within
+from .offload import HostMemory, Offload, Parked
 
 _ops = torch.ops.jkv
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what `jkv::append` takes
 TOKEN, CHANNEL = 2, 3  # canonical axes are (batch, head, token, channel)
 
 
-@dataclass
 class Active:
     """The range that was written last, in full precision: the chunk being generated is never attended quantized."""
 
-    data: Tensor  # [B, H, stop - start, D]
-    start: int
-    stop: int
+    def __init__(self, data: Tensor, start: int, stop: int) -> None:
+        self._data: Tensor | Parked = data  # [B, H, stop - start, D]
+        self.start, self.stop = start, stop
+
+    @property
+    def data(self) -> Tensor:
+        """`[B, H, stop - start, D]`, on the device."""
+        if isinstance(self._data, Parked):
+            self._data = self._data.back()
+        return self._data
+
+    def park(self, host: HostMemory) -> None:
+        """Go to host memory, until it is asked for."""
+        if not isinstance(self._data, Parked):
+            self._data = Parked(self._data, host)
+
+    @property
+    def parked_bytes(self) -> int:
+        return self.nbytes if isinstance(self._data, Parked) else 0
 
     @property
     def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        return self._data.nbytes
 
 
 class Line:
@@ -50,11 +66,11 @@ class Line:
 
 
 class Family(weakref.WeakSet["Store"]):
-    """The stores of one configuration, and how it corrects attention."""
+    """The stores of one configuration, how it corrects attention, and whether they live in host memory."""
 
-    def __init__(self, correction: str) -> None:
+    def __init__(self, correction: str, offload: Offload | None = None) -> None:
         super().__init__()
-        self.correction = correction
+        self.correction, self.offload = correction, offload
 
 
 class Store:
@@ -85,7 +101,8 @@ class Store:
         self._codes, self._scales, self.quantizer = codes, scales, quantizer
         self._line: Line | None = None  # where its memory has room for more tokens, and who else lives there
         self._grid = grid_of(quantizer)
-        self.active: Active | None = None
+        self._active: Active | None = None
+        self.host: HostMemory | None = None  # where its data lives; then `_codes` and `_scales` have no memory
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self._family: Family | None = None
         self._renewed = 0  # how far the range written last has reached from the first token; -1, it has grown
@@ -111,17 +128,50 @@ class Store:
         return cls(shape, strides, dtype, bits, codes, scales, quantizer)
 
     @property
+    def device(self) -> torch.device:
+        return self._codes.device
+
+    @property
     def codes(self) -> Tensor:
-        return self._codes if self._line is None else self._codes.narrow(2, 0, self.shape[TOKEN])
+        return self.data()[0]
 
     @property
     def scales(self) -> Tensor:
-        return self._scales if self._line is None else self._scales.narrow(3, 0, self.shape[TOKEN])
+        return self.data()[1]
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales; of an offloaded cache, a copy on the device, which writes do not reach."""
+        if self.host is not None:
+            return self.host.read(0, self.shape[TOKEN])
+        if self._line is None:
+            return self._codes, self._scales
+        return self._codes.narrow(2, 0, self.shape[TOKEN]), self._scales.narrow(3, 0, self.shape[TOKEN])
 
     @property
     def memory(self) -> tuple[Tensor, Tensor]:
-        """`codes` and `scales` with the room behind them for more tokens: what compiled graphs are given."""
+        """Codes and scales with the room behind them for more tokens, as Dynamo sees them.
+
+        Those of an offloaded cache have no memory: they are to be asked for sizes, strides and their device only.
+        """
         return self._codes, self._scales
+
+    @property
+    def staged(self) -> tuple[Tensor, Tensor]:
+        """What compiled graphs are given for `memory`; of an offloaded cache, between `offload.stage` and `release`."""
+        if self.host is None:
+            return self._codes, self._scales
+        assert self.host.slot is not None
+        return self.host.slot.codes, self.host.slot.scales
+
+    @property
+    def active(self) -> Active | None:
+        return self._active
+
+    @active.setter
+    def active(self, active: Active | None) -> None:
+        self._active = active
+        if active is not None and self.host is not None and self.host.slot is None:  # otherwise with the slot
+            active.park(self.host)
 
     @property
     def owner(self) -> object:
@@ -132,7 +182,7 @@ class Store:
 
     @property
     def group_size(self) -> int:
-        return self.shape[CHANNEL] // self.scales.shape[2]
+        return self.shape[CHANNEL] // self._scales.shape[2]
 
     @property
     def numel(self) -> int:
@@ -145,28 +195,49 @@ class Store:
         Memory that several caches of a line share is the longest one's.
         """
         shared = self._line is not None and any(s.shape[TOKEN] > self.shape[TOKEN] for s in self._line.stores)
-        own = 0 if shared else sum(t.numel() * t.element_size() for t in self.memory)
-        return own + self.active_bytes
+        lies = self.memory if self.host is None else self.host.pages
+        return (0 if shared else sum(t.nbytes for t in lies)) + self.active_bytes
 
     @property
     def active_bytes(self) -> int:
         return self.active.nbytes if self.active else 0
 
     @property
+    def host_bytes(self) -> int:
+        """The part of `packed_bytes` that lies in host memory since the cache is offloaded."""
+        on_device = self.active_bytes - (self.active.parked_bytes if self.active else 0)
+        return 0 if self.host is None else self.packed_bytes - on_device
+
+    @property
     def full_precision_bytes(self) -> int:
-        batch, heads, tokens, head_dim = self.shape
-        return batch * heads * tokens * head_dim * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     @property
     def correction(self) -> str:
         """How attention over it is corrected in eager code: as its configuration says."""
         return self._family.correction if self._family is not None else "taylor"
 
+    @property
+    def is_counted(self) -> bool:
+        return self._family is not None
+
     def join(self, family: Family | None) -> None:
-        """Be counted in `family`, with every store that is made from this one (copies, moves to devices, cats)."""
+        """Be counted in `family`, with every store that is made from this one (copies, moves to devices, cats).
+
+        Where its configuration says so, the data goes to host memory.
+        """
         self._family = family
-        if family is not None:
-            family.add(self)
+        if family is None:
+            return
+        family.add(self)
+        if family.offload is not None and self.host is None:
+            full_row = self.full_precision_bytes // max(1, self.shape[TOKEN])
+            self._live_in(HostMemory.of(self._codes, self._scales, full_row, family.offload))
+
+    def _live_in(self, host: HostMemory) -> None:
+        host.stores.add(self)
+        self.host, self._codes, self._scales = host, host.codes, host.scales
+        self.active = self.active
 
     # ---- growing ----
 
@@ -184,26 +255,44 @@ class Store:
         # Room for at least one token is left: Dynamo takes two sizes for one where they are equal when it compiles.
         if line is None or line.used != tokens or total >= self._codes.shape[2]:
             line, room = Line(), max(2, total // 8, min(2 * codes.shape[2] + 1, total // 4))
-            with torch.inference_mode(False):
-                new_codes = codes.new_zeros(batch, heads, total + room, codes.shape[3])
-                new_scales = scales.new_zeros(batch, heads, scales.shape[2], total + room, 2)
-            new_codes[:, :, :tokens], new_scales[:, :, :, :tokens] = self.codes, self.scales
+            new_codes, new_scales, host = self._with_room(codes, scales, total + room)
         else:
-            new_codes, new_scales = self.memory
-        new_codes[:, :, tokens:total], new_scales[:, :, :, tokens:total] = codes, scales
+            (new_codes, new_scales), host = self.memory, self.host
+        if host is None:
+            new_codes[:, :, tokens:total], new_scales[:, :, :, tokens:total] = codes, scales
+        else:
+            host.write(tokens, codes, scales)
         new = Store(
             (batch, heads, total, head_dim), strides, self.dtype, self.bits, new_codes, new_scales, self.quantizer
         )
+        if host is not None:
+            new._live_in(host)
         new._line, new.grows = line, True
         line.join(new)
         new.join(self._family)
         return new
 
+    def _with_room(self, codes: Tensor, scales: Tensor, room: int) -> tuple[Tensor, Tensor, HostMemory | None]:
+        """A copy of its tokens in memory for `room` of them; `codes` and `scales` tell what those are like."""
+        batch, heads, tokens, _ = self.shape
+        if self.host is not None:
+            host = self.host.copy(tokens, room)
+            return host.codes, host.scales, host
+        with torch.inference_mode(False):
+            new_codes = codes.new_zeros(batch, heads, room, codes.shape[3])
+            new_scales = scales.new_zeros(batch, heads, scales.shape[2], room, 2)
+        new_codes[:, :, :tokens], new_scales[:, :, :, :tokens] = self.data()
+        return new_codes, new_scales, None
+
     def own(self) -> None:
         """Before a write: take memory of its own, as large, where other caches lie in this one's."""
         if self._line is not None and len(self._line.stores) > 1:
-            with torch.inference_mode(False):
-                self._codes, self._scales = self._codes.clone(), self._scales.clone()
+            if self.host is not None:
+                self.host.stores.discard(self)
+                self._live_in(self.host.copy(self.shape[TOKEN], self._codes.shape[2]))
+            else:
+                with torch.inference_mode(False):
+                    self._codes, self._scales = self._codes.clone(), self._scales.clone()
             self._line.stores.discard(self)
             self._line = Line()
             self._line.join(self)
@@ -217,9 +306,9 @@ class Store:
         """
         batch, heads, tokens, _ = source.shape
         self.own()
-        codes, scales = self._box(starts, (batch, heads))
         self.active = None
-        _ops.append(codes, scales, self._stored(_as_float(source)), starts[TOKEN], self.bits)
+        with self._changing(starts, (batch, heads, tokens), anew=True) as (codes, scales):
+            _ops.append(codes, scales, self._stored(_as_float(source)), 0, self.bits)
         if keep_active and (batch, heads) == self.shape[:2] and tokens:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -249,27 +338,28 @@ class Store:
             quantized.write(source, (0, 0, 0, 0), keep_active=False)
             source = quantized
         self.own()
-        for target, new, dim in zip(self._whole_box(starts, lengths), (source.codes, source.scales), _dims(axis)):
-            target.index_copy_(dim, index.to(target.device), new)
+        with self._changing(starts, lengths) as box:
+            for target, new, dim in zip(box, source.data(), _dims(axis)):
+                target.index_copy_(dim, index.to(target.device), new)
         self.active = None
 
     def fill(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> None:
         """Set a box to a number: exactly where float16 holds it, as zero and all small integers."""
         self.own()
-        codes, scales = self._whole_box(starts, lengths)
         codes_of_value, scales_of_value = self._constant(value)
-        codes.copy_(codes_of_value.expand_as(codes))
-        scales.copy_(scales_of_value.expand_as(scales))
+        with self._changing(starts, lengths, anew=True) as (codes, scales):
+            codes.copy_(codes_of_value.expand_as(codes))
+            scales.copy_(scales_of_value.expand_as(scales))
         self._drop_active(starts[TOKEN], starts[TOKEN] + lengths[TOKEN])
 
     def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
         """Set the tokens of a box where `mask`, bool `[b, h, n]`, is True to a number, as `fill` does."""
         self.own()
-        codes, scales = self._whole_box(starts, mask.shape)
         codes_of_value, scales_of_value = self._constant(value)
-        mask = mask.to(self.codes.device)
-        codes.copy_(torch.where(mask.unsqueeze(-1), codes_of_value, codes))
-        scales.copy_(torch.where(mask[:, :, None, :, None], scales_of_value, scales))
+        mask = mask.to(self.device)
+        with self._changing(starts, mask.shape) as (codes, scales):
+            codes.copy_(torch.where(mask.unsqueeze(-1), codes_of_value, codes))
+            scales.copy_(torch.where(mask[:, :, None, :, None], scales_of_value, scales))
         self._drop_active(starts[TOKEN], starts[TOKEN] + mask.shape[2])
 
     def move(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
@@ -281,22 +371,22 @@ class Store:
         self._check_meaning(other)
         self.own()
         n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
-        if other is self and tuple(source[:2]) == tuple(starts[:2]):
+        if other is self and tuple(source[:2]) == tuple(starts[:2]) and self.host is None:
             codes, scales = self._box(starts, lengths)
             _ops.move(codes, scales, a, b, n)
         else:
             new = other._whole_box(source, lengths)
-            for to, data in zip(self._whole_box(starts, lengths), new):
-                to.copy_(data.clone() if other is self else data)
+            with self._changing(starts, lengths, anew=True) as box:
+                for to, data in zip(box, new):
+                    to.copy_(data.clone() if other is self else data)
         self._drop_active(b, b + n)
 
     # ---- reading ----
 
     def read(self, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
-        codes, scales = self._box(starts, lengths)
-        start, stop = starts[TOKEN], starts[TOKEN] + lengths[TOKEN]
-        out = self._from_grid(_ops.dequantize(codes, scales, start, stop, self.bits, dtype))
+        codes, scales = self._whole_box(starts, lengths)
+        out = self._from_grid(_ops.dequantize(codes, scales, 0, lengths[TOKEN], self.bits, dtype))
         held = self._active_in(starts, lengths)
         if held is not None:
             out[:, :, held.start : held.stop] = held.data
@@ -333,7 +423,7 @@ class Store:
     ) -> Store:
         """A new store of the given indices of one axis (batch, head or token) of a box."""
         shape = [*lengths[:axis], len(index), *lengths[axis + 1 :]]
-        index = index.to(self.codes.device)
+        index = index.to(self.device)
         with torch.inference_mode(False):
             codes, scales = (
                 t.index_select(dim, index) for t, dim in zip(self._whole_box(starts, lengths), _dims(axis))
@@ -370,7 +460,7 @@ class Store:
     def map(self, change: Callable[[Tensor], Tensor]) -> Store:
         """A new store with every tensor of this one changed: moved to a device, pinned, copied."""
         with torch.inference_mode(False):
-            codes, scales = (change(t if self._line is None else t.contiguous()) for t in (self.codes, self.scales))
+            codes, scales = (change(t if self._line is None else t.contiguous()) for t in self.data())
             new = Store(self.shape, self.strides, self.dtype, self.bits, codes, scales, self.quantizer)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
@@ -382,14 +472,13 @@ class Store:
         held = self.active
         active = None if held is None else (held.data, held.start, held.stop)
         layout = self.shape, self.strides, self.dtype, self.bits
-        codes, scales = (t if self._line is None else t.contiguous() for t in (self.codes, self.scales))  # no room
+        codes, scales = (t if self._line is None else t.contiguous() for t in self.data())  # no room
         return rebuild_store, (*layout, codes, scales, active, self.quantizer)
 
     # ---- pieces ----
 
     def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
-        device = self.codes.device
-        new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, device, self.quantizer)
+        new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.device, self.quantizer)
         new.grows = self.grows
         new.join(self._family)
         return new
@@ -423,7 +512,7 @@ class Store:
     def _constant(self, value: float) -> tuple[Tensor, Tensor]:
         """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
         value = self._storable(value)
-        codes, scales = torch.zeros_like(self.codes[:1, :1, :1]), torch.zeros_like(self.scales[:1, :1, :, :1])
+        codes, scales = torch.zeros_like(self._codes[:1, :1, :1]), torch.zeros_like(self._scales[:1, :1, :, :1])
         if value and self._grid.rotates:
             fill = _ops.fill_within if self._grid.within else _ops.fill_rotated
             fill(codes, scales, 0, 1, self.bits, value)
@@ -433,16 +522,38 @@ class Store:
 
     def _box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Codes and scales of the given batch entries and heads, all tokens; views."""
+        return self._part_of(self.data(), starts, lengths)
+
+    def _part_of(
+        self, data: tuple[Tensor, Tensor], starts: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The given batch entries and heads of codes and scales."""
         if tuple(starts[:2]) == (0, 0) and tuple(lengths[:2]) == self.shape[:2]:
-            return self.codes, self.scales
+            return data
         box = tuple(slice(s, s + n) for s, n in zip(starts[:2], lengths[:2]))
-        return self.codes[box], self.scales[box]
+        return data[0][box], data[1][box]
 
     def _whole_box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Codes `[b, h, n, W]` and scales `[b, h, G, n, 2]` of a box; views."""
-        codes, scales = self._box(starts, lengths)
+        """Codes `[b, h, n, W]` and scales `[b, h, G, n, 2]` of a box, to be read."""
         start, n = starts[TOKEN], lengths[TOKEN]
+        if self.host is not None:
+            return self._part_of(self.host.read(start, start + n), starts, lengths)
+        codes, scales = self._box(starts, lengths)
         return codes.narrow(2, start, n), scales.narrow(3, start, n)
+
+    @contextmanager
+    def _changing(
+        self, starts: Sequence[int], lengths: Sequence[int], anew: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `_whole_box`, to be changed in place; with `anew`, all of it is, and what it holds does not matter."""
+        if self.host is None:
+            yield self._whole_box(starts, lengths)
+            return
+        start, n = starts[TOKEN], lengths[TOKEN]
+        whole_rows = tuple(lengths[:2]) == self.shape[:2]
+        data = self.host.blank(n) if anew and whole_rows else self.host.read(start, start + n)
+        yield self._part_of(data, starts, lengths)
+        self.host.write(start, *data)
 
     def _active_in(self, starts: Sequence[int], lengths: Sequence[int]) -> Active | None:
         """The part of a box that is held in full precision, its range told from the box's first token; all channels."""

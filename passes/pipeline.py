@@ -137,7 +137,7 @@ def _plan(
     tracking = _settled(view.tracking, plans)
     matches, unasked = describe(tracking, plans, ignored)
     report.rejections += unasked
-    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction)
+    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, config.offload is not None)
     for node, why in plan.rewritten.uncorrected.items():
         if why and node in matches:
             matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")

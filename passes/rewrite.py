@@ -86,10 +86,11 @@ class Rewritten:
     joined: list[int] = field(default_factory=list)  # arguments attended beside tokens of the graph's own
     caches: dict[int, CachePlan] = field(default_factory=dict)  # by argument
     uncorrected: dict[Node, str] = field(default_factory=dict)  # attention on dequantized keys, and why not corrected
+    changed: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # by argument: tokens, as outputs
 
     @property
     def has_extra_outputs(self) -> bool:
-        return bool(self.kept) or not all(isinstance(o, int) for o in self.outputs)
+        return bool(self.kept) or bool(self.changed) or not all(isinstance(o, int) for o in self.outputs)
 
 
 def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
@@ -109,9 +110,14 @@ def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return copied, nodes
 
 
-def rewrite(gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str) -> Rewritten:
-    """Lower every use of the caches in `plans`; `gm` is changed; `tracking` must have been made from it."""
-    return _Rewriter(gm, tracking, _settled(gm.graph, tracking, plans), correction).run()
+def rewrite(
+    gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str, tell_changes: bool = False
+) -> Rewritten:
+    """Lower every use of the caches in `plans`; `gm` is changed; `tracking` must have been made from it.
+
+    With `tell_changes`, which tokens of its caches the graph changes is among its outputs, where numbers tell it.
+    """
+    return _Rewriter(gm, tracking, _settled(gm.graph, tracking, plans), correction, tell_changes).run()
 
 
 def _settled(graph: Graph, tracking: Tracking, plans: dict[Holder, CachePlan]) -> dict[Holder, CachePlan]:
@@ -129,8 +135,16 @@ def _settled(graph: Graph, tracking: Tracking, plans: dict[Holder, CachePlan]) -
 
 
 class _Rewriter:
-    def __init__(self, gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        tracking: Tracking,
+        plans: dict[Holder, CachePlan],
+        correction: str,
+        tell_changes: bool,
+    ) -> None:
         self.gm, self.graph, self.plans, self.correction = gm, gm.graph, plans, correction
+        self.tell_changes = tell_changes
         self.pieces = Pieces(gm, plans)
         self.position = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.writes: dict[Node, list[Append | Scatter | Move | Fill]] = {}
@@ -251,6 +265,8 @@ class _Rewriter:
             self.rewritten.outputs.append(taken)
             taken += 1
         self._keep_written(add)
+        if self.tell_changes:
+            self._tell_changed(add)
         output.args = ((*plain, *extra),)
 
     def _new_store(self, returned: Returned, add: Callable[[Any], int]) -> OutputStore:
@@ -292,6 +308,14 @@ class _Rewriter:
             first = last[0]
             assert isinstance(first, Append)
             self.rewritten.kept.append(KeptRange(argument, add(data), add(first.start), add(first.stop)))
+
+    def _tell_changed(self, add: Callable[[Any], int]) -> None:
+        """Which tokens the graph writes, moves and fills, of the caches of which it does nothing else."""
+        for argument in {self.position[h.node]: None for h in self.plans if h.writes}:
+            writes = [w for ws in self.writes.values() for w in ws if self.position[w.holder.node] == argument]
+            ranges = [_range_of(w) for w in writes if not isinstance(w, Scatter)]
+            if len(ranges) == len(writes):
+                self.rewritten.changed[argument] = [(add(start), add(stop)) for start, stop in ranges]
 
     def _held(self, write: Append) -> Node:
         """What a write puts into a cache, in full precision."""
@@ -335,6 +359,13 @@ def _is_whole(segment: Segment, cache: Holder) -> bool:
     return (
         isinstance(content, Cached) and same(content.first, 0) and same(segment.length, cache.shape[cache.token_axis])
     )
+
+
+def _range_of(write: Append | Move | Fill) -> tuple[int, int]:
+    """The tokens [start, stop) that a write changes."""
+    if isinstance(write, Move):
+        return write.destination, write.destination + write.length
+    return write.start, write.stop
 
 
 def _same_range(write: Append, other: object) -> bool:
