@@ -129,6 +129,7 @@ class JKVBackend:
         begin, state = time.perf_counter(), self._state
         plan = plan_graph(gm, example_inputs, self.config, state.written)
         plan.report.rejections, plan.attentions = [*plan.report.rejections, *rejected], plan.attentions + len(rejected)
+        plan.report.noted = state.passed.notes(plan.unpacked, example_inputs)
         plan.report.seconds = time.perf_counter() - begin
         state.reports.append(plan.report)
         logger.debug("%s", plan.report)

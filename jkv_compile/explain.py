@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from .adopt import Written
@@ -20,14 +21,16 @@ from .passed import Passed, attending_call, handing_call
 from .passes.describe import input_name
 from .passes.dtensors import localise
 from .passes.pipeline import plan_graph
-from .report import Break, CacheUse, GraphReport, Match, Rejected, size_text
+from .report import Break, CacheUse, GraphReport, Match, Note, Rejected, size_text
 from .runtime import recorded_call
 from .snapshot import taken_back
 
-NO_ATTENTION = (
-    "no attention came to a compiled graph: it is not compiled, or runs in eager code behind a graph break or "
-    "torch.compiler.disable, or is spelled in a way that jkv_compile.register_attention can tell of"
+ELSEWHERE = (
+    "it is not compiled, or runs in eager code behind a graph break or torch.compiler.disable, or is spelled in a way "
+    "that jkv_compile.register_attention can tell of"
 )
+NO_ATTENTION = f"no attention came to a compiled graph: {ELSEWHERE}"
+NO_CACHE = f"no attention over a cache came to a compiled graph. If the model has any, {ELSEWHERE}"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,13 @@ class Explanation:
         return [r for g in self.graphs for r in g.rejections]
 
     @property
+    def notes(self) -> list[Note]:
+        """What may be cached tokens, or not, and would stay in full precision."""
+        return [n for g in self.graphs for n in g.notes]
+
+    @property
     def breaks(self) -> list[Break]:
-        """Graph breaks that part a cache from its attention; all, where no attention came to a compiled graph."""
+        """Graph breaks that part a cache from its attention; all, where nothing could be packed."""
         return [g.graph_break for g in self.graphs if g.graph_break is not None]
 
     @property
@@ -64,10 +72,14 @@ class Explanation:
         uses = [c for g in self.graphs for c in dict.fromkeys(c for m in g.matches for c in m.caches)]
         full, packed = sum(c.full_precision_bytes for c in uses), sum(c.packed_bytes for c in uses)
         saving = f"; their caches take {size_text(full)}, packed {size_text(packed)}" if packed else ""
-        return (
+        unknown = f", not known to be over caches: {len(self.notes)}" if self.notes else ""
+        lines = [
             f"graphs: {len(self.graphs)}; attention over caches that can be packed: {len(self.matches)}, "
-            f"left in full precision: {len(self.rejections)}{saving}" + ("" if self.attentions else f"\n{NO_ATTENTION}")
-        )
+            f"left in full precision: {len(self.rejections)}{unknown}{saving}"
+        ]
+        if not self.matches and not self.rejections:
+            lines.append(NO_CACHE if self.attentions else NO_ATTENTION)
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for `json.dumps`."""
@@ -98,7 +110,8 @@ def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any
 
     Returns:
         An `Explanation`: per attention where it stands, how its cache is held, its shapes, how it is lowered and why,
-        bits, and bytes before and after; what is left and why; graph breaks that part a cache from its attention.
+        bits, and bytes before and after; what is left and why; what may be a cache or not; graph breaks that part a
+        cache from its attention.
 
     Raises:
         ConfigurationError: a setting has a value that cannot work.
@@ -119,8 +132,10 @@ def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any
         compiled = torch.compile(unwrap_compiled(model), backend=watcher, **options)
         for _ in range(calls):
             compiled(*args, **kwargs)
+    for report in watcher.graphs:
+        report.noted = [note for note in report.noted if not note.settled(watcher.caches)]
     explanation = Explanation(config, watcher.graphs, watcher.attentions)
-    if not watcher.attentions:
+    if not explanation.matches:
         for report, broken in zip(watcher.graphs, watcher.broken):
             report.graph_break = report.graph_break or broken
     if config.strict and not explanation.matches:
@@ -138,6 +153,7 @@ class _Watcher:
         self.graphs: list[GraphReport] = []
         self.broken: list[Break | None] = []  # where each of them ended early
         self.attentions = 0
+        self.caches: list[Tensor] = []  # that would be packed
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         on_shards, rejected = localise(gm)
@@ -152,6 +168,8 @@ class _Watcher:
         try:
             plan = plan_graph(gm, example_inputs, self.config, self.written)
             plan.report.rejections = [*plan.report.rejections, *rejected]
+            plan.report.noted = self.passed.notes(plan.unpacked, example_inputs)
+            self.caches += plan.caches(example_inputs)
         except ConfigurationError as error:
             self.graphs.append(
                 GraphReport(len(gm.graph.nodes), "untouched", rejections=[Rejected("graph", str(error))])

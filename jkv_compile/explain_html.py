@@ -13,6 +13,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400p
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #c9d2dc }
 .site { margin: .6rem 0; padding: .5rem .9rem; border-left: 4px solid #2f7d4f; background: #f2f8f4 }
 .left { border-color: #b3541e; background: #fbf4ee }
+.note { border-color: #8a94a0; background: #f5f6f8 }
 .break { border-color: #6b5fb0; background: #f4f3fa }
 .site b { font-family: ui-monospace, monospace; font-weight: 600 }
 .graphs { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1rem }
@@ -22,7 +23,8 @@ del { background: #fbe3d6 } ins { background: #d8f0df }
 h3 { font-size: 1em; margin: .8rem 0 .3rem }
 @media (prefers-color-scheme: dark) {
   body { background: #14181d; color: #dde3ea } pre { background: #1d232a } h2 { border-color: #39424d }
-  .site { background: #17261d } .left { background: #2a1e15 } .break { background: #1f1d2e }
+  .site { background: #17261d } .left { background: #2a1e15 } .note { background: #1d232a }
+  .break { background: #1f1d2e }
   del { background: #4a2a1a } ins { background: #1c4229 }
 }
 """
@@ -40,7 +42,7 @@ def page(summary: str, config: str, graphs: Sequence[GraphReport]) -> str:
 
 def _graph(number: int, graph: GraphReport) -> str:
     sites: list[tuple[str, Match | Rejected | Break]] = [("", m) for m in graph.matches]
-    sites += [("left", r) for r in graph.rejections]
+    sites += [("left", r) for r in graph.rejections] + [("note", n) for n in graph.notes]
     sites += [("break", graph.graph_break)] if graph.graph_break else []
     texts = f"<h3>as captured</h3><pre>{html.escape(graph.before)}</pre>"
     if graph.after:

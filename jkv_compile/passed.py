@@ -19,12 +19,15 @@ from .config import Config
 from .errors import ConfigurationError, NotRewrittenWarning
 from .geometry import four_dimensional
 from .hints import is_ignored
-from .report import GraphReport, Rejected
+from .reasons import Reason
+from .report import GraphReport, Note, Rejected
 from .runtime import Seen
 
 if TYPE_CHECKING:
     from .passes.handed import Attended, Handed
+    from .passes.unpacked import Unpacked
 
+REFUSED = "what it was handed of a cache stays in full precision: {}"
 PENDING = "what it attends to is read from a cache in another graph: packed when it comes again, and then not corrected"
 UNCORRECTED = "packed, but read back in another graph: dequantized, and its scores are not corrected"
 Source = tuple[Tensor, int]  # a tensor and its dimension along tokens
@@ -45,6 +48,11 @@ class Passed:
         if known is None or known[0]() is not tensor:
             return []
         return [(cache, tokens) for ref, tokens in known[1] if (cache := ref()) is not None]
+
+    def notes(self, unpacked: Sequence[Unpacked], arguments: Sequence[Any]) -> list[Note]:
+        """What to tell of a graph that is called with these arguments, but for what is known to be handed on."""
+        unknown = [one for one in unpacked if not any(self.sources(arguments[i]) for i in one.arguments)]
+        return list(dict.fromkeys(one.note(arguments) for one in unknown))
 
     def record(self, output: Tensor, sources: Sequence[Source]) -> None:
         key = id(output)
@@ -93,15 +101,15 @@ def attending_call(
             keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
             if not keys or not values:
                 continue
-            pending, uncorrected = (Rejected(one.source, reason) for reason in (PENDING, UNCORRECTED))
-            packed = stores is not None and _adopt(keys, values, one.head_dim, config, stores, passed)
-            if uncorrected in report.rejections:
+            reason = PENDING if stores is None else _adopt(keys, values, one.head_dim, config, stores, passed)
+            told, uncorrected = Rejected(one.source, reason or UNCORRECTED), Rejected(one.source, UNCORRECTED)
+            if told in report.rejections or uncorrected in report.rejections:
                 continue
-            if packed:
-                report.rejections = [r for r in report.rejections if r != pending] + [uncorrected]
+            report.rejections = [r for r in report.rejections if r != Rejected(one.source, PENDING)] + [told]
+            if reason is None:
                 warnings.warn(f"jkv: {one.source}: a cache is {UNCORRECTED}", NotRewrittenWarning, stacklevel=2)
-            elif pending not in report.rejections:
-                report.rejections.append(pending)
+            elif reason != PENDING and told.kind is not Reason.IGNORED:
+                warnings.warn(f"jkv: {one.source}: {reason}", NotRewrittenWarning, stacklevel=2)
         return outputs
 
     return call
@@ -109,27 +117,32 @@ def attending_call(
 
 def _adopt(
     keys: list[Source], values: list[Source], head_dim: int, config: Config, stores: Any, passed: Passed
-) -> bool:
+) -> str | None:
+    """Pack the tensors that keys and values were read from; where that is not to be, or not yet, say why."""
     caches: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
     for side, bits in ((keys, config.key_bits), (values, config.value_bits)):
         for cache, tokens in side:
             if (axes := _axes(cache, tokens)) is None:
-                return False
+                return REFUSED.format("it has no three or four dimensions of which one runs along tokens")
             known = caches.get(id(cache))
             caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
     if not all([passed.attended.before(cache) for cache, _, _ in caches.values()]):
-        return False
+        return PENDING
     for cache, _, _ in caches.values():
-        if cache.shape[-1] % head_dim or is_ignored(cache) or obstacle(cache) is not None:
-            return False
+        if is_ignored(cache):
+            return REFUSED.format("jkv_compile.ignore was called for it")
+        if (reason := obstacle(cache)) is not None:
+            return REFUSED.format(reason)
         try:
             config.check_head_dim(head_dim)  # keys and values may lie in one tensor, side by side
             config.check_head_dim(cache.shape[-1])
-        except ConfigurationError:
-            return False
+        except ConfigurationError as error:
+            return REFUSED.format(error)
+        if cache.shape[-1] % head_dim:
+            return REFUSED.format(f"its last dimension is {cache.shape[-1]}, which heads of {head_dim} do not tile")
     for cache, axes, bits in caches.values():
         adopt(cache, axes, bits, config).join(stores)
-    return True
+    return None
 
 
 def _axes(cache: Tensor, tokens: int) -> tuple[int, ...] | None:

@@ -35,6 +35,16 @@ class Reason(Enum):
         "Remove the graph break between the read of the cache and its attention; TORCH_LOGS=graph_breaks shows it. "
         "Often something that the first call computes is to be made before (tables of rotary embeddings)."
     )
+    ELSEWHERE = (
+        "Nothing, where these are no cached tokens (keys of a text, say). Otherwise compile what reads the cache with "
+        "its attention (TORCH_LOGS=graph_breaks shows what parts them: positions in tensors, for one), or tell with "
+        "jkv_compile.mark_cache(tensor)."
+    )
+    UNATTENDED = (
+        "Nothing, where it holds no keys or values. Otherwise have its attention compiled: it may run in eager code, "
+        "behind a graph break or torch.compiler.disable, or be spelled in a way that jkv_compile.register_attention "
+        "can tell of."
+    )
     CONFIGURATION = "Change the setting that the reason names."
     IGNORED = "Nothing: it was asked for with jkv_compile.ignore."
     OTHER = "No known way to change this."
@@ -46,6 +56,9 @@ class Reason(Enum):
 
 _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"jkv_compile\.ignore", Reason.IGNORED),
+    (r"attended in another graph, in eager code", Reason.UNATTENDED),
+    (r"which are not known to be of a cache", Reason.ELSEWHERE),
+    (r"views of one tensor", Reason.SHARED_MEMORY),
     (r"in another graph", Reason.GRAPH_BREAK),
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),

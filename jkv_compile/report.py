@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from .offload import Traffic
 from .reasons import Reason, classify
@@ -132,6 +136,28 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Note(Rejected):
+    """What stays in full precision and may be of a cache, or not: told, but no reason to warn.
+
+    Attributes:
+        tensors: what it is told of; the note is settled once all of them are packed.
+    """
+
+    tensors: tuple[weakref.ref[Tensor], ...] = field(default=(), compare=False, repr=False)
+
+    def settled(self, packed: Sequence[Tensor] = ()) -> bool:
+        """Whether its tensors have been packed, or are among those that would be."""
+        from .packed import PackedKV  # which counts its bytes by this file
+
+        return all(isinstance(t := ref(), PackedKV) or any(t is p for p in packed) for ref in self.tensors)
+
+    def lines(self) -> list[str]:
+        """An account of a few lines, for a terminal."""
+        _, *rest = super().lines()
+        return [f"~ {self.source}", *rest]
+
+
+@dataclass(frozen=True)
 class Break:
     """Where Dynamo ended a graph early."""
 
@@ -156,6 +182,7 @@ class GraphReport:
         outcome: "untouched", "adopted", "watched", "packed" or "eager"; see `passes.pipeline.Plan`.
         before, after: the graph as text, as Dynamo made it and as it was rewritten ("" where it was not).
         graph_break: where the graph ended early, where that parts a cache from its attention.
+        noted: what was not known to be of a cache when the graph was compiled; `notes` are of what is plain still.
         seconds: what the passes took.
     """
 
@@ -168,12 +195,19 @@ class GraphReport:
     after: str = ""
     graph_break: Break | None = None
     seconds: float = 0.0
+    noted: list[Note] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[Note]:
+        """What may be cached tokens, and is in full precision by now."""
+        return [note for note in self.noted if not note.settled()]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"rejections": [r.to_dict() for r in self.rejections]}
+        told = {name: [r.to_dict() for r in getattr(self, name)] for name in ("rejections", "notes")}
+        return {name: value for name, value in asdict(self).items() if name != "noted"} | told
 
     def __str__(self) -> str:
-        sites: list[Match | Rejected | Break] = [*self.matches, *self.rejections]
+        sites: list[Match | Rejected | Break] = [*self.matches, *self.rejections, *self.notes]
         sites += [self.graph_break] if self.graph_break else []
         lines = [line for site in sites for line in site.lines()]
         return "\n".join([f"graph of {self.nodes} nodes: {OUTCOMES[self.outcome]}", *(f"  {line}" for line in lines)])

@@ -17,6 +17,7 @@ from .errors import NotRewrittenWarning
 from .hints import is_ignored, is_marked
 from .offload import HostMemory, Ranges, release, stage
 from .packed import PackedKV
+from .report import Rejected
 from .store import Active, Store
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def first_contact(
             if owner is not None and (is_ignored(owner) or (argument in plan.marked and not is_marked(owner))):
                 return otherwise(*args)  # one graph serves many tensors, and hints are for single ones
             if reason is not None:
-                warnings.warn(f"jkv: a cache stays in full precision: {reason}", NotRewrittenWarning, stacklevel=2)
+                _tell(plan, f"a cache stays in full precision: {reason}")
                 return otherwise(*args)
         for argument, owner in owners.items():
             cache, value = rewritten.caches[argument], args[argument]
@@ -184,6 +185,13 @@ def first_contact(
         return run_packed(*args)
 
     return call
+
+
+def _tell(plan: Plan, reason: str) -> None:
+    """Warn, and have it on record."""
+    warnings.warn(f"jkv: {reason}", NotRewrittenWarning, stacklevel=3)
+    told = (Rejected(source, reason) for source in dict.fromkeys(m.source for m in plan.report.matches))
+    plan.report.rejections += [r for r in told if r not in plan.report.rejections]
 
 
 def watched_call(

@@ -29,6 +29,7 @@ from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
 from .sources import Sources
 from .tracking import Tracker
+from .unpacked import Unknown, Unpacked
 
 Action = Attend | Dense | Returned
 UNKNOWN = "what it reads is written to, and has no three to five dimensions of which one runs along tokens"
@@ -66,8 +67,14 @@ class Plan:
     glimpses: list[Glimpse] = field(default_factory=list)
     handed: list[Handed] = field(default_factory=list)
     attended: list[Attended] = field(default_factory=list)
+    unpacked: list[Unpacked] = field(default_factory=list)
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
     instead: Plan | None = None  # what becomes of it while its plain caches stay so, where others are packed already
+
+    def caches(self, example_inputs: Sequence[Any]) -> list[Tensor]:
+        """The tensors that are packed, or are those of which a part enters the graph."""
+        packed = {} if self.rewritten is None else self.rewritten.caches
+        return [self.owners.get(i, example_inputs[i]) for i in packed]
 
     def inner_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
         """Example inputs of the rewritten graph."""
@@ -116,6 +123,7 @@ def _plan(
         report.rejections += [Rejected("graph", reason) for reason in reasons]
         return Plan("eager", report, view.attentions)
     attentions = view.attentions
+    unknown = Unknown(view.gm.graph, view.position, example_inputs, config)
     choice = _choose(view, config, report, adopting)
     while choice.plans and (alone := view.not_lowered(choice.plans)):  # that attention stays exactly as it is spelled
         view = _View(gm, example_inputs, written, view.as_spelled | alone)
@@ -129,7 +137,10 @@ def _plan(
         plan.glimpses = _glimpses(view)
         passages = Passages(view.gm.graph, view.position)
         plan.handed, plan.attended = passages.handed(), passages.attended()
+    if not view.left:  # that attention is told of, and may be what reads them
+        plan.unpacked = list(unknown.tensors(plan.handed, {view.position[h.node] for h in plans}))
     if not plans:
+        _note(plan, unknown, set())
         return plan
     report.outcome = plan.outcome
     report.caches = [h.node.name for h in plans]
@@ -143,6 +154,7 @@ def _plan(
             matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")
     lowered = {a.call.node for a in tracking.attends} | plan.rewritten.uncorrected.keys()
     report.matches = [match for node, match in matches.items() if node in lowered]
+    _note(plan, unknown, {n.meta.get(SPELLED, n.name) for n in matches if n in lowered})
     report.after = graph_text(plan.rewritten.graph.graph)
     plan.owners = {i: o for i, o in view.owners.items() if i in plan.rewritten.caches}
     plan.ignores = bool(ignored)
@@ -152,6 +164,16 @@ def _plan(
         scratch = GraphReport(0, "untouched")
         plan.instead = _plan(gm, example_inputs, config, written, scratch, adopting=False)
     return plan
+
+
+def _note(plan: Plan, unknown: Unknown, matched: set[str]) -> None:
+    """Tell of attention that is neither matched nor rejected, and may read cached tokens."""
+    rejected = {r.source for r in plan.report.rejections}
+    for unpacked in unknown.attention(matched):
+        if unpacked.near_miss and unpacked.source not in rejected:
+            plan.report.rejections.append(Rejected(unpacked.source, unpacked.reason))
+        elif unpacked.source not in rejected:
+            plan.unpacked.append(unpacked)
 
 
 class _View:
