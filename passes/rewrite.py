@@ -1,4 +1,4 @@
-"""Replaces caches by their packed components: writes become `jkv::append`, attention `jkv::attention`.
+"""Replaces caches by their packed components: writes become `jkv::append_kv`, attention `jkv::attention`.
 
 Works on a copy of Dynamo's graph, which Dynamo goes on reading. What the callable around the compiled graph has to do
 is told by `Rewritten`: which components to pass, which outputs are windows on a cache, which ranges stay in full
@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..geometry import same
 from ..kernels.quantizers import grid_of, grid_within
 from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
+from .join_appends import join_appends
 from .lower_attention import lower_dense, lower_fused
 from .lower_reads import materialize, steps
 from .nodes import example, identity, is_in_place, offset
@@ -148,6 +149,7 @@ class _Rewriter:
         self.pieces = Pieces(gm, plans)
         self.position = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.writes: dict[Node, list[Append | Scatter | Move | Fill]] = {}
+        self.appends: dict[Node, Append] = {}  # in the rewritten graph
         for write in tracking.writes:
             if write.holder in plans:
                 self.writes.setdefault(write.node, []).append(write)
@@ -181,6 +183,9 @@ class _Rewriter:
             for read in self.reads.get(node, []):
                 node.replace_input_with(read.argument, materialize(self.pieces, read))
         self._erase_dead()
+        pairs = [(a.key_cache, a.value_cache) for a in self.attends.values()]
+        pairs += [pair for d in self.dense.values() for pair in zip(d.key_caches, d.value_caches)]
+        join_appends(self.graph, self.appends, self.plans, pairs)
         for cache in {holder.node for holder in self.plans}:
             if cache.users:
                 raise AssertionError(f"{cache} still has users: {list(cache.users)}")
@@ -209,7 +214,8 @@ class _Rewriter:
             plan, (codes, scales) = self.plans[write.holder], self.pieces.packed(write.holder)
             if isinstance(write, Append):
                 value = self._stored(write, Fresh(write.value, write.axes, write.first), write.stop - write.start)
-                self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
+                append = self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
+                self.appends[append] = write
             elif isinstance(write, Scatter):
                 value = self._stored(write, Fresh(write.value, write.axes, 0), example(write.positions).shape[0])
                 self.pieces.call(ops.append_at.default, codes, scales, value, write.positions, plan.bits)

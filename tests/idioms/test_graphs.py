@@ -29,9 +29,8 @@ class TestGraphs(expecttest.TestCase):
 - getitem = l_cache_k_[:, :sub]
 - getitem_1 = l_cache_v_[:, :sub]
 + permute = l_k_.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_k__codes, l_cache_k__scales, permute, sub_1, 2)
 + permute_1 = l_v_.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, sub_1, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, sub_1, 2, 2)
 - transpose_1 = getitem.transpose(1, 2)
 - transpose_2 = getitem_1.transpose(1, 2)
 - o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
@@ -54,9 +53,8 @@ class TestGraphs(expecttest.TestCase):
 - getitem_2 = l_cache_k_[:, :sub_4]
 - getitem_3 = l_cache_v_[:, :sub_4]
 + permute = l_k_.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_k__codes, l_cache_k__scales, permute, sub_5, 2)
 + permute_1 = l_v_.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, sub_5, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, sub_5, 2, 2)
 - transpose_1 = getitem_2.transpose(1, 2)
 - transpose_2 = getitem_3.transpose(1, 2)
 - o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
@@ -513,15 +511,13 @@ class TestGraphs(expecttest.TestCase):
 - l_old_k_[:, l_n_old_:add] = getitem_7
 - l_old_v_[:, l_n_old_:add] = getitem_8
 + permute = getitem_7.permute([0, 2, 1, 3])
-+ jkv::append(l_old_k__codes, l_old_k__scales, permute, l_n_old_, 2)
 + permute_1 = getitem_8.permute([0, 2, 1, 3])
-+ jkv::append(l_old_v__codes, l_old_v__scales, permute_1, l_n_old_, 2)
++ jkv::append_kv(l_old_k__codes, l_old_k__scales, l_old_v__codes, l_old_v__scales, permute, permute_1, l_n_old_, 2, 2)
 - l_new_k_[:, l_n_new_:add_2] = k
 - l_new_v_[:, l_n_new_:add_2] = v
 + permute_2 = k.permute([0, 2, 1, 3])
-+ jkv::append(l_new_k__codes, l_new_k__scales, permute_2, l_n_new_, 2)
 + permute_3 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_new_v__codes, l_new_v__scales, permute_3, l_n_new_, 2)
++ jkv::append_kv(l_new_k__codes, l_new_k__scales, l_new_v__codes, l_new_v__scales, permute_2, permute_3, l_n_new_, 2, 2)
 """,
         )
 
@@ -585,15 +581,13 @@ class TestGraphs(expecttest.TestCase):
 - l_old_k_[:, l_n_old_:add_5] = getitem_21
 - l_old_v_[:, l_n_old_:add_5] = getitem_22
 + permute = getitem_21.permute([0, 2, 1, 3])
-+ jkv::append(l_old_k__codes, l_old_k__scales, permute, l_n_old_, 2)
 + permute_1 = getitem_22.permute([0, 2, 1, 3])
-+ jkv::append(l_old_v__codes, l_old_v__scales, permute_1, l_n_old_, 2)
++ jkv::append_kv(l_old_k__codes, l_old_k__scales, l_old_v__codes, l_old_v__scales, permute, permute_1, l_n_old_, 2, 2)
 - l_new_k_[:, l_n_new_:add_7] = k
 - l_new_v_[:, l_n_new_:add_7] = v
 + permute_2 = k.permute([0, 2, 1, 3])
-+ jkv::append(l_new_k__codes, l_new_k__scales, permute_2, l_n_new_, 2)
 + permute_3 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_new_v__codes, l_new_v__scales, permute_3, l_n_new_, 2)
++ jkv::append_kv(l_new_k__codes, l_new_k__scales, l_new_v__codes, l_new_v__scales, permute_2, permute_3, l_n_new_, 2, 2)
 """,
         )
 
@@ -669,10 +663,9 @@ class TestGraphs(expecttest.TestCase):
 - copy__1 = l_cache_v_.copy_(rolled_1)
 + jkv::move(l_cache_k__codes, l_cache_k__scales, 8, 0, 24)
 + permute = k.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_k__codes, l_cache_k__scales, permute, 24, 2)
 + jkv::move(l_cache_v__codes, l_cache_v__scales, 8, 0, 24)
 + permute_1 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, 24, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, 24, 2, 2)
 - transpose_1 = l_cache_k_.transpose(1, 2)
 - transpose_2 = l_cache_v_.transpose(1, 2)
 - o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
@@ -696,10 +689,9 @@ class TestGraphs(expecttest.TestCase):
 - copy__1 = l_cache_v_.copy_(full_v)
 + jkv::move(l_cache_k__codes, l_cache_k__scales, 8, 0, 24)
 + permute = k.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_k__codes, l_cache_k__scales, permute, 24, 2)
 + jkv::move(l_cache_v__codes, l_cache_v__scales, 8, 0, 24)
 + permute_1 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, 24, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, 24, 2, 2)
 - transpose_1 = full_k.transpose(1, 2)
 - transpose_2 = full_v.transpose(1, 2)
 - o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
@@ -732,9 +724,8 @@ class TestGraphs(expecttest.TestCase):
 - l_cache_k_[:, l_start_:add] = k
 - l_cache_v_[:, l_start_:add] = v
 + permute_2 = k.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
 + permute_3 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute_2, permute_3, l_start_, 2, 2)
 """,
         )
 
@@ -780,9 +771,8 @@ class TestGraphs(expecttest.TestCase):
 - l_cache_k_[:, l_start_:add] = k
 - l_cache_v_[:, l_start_:add] = v
 + permute_2 = k.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_k__codes, l_cache_k__scales, permute_2, l_start_, 2)
 + permute_3 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_cache_v__codes, l_cache_v__scales, permute_3, l_start_, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute_2, permute_3, l_start_, 2, 2)
 """,
         )
 
@@ -795,9 +785,8 @@ class TestGraphs(expecttest.TestCase):
 - getitem_3 = l_self_k_cache[:, :add]
 - getitem_4 = l_self_v_cache[:, :add]
 + permute = k.permute([0, 2, 1, 3])
-+ jkv::append(l_self_k_cache_codes, l_self_k_cache_scales, permute, l_start_, 2)
 + permute_1 = v.permute([0, 2, 1, 3])
-+ jkv::append(l_self_v_cache_codes, l_self_v_cache_scales, permute_1, l_start_, 2)
++ jkv::append_kv(l_self_k_cache_codes, l_self_k_cache_scales, l_self_v_cache_codes, l_self_v_cache_scales, permute, permute_1, l_start_, 2, 2)
 - transpose_1 = getitem_3.transpose(1, 2)
 - transpose_2 = getitem_4.transpose(1, 2)
 - o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)

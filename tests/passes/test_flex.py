@@ -203,8 +203,7 @@ class TestGraphs(expecttest.TestCase):
         self.assertExpectedInline(
             graph.replace("…", "..."),
             """\
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute, l_start_, 2)
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, l_start_, 2)
+jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, l_start_, 2, 2)
 score_mod_0 = score_mod_0()
 mask_fn_0 = mask_fn_0()
 select = l_cache_k__scales.select(-1, 0)

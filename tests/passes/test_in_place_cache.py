@@ -223,14 +223,12 @@ def test_inductor_makes_no_copy_of_the_packed_cache() -> None:
         _, (code,) = run_and_get_code(compiled, torch.randn(1, CHUNK, 256), cache, CHUNK)
     body = code[code.index("def call(") :]
     calls = [line for line in body.splitlines() if "torch.ops.jkv" in line and not line.lstrip().startswith("#")]
-    appends = [line for line in calls if "append" in line]
+    (append,) = [line for line in calls if "append" in line]
     attention = next(line for line in calls if "attention" in line)
-    assert len(appends) == 2
     inputs = {name.strip() for name in body[body.index("\n") : body.index(" = args")].split(",")}
-    for line in appends:
-        codes, scales = line[line.index("(") + 1 :].split(",")[:2]
-        assert {codes.strip(), scales.strip()} <= inputs, "append works on the caller's memory, not on a copy"
-        assert codes.strip() in attention and scales.strip() in attention
+    stores = [name.strip() for name in append[append.index("(") + 1 :].split(",")[:4]]
+    assert len(set(stores)) == 4 and set(stores) <= inputs, "append works on the caller's memory, not on a copy"
+    assert all(name in attention for name in stores)
 
 
 class Untouched(SelfAttention):
@@ -294,9 +292,8 @@ k = unbind[0]
 v = unbind[1]
 add = add(l_start_, 8)
 permute = k.permute([0, 2, 1, 3])
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute, l_start_, 2)
 permute_1 = v.permute([0, 2, 1, 3])
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, l_start_, 2)
+jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, l_start_, 2, 2)
 transpose_2 = q.transpose(1, 2)
 permute_2 = k.permute([0, 2, 1, 3])
 permute_3 = v.permute([0, 2, 1, 3])
@@ -320,9 +317,8 @@ add = add(l_start_, 8)
 sub = sub(add, 20)
 sym_max = sym_max(0, sub)
 transpose = k.transpose(1, 2)
-jkv::append(l_cache_k__codes, l_cache_k__scales, transpose, l_start_, 2)
 transpose_1 = v.transpose(1, 2)
-jkv::append(l_cache_v__codes, l_cache_v__scales, transpose_1, l_start_, 2)
+jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, transpose, transpose_1, l_start_, 2, 2)
 transpose_2 = q.transpose(1, 2)
 attention_default = jkv::attention(transpose_2, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [sym_max, l_start_], transpose, transpose_1, None, False, 0.125, 2, 2, 'taylor')
 transpose_3 = attention_default.transpose(1, 2)
@@ -342,9 +338,8 @@ k = unbind[0]
 v = unbind[1]
 add = add(l_start_, 8)
 permute = k.permute([0, 2, 1, 3])
-jkv::append(l_cache_k__codes, l_cache_k__scales, permute, l_start_, 2)
 permute_1 = v.permute([0, 2, 1, 3])
-jkv::append(l_cache_v__codes, l_cache_v__scales, permute_1, l_start_, 2)
+jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, l_start_, 2, 2)
 permute_2 = k.permute([0, 2, 1, 3])
 clone = permute_2.clone(memory_format=torch.contiguous_format)
 permute_3 = v.permute([0, 2, 1, 3])

@@ -126,10 +126,9 @@ v = unbind[1]
 add = add(l_start_, 8)
 permute = k.permute([0, 2, 1, 3])
 rotate_default = jkv::rotate(permute)
-jkv::append(l_cache_k__codes, l_cache_k__scales, rotate_default, l_start_, 2)
 permute_1 = v.permute([0, 2, 1, 3])
 rotate_default_1 = jkv::rotate(permute_1)
-jkv::append(l_cache_v__codes, l_cache_v__scales, rotate_default_1, l_start_, 2)
+jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, rotate_default, rotate_default_1, l_start_, 2, 2)
 transpose_2 = q.transpose(1, 2)
 permute_2 = k.permute([0, 2, 1, 3])
 permute_3 = v.permute([0, 2, 1, 3])
@@ -171,7 +170,6 @@ return (linear)
             "\n".join(line for line in lines if "append" in line or "round" in line),
             """\
 round_unbiased_default = jkv::round_unbiased(permute, 2, 32)
-jkv::append(l_cache_k__codes, l_cache_k__scales, round_unbiased_default, l_start_, 2)
 round_unbiased_default_1 = jkv::round_unbiased(permute_1, 2, 32)
-jkv::append(l_cache_v__codes, l_cache_v__scales, round_unbiased_default_1, l_start_, 2)""",
+jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, round_unbiased_default, round_unbiased_default_1, l_start_, 2, 2)""",
         )
