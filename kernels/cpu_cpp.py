@@ -1,4 +1,4 @@
-"""Builds, checks and installs the C++ kernels: `cpu_attention.cpp`, `cpu_store.cpp` and `cpu_operators.cpp`.
+"""Builds, checks and installs the C++ kernels: the `cpu_*.cpp` beside this file.
 
 The library is compiled once per source, flags, processor and torch version into a cache folder
 (`JKV_CACHE_DIR`, else `$XDG_CACHE_HOME/jkv_compile`, else `~/.cache/jkv_compile`; a temporary folder where that is not
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from . import reference
+from . import quantizers, reference
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ FOLDER = Path(__file__).parent
 SOURCES = {  # and how hard to optimise: torch's headers are long, and calls are short
     FOLDER / "cpu_attention.cpp": "-O3",
     FOLDER / "cpu_store.cpp": "-O3",
+    FOLDER / "cpu_round.cpp": "-O3",
     FOLDER / "cpu_operators.cpp": "-O1",
 }
 HEADERS = tuple(sorted(FOLDER.glob("cpu_*.h")))
@@ -170,10 +171,10 @@ def load() -> Kernels:
 class Kernels:
     """The loaded library: the operators of `ops`, for CPU tensors, in C++.
 
-    `append`, `append_kv`, `move`, `fill`, `dequantize`, `attention` (which is `ops.attention_lse`) and
-    `attention_active` take the arguments of the operators. They raise NotImplementedError where they do not take them,
-    with which `jkv::` operators would go to Python: the exact correction, steps per block of tokens in an append,
-    dtypes and layouts that nothing produces.
+    `append`, `append_kv`, `move`, `fill`, `dequantize`, `rotate`, `round_unbiased`, `round_rotated`, `attention` (which
+    is `ops.attention_lse`) and `attention_active` take the arguments of the operators. They raise NotImplementedError
+    where they do not take them, with which `jkv::` operators would go to Python: the exact correction, steps per block
+    of tokens in an append, dtypes and layouts that nothing produces.
 
     Attributes:
         half_precision: whether bf16 products work here; if not, everything runs in float32.
@@ -192,7 +193,8 @@ class Kernels:
         operators = torch.ops.jkv_cpp
         self.append, self.append_kv = operators.append.default, operators.append_kv.default
         self.move, self.fill = operators.move.default, operators.fill.default
-        self.dequantize = operators.dequantize.default
+        self.dequantize, self.rotate = operators.dequantize.default, operators.rotate.default
+        self.round_unbiased, self.round_rotated = operators.round_unbiased.default, operators.round_rotated.default
         self.attention, self.attention_active = operators.attention_lse.default, operators.attention_active.default
         self.configure(FEW_ROWS, half_precision=True)
 
@@ -235,6 +237,9 @@ class Kernels:
         mine, my_scales = torch.empty_like(codes), torch.empty_like(scales)
         query = torch.randn(1, 1, 40, 64, generator=generator).to(dtype)
         key = torch.randn(1, 1, 9, 64, generator=generator).to(dtype)
+        rounded = self.round_unbiased(source, 2, 32)
+        if not torch.allclose(rounded, quantizers.round_unbiased(source, 2, 32), rtol=1e-4, atol=1e-4):
+            return False
         for length in (1, 40):
             rows = query[:, :, :length]
             arguments = (rows, codes, scales, codes, scales, [0, 200], key, key, None, False, 0.125, 2, 2, "taylor")

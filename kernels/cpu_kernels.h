@@ -75,6 +75,16 @@ struct FillCall {
   i64 batch, heads, start, stop;
   u16 step, zero;
 };
+struct RoundCall {
+  Plain source, output;  // both [B, H, tokens, D]
+  i64 dtype, batch, heads, tokens, dim;
+  i64 order;       // of the Hadamard matrix that runs of channels are rotated by; 0: they are rotated already
+  i64 group_size;  // of the grids that values are rounded to, in float32; 0: none, and the output has the source's dtype
+  i64 bits;
+  float range;  // of a grid, in root mean squares
+  i64 threads;
+};
+constexpr i64 MOST_CHANNELS = 1024;
 
 // False where a library function that they rely on failed.
 bool run(const AttentionCall&);
@@ -82,6 +92,7 @@ bool run(const AppendCall&);
 bool run(const DequantizeCall&);
 bool run(const MoveCall&);
 bool run(const FillCall&);
+bool run(const RoundCall&);
 
 namespace {
 

@@ -110,6 +110,32 @@ bool dequantize(const IValue* a, Stack& results) {
   return true;
 }
 
+// What rotates (group_size 0) or rounds `[B, H, L, D]`.
+bool rounded(const Tensor& x, bool rotated, i64 group_size, i64 bits, float range, Stack& results) {
+  if (x.dim() != 4 || !is_float(x)) return false;
+  const i64 dim = x.size(3);
+  if (dim < 1 || dim > MOST_CHANNELS || (group_size && dim % group_size)) return false;
+  if (!group_size && (x.stride(3) != 1 || !x.is_non_overlapping_and_dense())) return false;  // laid out as torch.empty_like
+  const Tensor rows = x.stride(3) == 1 ? x : x.contiguous();
+  const auto size = rows.sizes();
+  const i64 in_order[] = {size[1] * size[2] * dim, size[2] * dim, dim, 1};
+  const Tensor output = at::detail::empty_strided_cpu(size, group_size ? at::IntArrayRef(in_order) : rows.strides(), group_size ? at::kFloat : rows.scalar_type());
+  RoundCall call{plain(rows), plain(output), dtype_of(rows), size[0], size[1], size[2], dim, rotated ? 0 : dim & -dim, group_size, bits, range};
+  call.threads = threads_for(rows.numel());
+  if (!run(call)) return false;
+  results.emplace_back(output);
+  return true;
+}
+
+bool rotate(const IValue* a, Stack& results) { return rounded(a[0].toTensor(), false, 0, 0, 0, results); }
+
+template <bool ROTATED> bool round(const IValue* a, Stack& results) {
+  const i64 bits = a[1].toInt();
+  const float range = bits == 2 ? 1.494f : bits == 3 ? 2.051f : bits == 4 ? 2.514f : INF;  // quantizers.NORMAL_RANGE
+  if ((bits != 2 && bits != 3 && bits != 4 && bits != 8) || a[2].toInt() < 1) return false;
+  return rounded(a[0].toTensor(), ROTATED, a[2].toInt(), bits, range, results);
+}
+
 // The arguments from the keys on: key, value, mask, causal, scale, key_bits, value_bits, correction.
 bool attention(const IValue* cache, const IValue* rest, AttentionCall& call, bool with_lse, Stack& results) {
   const Tensor &query = cache[0].toTensor(), &key = rest[0].toTensor(), &value = rest[1].toTensor();
@@ -230,6 +256,9 @@ template <class F> void for_each(F f) {
   f("move", Operator<5, move>());
   f("fill", Operator<5, fill>());
   f("dequantize", Operator<6, dequantize>());
+  f("rotate", Operator<1, rotate>());
+  f("round_unbiased", Operator<3, round<false>>());
+  f("round_rotated", Operator<3, round<true>>());
   f("attention", Operator<14, attention<false>>());
   f("attention_lse", Operator<14, attention<true>>());
   f("attention_active", Operator<19, attention_active<false>>());

@@ -131,6 +131,8 @@ def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
 
 def round_rotated(x: Tensor, bits: int, group_size: int) -> Tensor:
     """What `round_unbiased` makes of channels `[…, D]` that have been rotated already."""
+    if x.shape[-1] % group_size:
+        raise RuntimeError(f"groups of {group_size} channels do not divide a head of {x.shape[-1]}")
     groups = x.float().reshape(-1, group_size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     energy = groups.square().sum(-1, keepdim=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jkv_compile.kernels import cpu, cpu_cpp, ops, reference
+from jkv_compile.kernels import cpu, cpu_cpp, ops, quantizers, reference
 
 HERE = Path(cpu_cpp.__file__).parent
 jkv = torch.ops.jkv
@@ -85,6 +85,10 @@ CALLS = {
     "move": (jkv.move, lambda: (*packed(), 2, 4, 6)),
     "fill": (jkv.fill, lambda: (*packed(), 2, 4, 0.0)),
     "dequantize": (jkv.dequantize, lambda: (*packed(), 2, 9, 2, torch.bfloat16)),
+    "rotate": (jkv.rotate, lambda: (torch.randn(1, 2, 5, 96),)),
+    "rotate from [B, L, H, D]": (jkv.rotate, lambda: (torch.randn(1, 5, 2, 64).bfloat16().transpose(1, 2),)),
+    "round_unbiased": (jkv.round_unbiased, lambda: (torch.randn(1, 2, 5, 64).bfloat16(), 2, 32)),
+    "round_rotated from [B, L, H, D]": (jkv.round_rotated, lambda: (torch.randn(1, 5, 2, 64).transpose(1, 2), 3, 16)),
     "attention": (jkv.attention, attention_arguments),
     "attention from [B, L, H, D]": (jkv.attention, lambda: attention_arguments(strided=True)),
     "attention in float32": (jkv.attention, lambda: attention_arguments(torch.float32)),
@@ -137,6 +141,46 @@ def test_fill_is_the_reference(bits):
         jkv.fill(mine, my_scales, 3, 30, 1.5)
         assert torch.equal(mine, expected_codes) and torch.equal(my_scales, expected_scales)
     assert (reference.dequantize(mine, my_scales, bits)[:, :, 3:30] == 1.5).all()
+
+
+ROUNDED = {
+    "normal": lambda x: x,
+    "with outliers": lambda x: torch.where(torch.rand_like(x) > 0.97, 40 * x, x),
+    "constant": lambda x: torch.full_like(x, 3.0),
+    "zero": torch.zeros_like,
+    "strided": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels apart": lambda x: x.mT.contiguous().mT,
+    "bfloat16": lambda x: x.bfloat16(),
+    "float16": lambda x: x.half(),
+    "no tokens": lambda x: x[:, :, :0],
+    "a NaN": lambda x: x.index_fill(2, torch.tensor([1]), float("nan")),
+    "an infinity": lambda x: x.index_fill(2, torch.tensor([1]), float("inf")),
+}
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 256])
+@pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED.keys())
+def test_rotation_and_rounding_are_those_in_torch(make, head_dim):
+    x = make(torch.randn(2, 3, 17, head_dim, generator=torch.Generator().manual_seed(0)))
+    last_place = 4e-2 if x.dtype == torch.bfloat16 else 4e-3 if x.dtype == torch.float16 else 1e-5
+    rotated, expected = jkv.rotate(x), quantizers.rotate(x)
+    assert rotated.stride() == expected.stride()
+    torch.testing.assert_close(rotated, expected, rtol=last_place, atol=last_place, equal_nan=True)
+    for bits in (2, 3, 4, 8):
+        for operator, function in (
+            (jkv.round_unbiased, quantizers.round_unbiased),
+            (jkv.round_rotated, quantizers.round_rotated),
+        ):
+            got, want = operator(x, bits, min(head_dim, 32)), function(x, bits, min(head_dim, 32))
+            assert got.dtype == torch.float32 and got.is_contiguous()
+            away = (got - want).abs() > 1e-3 * want.abs() + 1e-4  # at a tie they may choose neighbouring levels
+            assert torch.equal(got.isnan(), want.isnan()) and away.sum() <= 5e-3 * away.numel()
+
+
+def test_heads_that_are_not_divided_by_groups_go_to_python():
+    with pytest.raises(RuntimeError, match="groups of 48"):
+        jkv.round_unbiased(torch.randn(1, 2, 3, 64), 2, 48)
+    torch.testing.assert_close(jkv.rotate(torch.eye(4)), quantizers.rotate(torch.eye(4)))
 
 
 ACTIVE = {

@@ -39,7 +39,7 @@ def test_dtype_and_memory_layout_are_those_of_the_input(dtype):
     rotated = torch.ops.jkv.rotate(x)
     assert rotated.dtype == dtype and rotated.stride() == x.stride()
     error = (rotated.double() - rotate(x.double().float())).abs().max()
-    assert error <= 2 * torch.finfo(dtype).eps * rotated.abs().max()
+    assert error <= 4 * torch.finfo(dtype).eps * rotated.abs().max()  # two kernels', where dtype is float32
 
 
 def test_rotation_in_inference_mode_leaves_no_inference_tensor_behind():
