@@ -148,11 +148,11 @@ class HostMemory:
         batch, heads, tokens, width = codes.shape
         self._codes_bytes = _aligned(batch * heads * width)
         self.row = self._codes_bytes + _aligned(batch * heads * scales.shape[2] * 4)
-        self._per_page = max(1, PAGE // self.row)
+        self._per_page = max(1, PAGE // max(1, self.row))
         pinned = codes.device.type != "cpu"
         with torch.inference_mode(False):
             self.pages = [
-                torch.empty(min(self._per_page, tokens - first), self.row, dtype=torch.uint8, pin_memory=pinned)
+                torch.zeros(min(self._per_page, tokens - first), self.row, dtype=torch.uint8, pin_memory=pinned)
                 for first in range(0, tokens, self._per_page)
             ]
 

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -230,7 +231,8 @@ class Store:
         if family is None:
             return
         family.add(self)
-        if family.offload is not None and self.host is None:
+        holds_data = self.numel > 0 and self.device.type != "meta"
+        if family.offload is not None and self.host is None and holds_data:
             full_row = self.full_precision_bytes // max(1, self.shape[TOKEN])
             self._live_in(HostMemory.of(self._codes, self._scales, full_row, family.offload))
 
@@ -473,6 +475,8 @@ class Store:
         active = None if held is None else (held.data, held.start, held.stop)
         layout = self.shape, self.strides, self.dtype, self.bits
         codes, scales = (t if self._line is None else t.contiguous() for t in self.data())  # no room
+        if self.host is not None and get_spawning_popen() is not None:
+            self._inherited = codes, scales  # a process that is being spawned takes them over from this one
         return rebuild_store, (*layout, codes, scales, active, self.quantizer)
 
     # ---- pieces ----
@@ -512,7 +516,8 @@ class Store:
     def _constant(self, value: float) -> tuple[Tensor, Tensor]:
         """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
         value = self._storable(value)
-        codes, scales = torch.zeros_like(self._codes[:1, :1, :1]), torch.zeros_like(self._scales[:1, :1, :, :1])
+        width, groups = self._codes.shape[3], self._scales.shape[2]
+        codes, scales = self._codes.new_zeros(1, 1, 1, width), self._scales.new_zeros(1, 1, groups, 1, 2)
         if value and self._grid.rotates:
             fill = _ops.fill_within if self._grid.within else _ops.fill_rotated
             fill(codes, scales, 0, 1, self.bits, value)
