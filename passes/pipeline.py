@@ -20,6 +20,7 @@ from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Returned, Tracking
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
+from .changed_later import hold_what_changes
 from .describe import describe, source_line
 from .handed import Attended, Handed, Passages
 from .nodes import example
@@ -191,6 +192,7 @@ class _View:
     ) -> None:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled = example_inputs, as_spelled
+        hold_what_changes(self.gm.graph)
         self.left = canonicalise(self.gm.graph, as_spelled)
         self.placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
         self.position = {p: i for i, p in enumerate(self.placeholders)}

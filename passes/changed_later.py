@@ -1,0 +1,46 @@
+"""Tokens that a graph changes in place after it has written them to a cache, or joined them with cached ones.
+
+What is written in a graph is attended from its own value there, in full precision (`segments.Fresh`), which has to be
+what was written. So the tokens are copied before they are written, where the graph changes their memory later on (an
+embedding that rotates keys in place after they have been cached, say), and the copy is what is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..compat import fake_mode_of, is_dtensor
+from ..packed import PackedKV
+from .attention_forms import FLEX
+from .nodes import CONCATENATIONS, as_write, copied, example, identity, mutates
+
+
+def hold_what_changes(graph: Graph) -> None:
+    """Put `clone` nodes before such writes and concatenations, in place."""
+    changes: dict[int, int] = {}  # by storage: the last node that changes it
+    nodes = list(graph.nodes)
+    for time, node in enumerate(nodes):
+        for argument in node.all_input_nodes:
+            if isinstance(example(argument), Tensor) and node.target is not FLEX and mutates(node, argument):
+                changes[identity(example(argument))] = time
+    for time, node in enumerate(nodes):
+        for source in _tokens_taken(node):
+            value = example(source)
+            mode = fake_mode_of(value) if isinstance(value, Tensor) and not isinstance(value, PackedKV) else None
+            if mode is None or is_dtensor(value) or changes.get(identity(value), -1) <= time:
+                continue
+            with graph.inserting_before(node), mode:
+                held = graph.call_method("clone", (source,))
+                held.meta["example_value"] = value.clone()
+            node.replace_input_with(source, held)
+
+
+def _tokens_taken(node: Node) -> list[Node]:
+    """What a node writes to another tensor, or joins to one."""
+    if node.op == "call_function" and node.target in CONCATENATIONS:
+        return list(dict.fromkeys(copied(node)))
+    write = as_write(node)
+    taken = write is not None and isinstance(write.value, Node) and write.value is not write.base
+    return [write.value] if taken and isinstance(example(write.value), torch.Tensor) else []  # type: ignore[union-attr]

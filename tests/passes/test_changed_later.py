@@ -1,0 +1,77 @@
+"""Keys that are changed in place after they were written to a cache: attended as they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jkv_compile import is_packed, materialize
+
+from ..harness import fresh_backend, relative_error, rewritten
+
+CHUNK = 8
+Cache = dict[str, Tensor]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def computed(q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> Tensor:
+    k = k + 1
+    cache["k"][:, start : start + CHUNK] = k
+    cache["v"][:, start : start + CHUNK] = v
+    k.mul_(3)
+    return attend(q, cache["k"][:, : start + CHUNK], cache["v"][:, : start + CHUNK]) + k
+
+
+def given(q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> Tensor:
+    cache["k"][:, start : start + CHUNK] = k
+    cache["v"][:, start : start + CHUNK] = v
+    k[..., :16] = -k[..., 16:]
+    return attend(q, cache["k"][:, : start + CHUNK], cache["v"][:, : start + CHUNK])
+
+
+def joined(q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> Tensor:
+    k, v = k + 1, v + 1
+    keys = torch.cat((cache["k"][:, :start], k), 1)
+    values = torch.cat((cache["v"][:, :start], v), 1)
+    k.mul_(3)
+    cache["k"][:, start : start + CHUNK] = k
+    cache["v"][:, start : start + CHUNK] = v
+    return attend(q, keys, values)
+
+
+@pytest.mark.parametrize("model", [computed, given, joined], ids=lambda model: model.__name__)
+def test_attention_sees_what_was_written(model: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=8)
+    compiled = torch.compile(model, backend=backend)
+    caches = [{name: torch.ones(1, 64, 2, 32) for name in "kv"} for _ in range(2)]
+    with torch.no_grad():
+        for start in (CHUNK, 2 * CHUNK, 3 * CHUNK):
+            q, k, v = (torch.randn(1, CHUNK, 2, 32) for _ in range(3))
+            assert relative_error(compiled(q, k.clone(), v, caches[0], start), model(q, k, v, caches[1], start)) < 0.01
+    for name in "kv":
+        assert relative_error(materialize(caches[0][name]), caches[1][name]) < 0.01
+    assert all(map(is_packed, caches[0].values()))
+
+
+def test_what_does_not_change_is_not_copied() -> None:
+    def unchanged(q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> Tensor:
+        k = (k + 1).mul_(3)
+        cache["k"][:, start : start + CHUNK] = k
+        cache["v"][:, start : start + CHUNK] = v
+        return attend(q, cache["k"][:, : start + CHUNK], cache["v"][:, : start + CHUNK])
+
+    backend = fresh_backend(bits=8)
+    compiled = torch.compile(unchanged, backend=backend)
+    cache = {name: torch.zeros(1, 64, 2, 32) for name in "kv"}
+    with torch.no_grad():
+        for start in (CHUNK, 2 * CHUNK):
+            compiled(*(torch.randn(1, CHUNK, 2, 32) for _ in range(3)), cache, start)
+    assert "clone" not in rewritten(backend)
