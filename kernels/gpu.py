@@ -10,7 +10,8 @@ Few rows and many keys (decode) are split over the keys, and joined by their log
 
 Safe to capture in a CUDA graph: what is launched and allocated depends on shapes and on the integers a caller passes,
 never on values in a tensor; nothing synchronises with the host, and scratch comes from the caching allocator, whose
-capture pool gives replays the same addresses. Under Triton's interpreter the same functions take CPU tensors.
+capture pool gives replays the same addresses. (Operators that take an active range read it from a CPU tensor; they are
+tagged, and Inductor leaves them out of its captures.) Under Triton's interpreter the same functions take CPU tensors.
 """
 
 from __future__ import annotations

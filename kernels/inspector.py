@@ -319,6 +319,9 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 """Shown with `--all`."""
 
 
+JITTED = (attention_kernel, append_kernel, dequantize_kernel, prepare_kernel, merge_kernel, move_kernel)
+
+
 def examine(name: str, target: str) -> Record:
     """Compile one kernel of `KERNELS` or `VARIANTS` for one target, and count."""
     compile_kernel, arguments = (KERNELS | VARIANTS)[name]

@@ -19,6 +19,7 @@ from .layout import in_blocks
 
 library = torch.library.Library("jkv", "DEF")
 _TAGS = (torch.Tag.flexible_layout,)  # kernels take any strides: Inductor need not copy inputs into a layout
+_HOST_TAGS = (*_TAGS, torch.Tag.cudagraph_unsafe)  # what is launched depends on numbers in a CPU tensor
 
 library.define("append(Tensor(a!) codes, Tensor(b!) scales, Tensor source, SymInt start, int bits) -> ()", tags=_TAGS)
 library.define(
@@ -54,21 +55,21 @@ library.define("fill(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt s
 library.define(
     "dequantize_active(Tensor codes, Tensor scales, Tensor active, Tensor active_range, SymInt start, SymInt stop, "
     "int bits, ScalarType dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_HOST_TAGS,
 )
 library.define(
     "attention_active(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
     "Tensor key_active, Tensor key_active_range, Tensor value_active, Tensor value_active_range, "
     "SymInt start, SymInt stop, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
     "int key_bits, int value_bits, str correction) -> Tensor",
-    tags=_TAGS,
+    tags=_HOST_TAGS,
 )
 library.define(
     "attention_active_lse(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
     "Tensor key_active, Tensor key_active_range, Tensor value_active, Tensor value_active_range, "
     "SymInt start, SymInt stop, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
     "int key_bits, int value_bits, str correction) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_HOST_TAGS,
 )
 
 library.define("rotate(Tensor x) -> Tensor", tags=_TAGS)
@@ -289,6 +290,7 @@ def sdpa_lse(
 
 # A cache that was written in another graph, or in eager code, holds the range written last in full precision too
 # (`active`, `[B, H, n, D]`; `active_range`, int64 `[start, stop]` on the CPU, so that reading it waits for no device).
+# A CUDA graph would replay the range it was captured with: by their tags, Inductor captures around these operators.
 
 
 def dequantize_active(

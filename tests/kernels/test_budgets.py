@@ -78,6 +78,15 @@ def test_other_shapes_neither_spill_nor_outgrow_shared_memory(target, names):
         assert record.shared_bytes <= inspector.ARCHITECTURES[target].shared_bytes, record
 
 
+@pytest.mark.parametrize("kernel", inspector.JITTED, ids=lambda kernel: kernel.__name__)
+def test_lengths_and_offsets_are_run_time_values(kernel):
+    """Nothing compiles anew when a cache grows: integers that change from call to call are not specialised on."""
+    changing = [
+        p for p in kernel.params if not p.is_constexpr and not p.name.startswith("p_") and "stride" not in p.name
+    ]
+    assert [p.name for p in changing if not p.do_not_specialize and p.name != "softmax_scale"] == []
+
+
 def test_command_line_writes_the_table(tmp_path, capsys):
     output = tmp_path / "out" / "kernels.json"
     assert inspector.main(["--targets", "sm_90", "--kernels", "merge", "--output", str(output)]) == 0

@@ -135,8 +135,21 @@ def test_append_confines_non_finite_numbers_to_their_group(head_dim):
     assert scales.isnan().sum() == 2 * 4
 
 
-def test_append_kv_is_two_appends_in_one_launch():
+class _Launches:
+    """A kernel that counts how often it is launched."""
+
+    def __init__(self, kernel):
+        self.kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid):
+        self.count += 1
+        return self.kernel[grid]
+
+
+def test_append_kv_is_two_appends_in_one_launch(monkeypatch):
     torch.manual_seed(0)
+    launches = _Launches(gpu.append_kernel)
+    monkeypatch.setattr(gpu, "append_kernel", launches)
     key, value = torch.randn(1, 2, 9, 64, device=DEVICE), torch.randn(1, 2, 9, 128, device=DEVICE)
 
     def stores():
@@ -149,6 +162,7 @@ def test_append_kv_is_two_appends_in_one_launch():
 
     joint, apart = stores(), stores()
     gpu.append_kv(*joint, key, value, 2, 3, 2)
+    assert launches.count == 1
     gpu.append(*apart[:2], key, 2, 3)
     gpu.append(*apart[2:], value, 2, 2)
     assert all(torch.equal(a, b) for a, b in zip(joint, apart))
@@ -272,6 +286,12 @@ def test_attention_causal_within_the_current_keys(queries, current):
     check(queries=queries, current=current, causal=True)
 
 
+def test_attention_with_a_sink_and_a_window_in_full_precision():
+    """They are keys like the current chunk's, and before it: neither dequantized nor corrected, all of them visible."""
+    sink, window, chunk = 16, 30, 20
+    check(queries=chunk, current=sink + window + chunk, ranges=(sink, 150))
+
+
 def test_attention_causal_and_masked_with_grouped_heads():
     check(heads=4, kv_heads=2, queries=30, current=50, causal=True, mask="additive")
 
@@ -368,6 +388,25 @@ def test_unpack_once_computes_the_same(head_dim, key_bits, architecture):
     check(head_dim=head_dim, key_bits=key_bits, ranges=(5, 60, 100, 170))
 
 
+def test_ten_thousand_queries(monkeypatch):
+    if DEVICE == "cpu":  # fewer, larger tiles: the interpreter's time goes by their number
+        monkeypatch.setattr(gpu, "tile", lambda *of: (triton_config.tile(*of)[0]._replace(BLOCK_M=2048), {}))
+    check(queries=10_000, current=20, ranges=(5, 60))
+
+
+@pytest.mark.parametrize("queries, path", [(15, "fused"), (16, "unpack once")])
+def test_one_number_of_rows_decides_between_the_paths(queries, path, architecture, monkeypatch):
+    """Rows are those of a key/value head: queries times the heads that share it."""
+    architecture(unpack_once_rows=32)
+    taken = []
+    monkeypatch.setattr(gpu, "_fused", lambda *_: taken.append("fused"))
+    monkeypatch.setattr(gpu, "_unpack_once", lambda *_: taken.append("unpack once"))
+    query = torch.randn(1, 4, queries, 64, device=DEVICE)
+    store = (*quantized(1, 2, 64, 2, 32), *quantized(1, 2, 64, 2, 32))
+    gpu.attention(query, *store, [0, 9], query[:, :2], query[:, :2], None, False, 0.125, 2, 2, "taylor")
+    assert taken == [path]
+
+
 def test_unpack_once_works_through_the_heads_in_slabs(architecture, monkeypatch):
     architecture(unpack_once_rows=1)
     monkeypatch.setattr(gpu, "SLAB_BYTES", 1)
@@ -396,8 +435,11 @@ def test_a_non_finite_token_outside_the_ranges_is_not_seen():
     assert output.isfinite().all()
 
 
-def test_the_benchmarks_peers_compute_what_ours_does():
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_benchmarks_peers_compute_what_ours_does(monkeypatch):
     torch.manual_seed(0)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its numbers are looked at, not its time
     shape = bench_gpu.Shape(heads=4, kv_heads=2, queries=40, cached=150, head_dim=64)
     callables = bench_gpu.implementations(shape, 2, 32, torch.device(DEVICE))
     outputs = {name: callables[name]().float() for name in ("flex", "jkv", "jkv_fused", "jkv_unpack_once")}
@@ -421,7 +463,7 @@ class _Calls(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("path", ["fused", "split", "unpack once", "prepared"])
+@pytest.mark.parametrize("path", ["fused", "split", "unpack once", "prepared", "per channel"])
 def test_launches_and_allocations_depend_on_shapes_alone(path, architecture, monkeypatch):
     """What a CPU can show of CUDA-graph safety: no operator reads a value back, and data changes no call."""
     if path == "unpack once":
@@ -433,11 +475,13 @@ def test_launches_and_allocations_depend_on_shapes_alone(path, architecture, mon
     recorded = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        query = torch.randn(1, 2, 66, 64, device=DEVICE) * 10**seed
+        query = torch.randn(1, 2, 40, 64, device=DEVICE) * 10**seed
         store = (*quantized(1, 1, 64, 2, 32), *quantized(1, 1, 64, 2, 32))
-        key = torch.randn(1, 1, 66, 64, device=DEVICE)
+        if path == "per channel":
+            store = (*(t.to(DEVICE) for t in per_channel(torch.randn(1, 1, TOKENS, 64), 2, 20)[:2]), *store[2:])
+        key = torch.randn(1, 1, 60, 64, device=DEVICE)
         with _Calls() as mode:
-            gpu.append(*store[:2], key, 10, 2)
+            gpu.append(*store[:2], key, 20, 2)
             gpu.move(*store[:2], 60, 20, 120)
             gpu.attention(query, *store, [0, 190], key, key, None, False, 0.125, 2, 2, "taylor")
         recorded.append(mode.calls)
