@@ -419,8 +419,8 @@ def _filled(codes: Tensor, scales: Tensor) -> int:
 
 
 def _without_memory(tensor: Tensor, lane: Lane) -> Tensor:
-    """The tensor, its memory freed; another of its sizes where others hold that memory too."""
-    if storage_holders(tensor) > 1:
+    """The tensor, its memory freed; another of its sizes where others hold that memory too, or it belongs to a file."""
+    if storage_holders(tensor) > 1 or not tensor.untyped_storage().resizable():
         with torch.inference_mode(False):
             tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     lane.free(tensor)
