@@ -51,7 +51,7 @@ class Passed:
 
     def notes(self, unpacked: Sequence[Unpacked], arguments: Sequence[Any]) -> list[Note]:
         """What to tell of a graph that is called with these arguments, but for what is known to be handed on."""
-        unknown = [one for one in unpacked if not any(self.sources(arguments[i]) for i in one.arguments)]
+        unknown = [u for u in unpacked if not all(any(self.sources(arguments[i]) for i in side) for side in u.sides)]
         return list(dict.fromkeys(one.note(arguments) for one in unknown))
 
     def record(self, output: Tensor, sources: Sequence[Source]) -> None:
@@ -99,13 +99,21 @@ def attending_call(
         outputs = inner(*args)
         for one in attended if passed else ():
             keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
-            if not keys or not values:
+            if not keys and not values:
                 continue
+            handed = bool(keys and values)
+            keys, values = (
+                side or _like(other, [args[i] for i in own])
+                for side, other, own in ((keys, values, one.keys), (values, keys, one.values))
+            )
             reason = PENDING if stores is None else _adopt(keys, values, one.head_dim, config, stores, passed)
+            if reason == PENDING and not handed:
+                continue
             told, uncorrected = Rejected(one.source, reason or UNCORRECTED), Rejected(one.source, UNCORRECTED)
             if told in report.rejections or uncorrected in report.rejections:
                 continue
             report.rejections = [r for r in report.rejections if r != Rejected(one.source, PENDING)] + [told]
+            report.noted = [note for note in report.noted if note.source != one.source]
             if reason is None:
                 warnings.warn(f"jkv: {one.source}: a cache is {UNCORRECTED}", NotRewrittenWarning, stacklevel=2)
             elif reason != PENDING and told.kind is not Reason.IGNORED:
@@ -120,14 +128,16 @@ def _adopt(
 ) -> str | None:
     """Pack the tensors that keys and values were read from; where that is not to be, or not yet, say why."""
     caches: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
-    for side, bits in ((keys, config.key_bits), (values, config.value_bits)):
+    again = {id(cache) for cache in {id(c): c for c, _ in keys + values}.values() if passed.attended.before(cache)}
+    sides = [[s for s in side if id(s[0]) in again] for side in (keys, values)]
+    if not all(sides):
+        return PENDING
+    for side, bits in zip(sides, (config.key_bits, config.value_bits)):
         for cache, tokens in side:
             if (axes := _axes(cache, tokens)) is None:
                 return REFUSED.format("it has no three or four dimensions of which one runs along tokens")
             known = caches.get(id(cache))
             caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
-    if not all([passed.attended.before(cache) for cache, _, _ in caches.values()]):
-        return PENDING
     for cache, _, _ in caches.values():
         if is_ignored(cache):
             return REFUSED.format("jkv_compile.ignore was called for it")
@@ -143,6 +153,13 @@ def _adopt(
     for cache, axes, bits in caches.values():
         adopt(cache, axes, bits, config).join(stores)
     return None
+
+
+def _like(sources: list[Source], arguments: list[Any]) -> list[Source]:
+    """Arguments that are attended as they are, where they look as what the other side was handed from does."""
+    shapes = {(cache.shape, cache.stride()): tokens for cache, tokens in sources}
+    plain = [t for t in arguments if type(t) is Tensor]
+    return [(t, shapes[t.shape, t.stride()]) for t in plain if (t.shape, t.stride()) in shapes]
 
 
 def _axes(cache: Tensor, tokens: int) -> tuple[int, ...] | None:

@@ -59,7 +59,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"attended in another graph, in eager code", Reason.UNATTENDED),
     (r"which are not known to be of a cache", Reason.ELSEWHERE),
     (r"views of one tensor", Reason.SHARED_MEMORY),
-    (r"in another graph", Reason.GRAPH_BREAK),
+    (r"in another graph|come so to this graph", Reason.GRAPH_BREAK),
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),
     (r"group_size|head_dim=", Reason.CONFIGURATION),

@@ -132,7 +132,9 @@ class Rejected:
 
     def lines(self) -> list[str]:
         """An account of a few lines, for a terminal."""
-        return [f"- {self.source}", f"    left in full precision: {self.reason}", f"    {self.kind.advice}"]
+        packed = self.reason.startswith("packed,")  # and only its attention is not all that it could be
+        reason = self.reason if packed else f"left in full precision: {self.reason}"
+        return [f"- {self.source}", f"    {reason}", f"    {self.kind.advice}"]
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,18 @@ class Note(Rejected):
 
     Attributes:
         tensors: what it is told of; the note is settled once all of them are packed.
+        while_alive: or once one of them is gone, as what belongs to the current chunk only is after the call.
     """
 
     tensors: tuple[weakref.ref[Tensor], ...] = field(default=(), compare=False, repr=False)
+    while_alive: bool = field(default=False, compare=False, repr=False)
 
     def settled(self, packed: Sequence[Tensor] = ()) -> bool:
         """Whether its tensors have been packed, or are among those that would be."""
         from .packed import PackedKV  # which counts its bytes by this file
 
+        if self.while_alive and any(ref() is None for ref in self.tensors):
+            return True
         return all(isinstance(t := ref(), PackedKV) or any(t is p for p in packed) for ref in self.tensors)
 
     def lines(self) -> list[str]:

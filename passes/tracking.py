@@ -25,6 +25,10 @@ from .nodes import CONCATENATIONS, Write, as_write, example, identity, mutates, 
 from .segments import Cached, Content, Fresh, Scattered, Segment, at_most, equal, overlap, overwrite
 from .sources import hands_tokens_on
 
+ONE_PACKED = (
+    "packed, but only its keys or only its values come so to this graph: dequantized, and its scores are not corrected"
+)
+
 
 class Tracker:
     """The walk. `owners` gives, per placeholder that is a slice of a larger cache, that cache's shape and strides."""
@@ -274,7 +278,8 @@ class Tracker:
     def _unfit(self, call: AttentionCall, sources: list[list[Holder]]) -> str | None:
         """Why an attention that reads caches must stay as it is."""
         if not all(sources):
-            return "only one of key and value comes from a cache"
+            packed = any(holder.packed for side in sources for holder in side)
+            return ONE_PACKED if packed else "only one of key and value comes from a cache"
         if call.dropout:
             return f"dropout of {call.dropout}"
         return "gradients are required of it" if call.result.requires_grad else None

@@ -34,6 +34,7 @@ ENTERS = "its keys and values enter the graph as plain tensors, which are not kn
 ENTERS_UNFIT = ENTERS + "; nor could they be packed as they are: {}"
 UNFIT_PAST = "the past that it attends with new tokens cannot be packed: {}"
 ONE_TENSOR = "its keys and values are views of one tensor"
+WRITTEN, HANDED_ON = "written here", "read here and handed on"
 UNATTENDED = "{} is {}, and attended in another graph, in eager code, or not at all"
 
 
@@ -42,13 +43,14 @@ class Unpacked:
     """What a note tells of: the arguments that hold the tokens, and the reason as far as the graph tells."""
 
     source: str
-    arguments: tuple[int, ...]
+    sides: tuple[tuple[int, ...], ...]  # of keys and of values, or of one tensor
     reason: str
     near_miss: bool = False  # attended together with new tokens, as a past is
+    while_alive: bool = False  # may be of the current chunk: such tensors do not live on
 
     def note(self, example_inputs: Sequence[Any]) -> Note:
-        owners = {id(t): t for t in (_owner(example_inputs[i]) for i in self.arguments)}
-        return Note(self.source, self.reason, tuple(weakref.ref(t) for t in owners.values()))
+        owners = {id(t): t for t in (_owner(example_inputs[i]) for side in self.sides for i in side)}
+        return Note(self.source, self.reason, tuple(map(weakref.ref, owners.values())), self.while_alive)
 
 
 class Unknown:
@@ -71,18 +73,19 @@ class Unknown:
     def tensors(self, handed: Sequence[Handed], plans: set[int]) -> Iterator[Unpacked]:
         """Tensors that are written in slices, or joined with new tokens and handed on, and not attended here."""
         inputs = {i: p for p, i in self.position.items() if _may_be_cache(example(p))}
-        found = {self.position[p]: (node, "written here") for p, node in self._written(inputs.values())}
+        found = {self.position[p]: (node, WRITTEN) for p, node in self._written(inputs.values())}
         for one in handed:
             if one.tokens is not None and one.argument in inputs:
                 reader = next(iter(inputs[one.argument].users))
-                found.setdefault(one.argument, (reader, "read here and handed on"))
-        sides = [self.sources.bits.get(side, 0) for call in self.calls for side in (call.key, call.value)]
+                found.setdefault(one.argument, (reader, HANDED_ON))
+        sides = [self.sources.of(side) for call in self.calls for side in (call.key, call.value)]
         attended, convolved = functools.reduce(operator.or_, sides, 0), self._convolved()
         for argument, (node, how) in found.items():
             entering = inputs[argument]
-            known = argument in plans or self.sources.bits[entering] & attended or entering in convolved
+            known = argument in plans or self.sources.own(entering) & attended or entering in convolved
             if not known and not is_ignored(self.example_inputs[argument]):
-                yield Unpacked(source_line(node), (argument,), UNATTENDED.format(input_name(entering), how))
+                reason = UNATTENDED.format(input_name(entering), how)
+                yield Unpacked(source_line(node), ((argument,),), reason, while_alive=how == HANDED_ON)
 
     def _written(self, inputs: Iterable[Node]) -> Iterator[tuple[Node, Node]]:
         """Inputs of which a part is written, and where."""
@@ -97,22 +100,21 @@ class Unknown:
 
     def _entering(self, node: Node, query: Node) -> list[Node]:
         """The inputs that tokens come from, where queries do not depend on them."""
-        own = self.sources.bits.get(query, 0)
-        found = [p for p in self.passages.of(node) if self.sources.bits[p] & ~own]
+        queries = self.sources.of(query)
+        found = [p for p in self.passages.of(node) if self.sources.own(p) & ~queries]
         inputs = (p for p in self.position if isinstance(example(p), Tensor) and not _excluded(example(p)))
         shown = [p for p in inputs if identity(example(p)) == identity(example(node))]  # whatever its dimensions
         return list(dict.fromkeys([*found, *shown]))
 
     def _unpacked(self, call: AttentionCall, keys: list[Node], values: list[Node]) -> Unpacked:
-        sides = [[self.position[p] for p in side] for side in (keys, values)]
+        sides = tuple(tuple(self.position[p] for p in side) for side in (keys, values))
         key_owners, value_owners = ([_owner(self.example_inputs[i]) for i in side] for side in sides)
-        arguments = tuple(dict.fromkeys(sides[0] + sides[1]))
-        values_of = [self.example_inputs[i] for i in arguments]
+        entering = [self.example_inputs[i] for i in dict.fromkeys(sides[0] + sides[1])]
         why = ONE_TENSOR if any(k is v for k in key_owners for v in value_owners) else None
-        why = why or next((reason for v in values_of if (reason := self._obstacle(v, _owner(v))) is not None), None)
+        why = why or next((reason for v in entering if (reason := self._obstacle(v, _owner(v))) is not None), None)
         near_miss = why is not None and self.sources.gathered(call.key)
         reason = ENTERS if why is None else (UNFIT_PAST if near_miss else ENTERS_UNFIT).format(why)
-        return Unpacked(source_line(call.node), arguments, reason, near_miss)
+        return Unpacked(source_line(call.node), sides, reason, near_miss)
 
     def _obstacle(self, value: Tensor, owner: Tensor) -> str | None:
         """Why a tensor could not be packed, even if slices of it, as `value` is one, were seen to move."""

@@ -40,7 +40,7 @@ class Client:
         reason: why not all are, as `backend.reports` says it; "" where that says nothing.
         stable_from: the first call that compiles nothing any more.
         calls: how many calls there are.
-        exact: most of what is attended was written last, and is held in full precision beside its packed form.
+        exact: most of what is attended is in full precision: it was written last, or is of the current chunk.
         ratio: how much smaller its caches are in the end, at least.
         graphs: how many graphs Dynamo may make of one function.
     """
