@@ -19,7 +19,7 @@ from typing import get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS, packed_bytes
-from .plan_devices import Sharding, share_of, traffic
+from .plan_devices import Sharding, Traffic, offload_traffic, share_of, traffic
 from .plan_tables import BYTES_FULL, GIB, GPUS, MODELS, Gpu, Model
 
 MATRIX_UTILISATION = 0.65
@@ -130,10 +130,13 @@ def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = No
     if model.tokens_per_second:
         lines += ["", *_lengths(model, group_size, devices, room)]
     if count > 1:
-        lines += ["", f"{'a device receives, GiB':>28} {'bfloat16':>10} {'2 bits':>10} {'less':>7}"]
-        for line in traffic(model, count, devices.sharding, 2, group_size):
-            less = f"{line.full / line.packed:.2f}x" if line.full != line.packed else "same"
-            lines.append(f"{line.what:>28} {line.full / GIB:10.2f} {line.packed / GIB:10.2f} {less:>7}")
+        lines += ["", *_moved("a device receives, GiB", traffic(model, count, devices.sharding, 2, group_size))]
+    at_hand = [2 * share.bytes_of(bits, group_size) / share.layers / GIB for bits in (None, 2)]
+    lines += [
+        "",
+        *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size)),
+        f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
+    ]
     overhead = attention_overhead(share, gpu, 2, 2, group_size) if share.chunk <= share.tokens else None
     if overhead is not None:
         lines += [
@@ -144,6 +147,15 @@ def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = No
             f"  quantizing the chunk, once per layer: {overhead.append_ms:.3f} ms",
         ]
     return "\n".join([*lines, "", *_assumptions(model, gpu, devices)])
+
+
+def _moved(title: str, rows: Sequence[Traffic]) -> list[str]:
+    """A table of what goes from one memory to another."""
+    lines = [f"{title:>28} {'bfloat16':>10} {'2 bits':>10} {'less':>7}"]
+    for row in rows:
+        less = f"{row.full / row.packed:.2f}x" if row.full != row.packed else "same"
+        lines.append(f"{row.what:>28} {row.full / GIB:10.2f} {row.packed / GIB:10.2f} {less:>7}")
+    return lines
 
 
 def _lengths(model: Model, group_size: int, devices: Devices, room: float) -> list[str]:
@@ -166,6 +178,8 @@ def _assumptions(model: Model, gpu: Gpu, devices: Devices) -> list[str]:
         f"{gpu.bandwidth_tbs:g} TB/s in streaming;",
         "lower bounds: limited by matrix products, the correction's 16 columns included, or by memory;",
         "upper bounds: limited by instructions, at the kernels' static counts. Nothing here was measured on a GPU.",
+        f"Offloaded caches: {model.passes} passes per chunk, each brings every layer's full cache; times on the bus are",
+        "not modelled.",
     ]
     if model.tokens_per_second:
         lines.append(

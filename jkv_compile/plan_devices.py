@@ -63,3 +63,16 @@ def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_siz
         result.append(Traffic("caches passed round instead", *ring))
     result.append(Traffic("its cache moved, once", share.full_bytes, share.bytes_of(bits, group_size)))
     return result
+
+
+def offload_traffic(share: Model, bits: int, group_size: int) -> list[Traffic]:
+    """What a chunk costs between host memory and a device, over all layers and passes, with caches in the former.
+
+    Every pass brings the full cache of each layer, and what it writes of it, the chunk, goes back.
+    """
+    written = replace(share, tokens=min(share.chunk, share.tokens))
+    parts = (("to the device, a chunk", share), ("back, a chunk", written))
+    return [
+        Traffic(what, share.passes * part.full_bytes, share.passes * part.bytes_of(bits, group_size))
+        for what, part in parts
+    ]

@@ -36,6 +36,7 @@ BAD = {
         {"quantizer": "quarrot"},
         r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased'\)",
     ),
+    "offload to where there is no memory": ({"offload": "disk"}, r"offload=.disk.: expected one of .None, .cpu.."),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
 }
 

@@ -62,6 +62,7 @@ def test_command_line_reports_sizes_and_assumptions(capsys):
     text = capsys.readouterr().out
     assert re.search(r"2 bits +3\.00 +1\.05 +5\.33x +yes", text)
     assert "modelled" in text and "Nothing here was measured" in text
+    assert re.search(r"to the device, a chunk +28\.12 +5\.27 +5\.33x", text)
     assert plan.main(["--list"]) == 0
     assert "krea-14b" in capsys.readouterr().out
 
@@ -105,6 +106,14 @@ def test_traffic_by_hand():
     assert (moved.full, moved.packed) == (share, share * 3 / 16)
     (whole,) = plan.traffic(model, 2, "none", 2, 32)
     assert whole.full == 2 * share
+
+
+def test_offloaded_caches_by_hand():
+    """Two layers of 2 heads x 32 channels, 16 tokens, 4 of them a chunk, in 3 passes."""
+    model = plan.Model("", 1, 2, 2, 2, 32, 16, 4, passes=3)
+    there, back = plan.offload_traffic(model, 2, 32)
+    assert (there.full, there.packed) == (3 * 2 * 2 * 2 * 32 * 16 * 2, 3 * 2 * 2 * 2 * 16 * (8 + 4))
+    assert (back.full, back.packed) == (there.full / 4, there.packed / 4)
 
 
 def test_more_tokens_fit_on_more_devices():
