@@ -109,7 +109,7 @@ def compile_inner(
 
 
 def records_cuda_graphs(mode: str | None, options: dict[str, Any]) -> bool:
-    """Whether Inductor would record CUDA graphs, told so by `torch.compile`'s `mode` and `options`, or by its config."""
+    """Whether Inductor would record CUDA graphs, by `torch.compile`'s `mode` and `options`, or its own config."""
     from torch._inductor import config, list_mode_options
 
     settings = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}

@@ -178,8 +178,8 @@ def _assumptions(model: Model, gpu: Gpu, devices: Devices) -> list[str]:
         f"{gpu.bandwidth_tbs:g} TB/s in streaming;",
         "lower bounds: limited by matrix products, the correction's 16 columns included, or by memory;",
         "upper bounds: limited by instructions, at the kernels' static counts. Nothing here was measured on a GPU.",
-        f"Offloaded caches: {model.passes} passes per chunk, each brings every layer's full cache; times on the bus are",
-        "not modelled.",
+        f"Offloaded caches: {model.passes} passes per chunk, each brings every layer's full cache; the bus's time",
+        "is not modelled.",
     ]
     if model.tokens_per_second:
         lines.append(

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +49,7 @@ from ..idioms.cases import CASES
 from ..models import BrokenAttention, Network, SelfAttention
 from .test_bad_input import Faulty
 
+ROOT = Path(__file__).parents[2]
 TOKENS, CHUNK, DIM = 64, 8, 128
 LAYERS = 4
 ROW = 2 * (16 + 2 * 4)  # bytes of a token: two heads of 64 channels at 2 bits, each in two groups
@@ -470,6 +474,27 @@ def test_two_models_in_turns_share_slots() -> None:
     assert all(map(torch.equal, chain(*got), chain(*want)))
     assert backend.memory().staging_bytes == 2 * 2 * TOKENS * ROW
     assert backend.memory().adopted == 4 * LAYERS
+
+
+ONE_RANK = """
+import warnings
+import torch.distributed as dist
+from tests.distributed import checks
+from tests.harness import fresh_backend
+warnings.simplefilter("ignore")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+made = []
+checks.fresh_backend = lambda **settings: made.append(fresh_backend(offload="cpu", **settings)) or made[-1]
+checks.dtensor_cache(0, 1)
+assert made[-1].memory().traffic.from_device > 0
+dist.destroy_process_group()
+"""
+
+
+def test_shards_of_dtensors_are_offloaded() -> None:
+    """The check of `tests.distributed`, by a process that holds all heads."""
+    done = subprocess.run([sys.executable, "-c", ONE_RANK], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_slots_and_rows_go_with_the_caches() -> None:
