@@ -14,6 +14,7 @@ from .models import (
     DIM,
     HEAD_DIM,
     HEADS,
+    BranchBuffers,
     CloneEditAttend,
     Composite,
     FixedPast,
@@ -21,6 +22,7 @@ from .models import (
     KeysBesideValues,
     LazyBuffers,
     MaskedBuffer,
+    PinnedComposite,
     RolledBuffer,
     RollingCache,
     StackedKeysValues,
@@ -81,12 +83,15 @@ def clone_edit(write_in_graph: bool) -> Case:
     return steps
 
 
-def composite(backend: Backend, twins: Twins = twins) -> Steps:
-    compiled, eager = twins(Composite(), backend)
-    cache, reference_cache = caches(), caches()
-    for call in range(1, 22):
-        x = chunk()
-        yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
+def composite(kind: type[nn.Module] = Composite, first: int = 1) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
+        compiled, eager = twins(kind(), backend)
+        cache, reference_cache = caches(), caches()
+        for call in range(first, 22):
+            x = chunk()
+            yield compiled(x, cache, call * CHUNK), eager(x, reference_cache, call * CHUNK)
+
+    return steps
 
 
 def lazy_buffers(backend: Backend, twins: Twins = twins) -> Steps:
@@ -94,6 +99,14 @@ def lazy_buffers(backend: Backend, twins: Twins = twins) -> Steps:
     for call in range(22):
         x = chunk()
         yield compiled(x, call * CHUNK), eager(x, call * CHUNK)
+
+
+def branch_buffers(backend: Backend, twins: Twins = twins) -> Steps:
+    compiled, eager = twins(BranchBuffers(TOKENS), backend)
+    for call in range(22):
+        x = chunk()
+        outputs = [(compiled(x, call * CHUNK, b), eager(x, call * CHUNK, b)) for b in ("cache", "uncond")]
+        yield tuple(torch.cat(side) for side in zip(*outputs))  # type: ignore[misc]
 
 
 def masked_buffer(**settings: Any) -> Case:
@@ -184,6 +197,8 @@ CASES: dict[str, tuple[Case, int]] = {
     "a buffer shifted by cat and copied back": (rolled_buffer(edit=False), 2),
     "a copy edited and attended, written back in the graph": (clone_edit(True), 2),
     "a copy edited and attended, written back in eager code": (clone_edit(False), 3),
-    "a concatenation of sink, window and current chunk": (composite, 4),
+    "a concatenation of sink, window and current chunk": (composite(), 4),
+    "a concatenation of sink, pinned chunk, window and current, the sink turned": (composite(PinnedComposite, 2), 4),
     "buffers allocated in the first forward": (lazy_buffers, 3),
+    "buffers of two guidance branches, chosen ranges": (branch_buffers, 5),
 }

@@ -200,6 +200,36 @@ class Composite(Projections):
         return out
 
 
+class PinnedComposite(Projections):
+    """F (LongLive, Rolling-Forcing): sink, pinned chunk, window and current; the sink is cached raw, and turned on read."""
+
+    def __init__(self, sink: int = 4, pinned: int = CHUNK, window: int = 2 * CHUNK) -> None:
+        super().__init__()
+        self.sink, self.pinned, self.window = sink, pinned, window
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        q, k, v = self.project(x)
+        end, pinned = start + x.shape[1], self.sink + self.pinned
+        first = max(pinned, start - self.window)
+        turned = rope(k, start)
+        keys = torch.cat(
+            [
+                rope(cache["k"][:, : self.sink], first - self.sink),
+                cache["k"][:, self.sink : pinned],
+                cache["k"][:, first:start],
+                turned,
+            ],
+            1,
+        )
+        values = torch.cat(
+            [cache["v"][:, : self.sink], cache["v"][:, self.sink : pinned], cache["v"][:, first:start], v], 1
+        )
+        out = self.sdpa(rope(q, start), keys, values)
+        cache["k"][:, start:end] = turned
+        cache["v"][:, start:end] = v
+        return out
+
+
 class TwoCaches(Projections):
     """F (AnyFlow-FAR): old tokens compressed in one cache, recent ones in another, turned together after the read."""
 
@@ -301,3 +331,25 @@ class LazyBuffers(Projections):
         self.k_cache[:, start:end] = k
         self.v_cache[:, start:end] = v
         return self.sdpa(q, self.k_cache[:, :end], self.v_cache[:, :end])
+
+
+class BranchBuffers(LazyBuffers):
+    """J: a pair per guidance branch, allocated in its first forward; attended are chosen ranges of one buffer."""
+
+    def __init__(self, tokens: int = 64, sink: int = CHUNK, recent: int = 2 * CHUNK) -> None:
+        super().__init__(tokens)
+        self.sink, self.recent = sink, recent
+        self.k_uncond: Tensor | None = None
+        self.v_uncond: Tensor | None = None
+
+    def forward(self, x: Tensor, start: int, branch: str = "cache") -> Tensor:
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        if getattr(self, f"k_{branch}") is None:
+            for name in ("k", "v"):
+                setattr(self, f"{name}_{branch}", torch.zeros(1, self.tokens, self.heads, self.head_dim))
+        keys, values = getattr(self, f"k_{branch}"), getattr(self, f"v_{branch}")
+        keys[:, start:end], values[:, start:end] = k, v
+        first = max(self.sink, end - self.recent)
+        chosen = (torch.cat([t[:, : min(self.sink, first)], t[:, first:end]], 1) for t in (keys, values))
+        return self.sdpa(q, *chosen)

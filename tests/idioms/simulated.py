@@ -26,11 +26,11 @@ from jkv_compile import PackedKV, is_packed
 from jkv_compile.kernels import quantizers, reference
 
 
-def caches_of(model: nn.Module, args: Any) -> list[Tensor]:
+def caches_of(model: nn.Module, args: Any) -> dict[str, Tensor]:
     """The tensors that may be caches: arguments after the first, and attributes, of at least three dimensions."""
-    attributes = [value for _, value in sorted(vars(model).items()) if isinstance(value, Tensor)]
-    found = [t for t in (*tree_leaves(args[1:]), *attributes) if isinstance(t, Tensor)]
-    return [t for t in found if t.is_floating_point() and t.dim() >= 3]
+    held = {str(i): value for i, value in enumerate(tree_leaves(args[1:]))} | dict(sorted(vars(model).items()))
+    found = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    return {name: t for name, t in found.items() if t.is_floating_point() and t.dim() >= 3}
 
 
 class Watched:
@@ -39,7 +39,7 @@ class Watched:
     def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
         self.model, self.compiled = model, compiled
         self.storages: list[StorageWeakRef] = []
-        self.quantizers: list[str | None] = []  # of each cache, None while it is plain
+        self.quantizers: dict[str, str | None] = {}  # of each cache, None while it is plain
 
     def __call__(self, *args: Any) -> Any:
         self._look(args)
@@ -49,13 +49,13 @@ class Watched:
 
     def _look(self, args: Any) -> None:
         caches = caches_of(self.model, args)
-        self.storages += [StorageWeakRef(t.untyped_storage()) for t in caches if not is_packed(t)]
-        self.quantizers = [t._store.quantizer if isinstance(t, PackedKV) else None for t in caches]
+        self.storages += [StorageWeakRef(t.untyped_storage()) for t in caches.values() if not is_packed(t)]
+        self.quantizers = {n: t._store.quantizer if isinstance(t, PackedKV) else None for n, t in caches.items()}
 
     @property
     def freed(self) -> bool:
         """Whether there was such memory, none is left, and what the caller holds is packed."""
-        packed = bool(self.quantizers) and None not in self.quantizers
+        packed = bool(self.quantizers) and None not in self.quantizers.values()
         return packed and bool(self.storages) and all(s.expired() for s in self.storages)
 
 
@@ -77,8 +77,7 @@ class Simulated(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         caches = caches_of(self.model, args)
-        kinds = self.twin.quantizers if caches else []  # the twin may have allocated what this is about to
-        errors = [self._quantize(cache, kind) for cache, kind in zip(caches, kinds, strict=True)]
+        errors = [self._quantize(cache, self.twin.quantizers[name]) for name, cache in caches.items()]
         if self.corrects:
             keys = _attended_keys(self.model, args, lambda _: None)
             shifts: list[list[Tensor]] = [[] for _ in keys]  # per attention, of its keys by each channel's error
@@ -90,7 +89,7 @@ class Simulated(nn.Module):
                 result = self.model(*args)
         else:
             result = self.model(*args)
-        self.known = [t.clone() for t in caches_of(self.model, (*args, result))]
+        self.known = [t.clone() for t in caches_of(self.model, (*args, result)).values()]
         return result
 
     def _quantize(self, cache: Tensor, quantizer: str | None) -> Tensor:
@@ -126,7 +125,7 @@ def _basis(quantizer: str, head_dim: int, group_size: int) -> Tensor:
 def _attended_keys(model: nn.Module, args: Any, change: Callable[[list[Tensor]], None]) -> list[Tensor]:
     """The keys of every attention in a call of a copy of the model, on changed copies of the caches."""
     model, args = copy.deepcopy((model, args), {id(p): p for p in model.parameters()})
-    change(caches_of(model, args))
+    change([*caches_of(model, args).values()])
     with _Recorded() as recorded:
         model(*args)
     return recorded.keys

@@ -797,3 +797,146 @@ class TestGraphs(expecttest.TestCase):
 + transpose_3 = attention_default.transpose(1, 2)
 """,
         )
+
+    def test_a_concatenation_of_sink_pinned_chunk_window_and_current_the_sink_turned(self) -> None:
+        self.assertExpectedInline(
+            changes("a concatenation of sink, pinned chunk, window and current, the sink turned"),
+            """\
+- getitem_6 = l_cache_k_[:, :4]
+- a_1 = getitem_6[Ellipsis, 0::2]
+- b_1 = getitem_6[Ellipsis, 1::2]
++ select = l_cache_k__scales.select(-1, 0)
++ narrow = narrow(select, 3, 0, 4)
++ float_1 = narrow.float()
++ transpose_4 = float_1.transpose(2, 3)
++ mul_12 = mul(transpose_4, 0.25)
++ repeat_interleave = mul_12.repeat_interleave(32, -1)
++ to = repeat_interleave.to(torch.float32)
++ permute_2 = to.permute([0, 2, 1, 3])
++ a_3 = permute_2[Ellipsis, 0::2]
++ dequantize_default = jkv::dequantize(l_cache_k__codes, l_cache_k__scales, 0, 4, 2, torch.float32)
++ permute_6 = dequantize_default.permute([0, 2, 1, 3])
++ a_1 = permute_6[Ellipsis, 0::2]
++ select_1 = l_cache_k__scales.select(-1, 0)
++ narrow_1 = narrow(select_1, 3, 0, 4)
++ float_2 = narrow_1.float()
++ transpose_5 = float_2.transpose(2, 3)
++ mul_13 = mul(transpose_5, 0.25)
++ repeat_interleave_1 = mul_13.repeat_interleave(32, -1)
++ to_1 = repeat_interleave_1.to(torch.float32)
++ permute_3 = to_1.permute([0, 2, 1, 3])
++ b_3 = permute_3[Ellipsis, 1::2]
++ dequantize_default_1 = jkv::dequantize(l_cache_k__codes, l_cache_k__scales, 0, 4, 2, torch.float32)
++ permute_7 = dequantize_default_1.permute([0, 2, 1, 3])
++ b_1 = permute_7[Ellipsis, 1::2]
++ mul_14 = mul(a_3, cos_3)
++ mul_15 = mul(b_3, sin_3)
++ sub_5 = sub(mul_14, mul_15)
++ mul_16 = mul(a_3, sin_3)
++ mul_17 = mul(b_3, cos_3)
++ add_7 = add(mul_16, mul_17)
++ stack_3 = stack((sub_5, add_7), -1)
++ flatten_4 = stack_3.flatten(-2)
+- getitem_10 = l_cache_k_[:, 4:12]
+- getitem_11 = l_cache_k_[:, sym_max:l_start_]
+- keys = cat([flatten_1, getitem_10, getitem_11, turned], 1)
+- getitem_12 = l_cache_v_[:, :4]
+- getitem_13 = l_cache_v_[:, 4:12]
+- getitem_14 = l_cache_v_[:, sym_max:l_start_]
+- values = cat([getitem_12, getitem_13, getitem_14, v], 1)
++ select_2 = l_cache_k__scales.select(-1, 0)
++ narrow_2 = narrow(select_2, 3, 4, 8)
++ float_3 = narrow_2.float()
++ transpose_6 = float_3.transpose(2, 3)
++ mul_18 = mul(transpose_6, 0.25)
++ repeat_interleave_2 = mul_18.repeat_interleave(32, -1)
++ to_2 = repeat_interleave_2.to(torch.float32)
++ permute_4 = to_2.permute([0, 2, 1, 3])
++ add_8 = add(-16, l_start_)
++ sym_max_1 = sym_max(12, add_8)
++ mul_19 = mul(-1, sym_max_1)
++ add_9 = add(l_start_, mul_19)
++ select_3 = l_cache_k__scales.select(-1, 0)
++ narrow_3 = narrow(select_3, 3, sym_max, add_9)
++ float_4 = narrow_3.float()
++ transpose_7 = float_4.transpose(2, 3)
++ mul_20 = mul(transpose_7, 0.25)
++ repeat_interleave_3 = mul_20.repeat_interleave(32, -1)
++ to_3 = repeat_interleave_3.to(torch.float32)
++ permute_5 = to_3.permute([0, 2, 1, 3])
++ zeros_like = zeros_like(turned)
++ keys_1 = cat([flatten_4, permute_4, permute_5, zeros_like], 1)
++ dequantize_default_2 = jkv::dequantize(l_cache_k__codes, l_cache_k__scales, 4, 12, 2, torch.float32)
++ permute_8 = dequantize_default_2.permute([0, 2, 1, 3])
++ dequantize_default_3 = jkv::dequantize(l_cache_k__codes, l_cache_k__scales, sym_max, l_start_, 2, torch.float32)
++ permute_9 = dequantize_default_3.permute([0, 2, 1, 3])
++ keys = cat([flatten_1, permute_8, permute_9, turned], 1)
++ dequantize_default_4 = jkv::dequantize(l_cache_v__codes, l_cache_v__scales, 0, 4, 2, torch.float32)
++ permute_10 = dequantize_default_4.permute([0, 2, 1, 3])
++ dequantize_default_5 = jkv::dequantize(l_cache_v__codes, l_cache_v__scales, 4, 12, 2, torch.float32)
++ permute_11 = dequantize_default_5.permute([0, 2, 1, 3])
++ dequantize_default_6 = jkv::dequantize(l_cache_v__codes, l_cache_v__scales, sym_max, l_start_, 2, torch.float32)
++ permute_12 = dequantize_default_6.permute([0, 2, 1, 3])
++ values = cat([permute_10, permute_11, permute_12, v], 1)
++ transpose_8 = keys_1.transpose(1, 2)
+- o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
+- transpose_3 = o.transpose(1, 2)
++ float_5 = transpose_8.float()
++ square = float_5.square()
++ unflatten = square.unflatten(-1, (1, -1))
++ mean = unflatten.mean(-1)
++ attention_dense_default = jkv::attention_dense(transpose, transpose_1, transpose_2, mean, None, False, 0.17677669529663687, 0, 'taylor')
++ transpose_3 = attention_dense_default.transpose(1, 2)
+- l_cache_k_[:, l_start_:add] = turned
+- l_cache_v_[:, l_start_:add] = v
++ permute = turned.permute([0, 2, 1, 3])
++ permute_1 = v.permute([0, 2, 1, 3])
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_1, l_start_, 2, 2)
+""",
+        )
+
+    def test_buffers_of_two_guidance_branches_chosen_ranges(self) -> None:
+        self.assertExpectedInline(
+            changes("buffers of two guidance branches, chosen ranges"),
+            """\
+- l_self_k_cache[:, l_start_:add] = k
+- l_self_v_cache[:, l_start_:add] = v
++ permute = k.permute([0, 2, 1, 3])
++ permute_1 = v.permute([0, 2, 1, 3])
++ jkv::append_kv(l_self_k_cache_codes, l_self_k_cache_scales, l_self_v_cache_codes, l_self_v_cache_scales, permute, permute_1, l_start_, 2, 2)
+- getitem_3 = l_self_k_cache[:, :sym_min]
+- getitem_4 = l_self_k_cache[:, sym_max:add]
+- cat = cat([getitem_3, getitem_4], 1)
+- getitem_5 = l_self_v_cache[:, :sym_min_1]
+- getitem_6 = l_self_v_cache[:, sym_max:add]
+- cat_1 = cat([getitem_5, getitem_6], 1)
+- transpose_1 = cat.transpose(1, 2)
+- transpose_2 = cat_1.transpose(1, 2)
+- o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
+- transpose_3 = o.transpose(1, 2)
++ permute_2 = k.permute([0, 2, 1, 3])
++ permute_3 = v.permute([0, 2, 1, 3])
++ attention_default = jkv::attention(transpose, l_self_k_cache_codes, l_self_k_cache_scales, l_self_v_cache_codes, l_self_v_cache_scales, [0, 8, sym_max, l_start_], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
++ transpose_3 = attention_default.transpose(1, 2)
+---
+- l_self_k_uncond[:, l_start_:add] = k
+- l_self_v_uncond[:, l_start_:add] = v
++ permute = k.permute([0, 2, 1, 3])
++ permute_1 = v.permute([0, 2, 1, 3])
++ jkv::append_kv(l_self_k_uncond_codes, l_self_k_uncond_scales, l_self_v_uncond_codes, l_self_v_uncond_scales, permute, permute_1, l_start_, 2, 2)
+- getitem_3 = l_self_k_uncond[:, :sym_min]
+- getitem_4 = l_self_k_uncond[:, sym_max:add]
+- cat = cat([getitem_3, getitem_4], 1)
+- getitem_5 = l_self_v_uncond[:, :sym_min_1]
+- getitem_6 = l_self_v_uncond[:, sym_max:add]
+- cat_1 = cat([getitem_5, getitem_6], 1)
+- transpose_1 = cat.transpose(1, 2)
+- transpose_2 = cat_1.transpose(1, 2)
+- o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
+- transpose_3 = o.transpose(1, 2)
++ permute_2 = k.permute([0, 2, 1, 3])
++ permute_3 = v.permute([0, 2, 1, 3])
++ attention_default = jkv::attention(transpose, l_self_k_uncond_codes, l_self_k_uncond_scales, l_self_v_uncond_codes, l_self_v_uncond_scales, [0, 8, sym_max, l_start_], permute_2, permute_3, None, False, 0.17677669529663687, 2, 2, 'taylor')
++ transpose_3 = attention_default.transpose(1, 2)
+""",
+        )

@@ -72,7 +72,7 @@ def _run(steps: Case, stable_from: int, group_size: int = 32, simulated: str = "
         relative_error(got, want),
         watched[0].freed,
         32 * (memory.packed_bytes - memory.active_bytes) / memory.full_precision_bytes,
-        watched[0].quantizers,
+        [*watched[0].quantizers.values()],
         [(r.before, r.after) for r in backend.reports if r.outcome == "packed"],
     )
 
