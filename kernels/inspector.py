@@ -30,11 +30,12 @@ from triton.compiler import ASTSource
 
 from .triton_append import append_kernel
 from .triton_attention import attention_kernel
-from .triton_config import APPEND_BLOCK, ARCHITECTURES, DEQUANTIZE_BLOCK, MOVE_BLOCK, eighth_lanes, tile
+from .triton_config import APPEND_BLOCK, ARCHITECTURES, DEQUANTIZE_BLOCK, MOVE_BLOCK, ROTATE_LANES, eighth_lanes, tile
 from .triton_correction import prepare_kernel
 from .triton_dequantize import dequantize_kernel
 from .triton_merge import merge_kernel
 from .triton_move import move_kernel
+from .triton_rotate import rotate_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -205,7 +206,7 @@ _STRIDES = {
     "query_strides": 3, "prepared_strides": 2, "key_store_strides": 3, "key_scale_strides": 3, "value_store_strides": 3,
     "value_scale_strides": 3, "bias_strides": 3, "key_strides": 3, "value_strides": 3, "mask_strides": 4,
     "output_strides": 4, "lse_strides": 2, "key_code_strides": 3, "value_code_strides": 3,
-    "code_strides": 3, "scale_strides": 3,
+    "code_strides": 3, "scale_strides": 3, "source_strides": 4, "target_strides": 4,
 }  # fmt: skip
 
 
@@ -278,6 +279,16 @@ def _compile_move(target: str):
     return compile_for(TARGETS[target], move_kernel, signature, constants, num_warps=4)
 
 
+def _compile_rotate(target: str, head_dim: int = 128, group: int = 64, dtype: str = "*bf16", BITS: int = 2):
+    lanes = triton.next_power_of_2(head_dim)
+    constants = {
+        "BLOCK": ROTATE_LANES // lanes, "HEAD_DIM": head_dim, "LANES": lanes,
+        "ORDER": head_dim & -head_dim, "BITS": BITS, "GROUP": group, "LIMIT": 1.494 if BITS else 0.0,
+    }  # fmt: skip
+    signature = _signature(rotate_kernel, p_source=dtype, p_target="*fp32" if BITS else dtype)
+    return compile_for(TARGETS[target], rotate_kernel, signature, constants, num_warps=4)
+
+
 _FUSED: dict[str, Any] = {"CACHED": "packed", "CORRECTION": "taylor"}
 _DENSE: dict[str, Any] = {"CACHED": "dense", "CORRECTION": "taylor"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -287,6 +298,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "append_kv": (_compile_append, {}),
     "append_kv_per_channel": (_compile_append, {"KEY_GROUPS": 128, "KEY_TOKEN_BLOCK": 32}),
     "move": (_compile_move, {}),
+    "rotate": (_compile_rotate, {"BITS": 0}),
+    "round_unbiased": (_compile_rotate, {}),
     "dequantize": (_compile_dequantize, {}),
     "prepare": (_compile_prepare, {}),
     "merge": (_compile_merge, {}),
@@ -313,13 +326,16 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unpack_once_head_dim_256": (_compile_attention, {**_DENSE, "head_dim": 256}),
     "unpack_once_causal": (_compile_attention, {**_DENSE, "CAUSAL": True}),
     "decode_head_dim_256": (_compile_attention, {**_FUSED, "rows": 16, "head_dim": 256, "SPLIT": True}),
+    "round_unbiased_float32": (_compile_rotate, {"dtype": "*fp32"}),
+    "round_unbiased_head_dim_96": (_compile_rotate, {"head_dim": 96, "group": 32}),
+    "round_unbiased_head_dim_256": (_compile_rotate, {"head_dim": 256}),
     "append_kv_3_bits": (_compile_append, {"KEY_BITS": 3}),
     "append_kv_head_dim_96": (_compile_append, {"head_dim": 96}),
 }
 """Shown with `--all`."""
 
 
-JITTED = (attention_kernel, append_kernel, dequantize_kernel, prepare_kernel, merge_kernel, move_kernel)
+JITTED = (attention_kernel, append_kernel, dequantize_kernel, prepare_kernel, merge_kernel, move_kernel, rotate_kernel)
 
 
 def examine(name: str, target: str) -> Record:

@@ -164,6 +164,24 @@ def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> 
     scales[:, :, :, first:last, 1] = value
 
 
+def rotate(x: Tensor) -> Tensor:
+    """See `quantizers.rotate`."""
+    if x.is_cuda:
+        from . import gpu_rotate
+
+        return gpu_rotate.rotate(x)
+    return quantizers.rotate(x)
+
+
+def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """See `quantizers.round_unbiased`."""
+    if x.is_cuda:
+        from . import gpu_rotate
+
+        return gpu_rotate.round_unbiased(x, bits, group_size)
+    return quantizers.round_unbiased(x, bits, group_size)
+
+
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
     """Tokens `start … stop - 1` of a packed cache as a contiguous `[B, H, stop - start, D]` tensor of `dtype`."""
     if not 0 <= start <= stop <= codes.shape[2]:
@@ -424,8 +442,8 @@ for _name, _kernel, _fake in (
     ("dequantize_active", dequantize_active, _dequantize_active_fake),
     ("attention_active", attention_active, _attention_active_fake),
     ("attention_active_lse", attention_active_lse, _attention_active_lse_fake),
-    ("rotate", quantizers.rotate, torch.empty_like),
-    ("round_unbiased", quantizers.round_unbiased, lambda x, *_: x.new_empty(x.shape, dtype=torch.float32)),
+    ("rotate", rotate, torch.empty_like),
+    ("round_unbiased", round_unbiased, lambda x, *_: x.new_empty(x.shape, dtype=torch.float32)),
     ("fill_rotated", quantizers.fill_rotated, lambda *_: None),
 ):
     # For every device; where there are kernels in C++ (`cpu_cpp`), they take precedence once they are installed.

@@ -29,6 +29,9 @@ MAX_MOVE_STEPS = 64
 APPEND_BLOCK, DEQUANTIZE_BLOCK, MOVE_BLOCK = 16, 64, 64
 """Tokens per program; appending holds a program's tokens in registers, in float32."""
 
+ROTATE_LANES = 2048
+"""Channels per program of the rotation, several times over in registers where they are rounded, too."""
+
 
 @dataclass(frozen=True)
 class Architecture:

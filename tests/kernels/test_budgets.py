@@ -68,6 +68,7 @@ def test_every_kernel_fits_the_shared_memory_of_its_target(records):
         ("sm_90", ("fused_head_dim_64", "fused_head_dim_96", "fused_head_dim_256", "unpack_once_head_dim_256")),
         ("sm_90", ("fused_causal", "fused_mask", "fused_two_ranges", "fused_float32")),
         ("sm_80", ("fused_head_dim_256", "fused_float32", "append_kv_head_dim_96")),
+        ("sm_90", ("round_unbiased_float32", "round_unbiased_head_dim_96", "round_unbiased_head_dim_256")),
         ("gfx942", ("fused_head_dim_256",)),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
