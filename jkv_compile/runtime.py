@@ -15,7 +15,8 @@ from .compat import as_function
 from .config import Config
 from .errors import NotRewrittenWarning
 from .hints import is_ignored, is_marked
-from .offload import HostMemory, Ranges, release, stage
+from .host_memory import HostMemory
+from .offload import Ranges, release, stage
 from .packed import PackedKV
 from .report import Rejected
 from .store import Active, Store

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .errors import PackedCacheError
+from .host_memory import HostMemory, Parked
 from .kernels import layout, reference
 from .kernels.quantizers import grid_of, grid_within
-from .offload import HostMemory, Offload, Parked
+from .offload import Offload
 
 _ops = torch.ops.jkv
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what `jkv::append` takes

@@ -39,7 +39,8 @@ from jkv_compile import (
     materialize,
 )
 from jkv_compile.distributed import pack_bytes, unpack_bytes
-from jkv_compile.offload import HostMemory, Lane, Offload, Traffic
+from jkv_compile.host_memory import HostMemory, Lane
+from jkv_compile.offload import Offload, Traffic
 from jkv_compile.store import Family, Store
 from tests.caches import AXES, assert_same_bits, new_cache, packed_data
 from tests.test_packed_state_machine import PackedCacheMachine
@@ -428,7 +429,7 @@ def test_a_copy_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch
         raise torch.OutOfMemoryError("no room for a slot")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(HostMemory, "_bring", full)
+        patch.setattr(HostMemory, "copy_in", full)
         model(2 * CHUNK)
     model.generator.manual_seed(1)
     got = model(2 * CHUNK)
@@ -682,7 +683,7 @@ def test_by_name() -> None:
 @pytest.mark.parametrize("page", [1, 200, 2**24], ids=["a token a page", "a few tokens a page", "one page"])
 @pytest.mark.parametrize("bits, heads, head_dim", [(2, 1, 32), (3, 2, 64), (8, 3, 96), (4, 1, 160)])
 def test_rows_hold_any_range(page: int, bits: int, heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jkv_compile.offload.PAGE", page)
+    monkeypatch.setattr("jkv_compile.host_memory.PAGE", page)
     store = Store.empty((2, heads, 20, head_dim), (1, 1, 1, 1), torch.float32, bits, 32, torch.device("cpu"))
     store.write(torch.randn(2, heads, 16, head_dim), (0, 0, 0, 0), keep_active=False)
     codes, scales = (t.clone() for t in store.data())
