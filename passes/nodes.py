@@ -17,6 +17,7 @@ from ..packed import PackedKV
 COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 
+_KNOWN_WRITE = "jkv_write"  # in the meta of a node: its arguments, the tensor written to, and what it writes
 _IN_PLACE_FUNCTIONS = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ior}
 
 
@@ -106,6 +107,13 @@ def as_write(node: Node) -> Write | None:
     """What a node writes, where it is a write."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
+    known = node.meta.get(_KNOWN_WRITE)  # every pass asks, and fake tensors are slow to index
+    if known is None or known[0] is not node.args or known[1] is not example(node.args[0]):
+        known = node.meta[_KNOWN_WRITE] = node.args, example(node.args[0]), _write_of(node)
+    return known[2]
+
+
+def _write_of(node: Node) -> Write | None:
     base = node.args[0]
     target = example(base)
     if not isinstance(base, Node) or not isinstance(target, Tensor) or is_dtensor(target):

@@ -22,7 +22,7 @@ from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .changed_later import hold_what_changes
 from .describe import describe, source_line
-from .handed import Attended, Handed, Passages
+from .handed import Attended, Handed
 from .nodes import example
 from .pieces import CachePlan
 from .printing import graph_text
@@ -136,8 +136,7 @@ def _plan(
     plan.written = _written_ranges(view, plan.symbols, plans)
     if plan.outcome in ("untouched", "packed"):
         plan.glimpses = _glimpses(view)
-        passages = Passages(view.gm.graph, view.position)
-        plan.handed, plan.attended = passages.handed(), passages.attended()
+        plan.handed, plan.attended = unknown.passages.handed(), unknown.passages.attended()
     if not view.left:  # that attention is told of, and may be what reads them
         plan.unpacked = list(unknown.tensors(plan.handed, {view.position[h.node] for h in plans}))
     if not plans:

@@ -80,6 +80,24 @@ class EditedCopy(Projections):
             whole[:, start : start + CHUNK] = part
 
 
+class OnlyKeysTurned(Projections):
+    """As Wan-Animate-2: keys are turned in one graph; values come as they are to the next, which fills a buffer."""
+
+    def new_cache(self) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(1, 5 * CHUNK, HEADS, HEAD_DIM) for _ in range(2))
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, ...], start: int, last: bool) -> Tensor:
+        q, k, v = self.project(x)
+        old = torch.cat([rope(cache[0][:, CHUNK:]), cache[0][:, :CHUNK]], 1)
+        q, k = rope(q, 5 * CHUNK), rope(k, 5 * CHUNK)
+        torch._dynamo.graph_break()
+        buffers = [t.new_zeros(1, 6 * CHUNK, HEADS, HEAD_DIM) for t in (k, v)]
+        for buffer, past, new in zip(buffers, (old, cache[1]), (k, v)):
+            buffer[:, : 5 * CHUNK] = past
+            buffer[:, 5 * CHUNK :] = new
+        return self.out(attend(q, *buffers))
+
+
 def steps(model: Projections, backend: object, caches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     compiled, eager = twins(model, backend)
     cache = model.new_cache()
@@ -90,7 +108,7 @@ def steps(model: Projections, backend: object, caches: list[Tensor]) -> Iterator
         yield compiled(x, cache, start, last), eager(x, reference, start, last)
 
 
-@pytest.mark.parametrize("model", [KeysBesideValues, TurnedElsewhere, EditedCopy])
+@pytest.mark.parametrize("model", [KeysBesideValues, TurnedElsewhere, EditedCopy, OnlyKeysTurned])
 def test_a_cache_is_packed_across_a_graph_break(model: type[Projections]) -> None:
     backend, caches = fresh_backend(), list[Tensor]()
     uncorrected = pytest.warns(NotRewrittenWarning, match="test_handed.py:.*packed, but read back in another graph")
@@ -98,6 +116,20 @@ def test_a_cache_is_packed_across_a_graph_break(model: type[Projections]) -> Non
         run_beside(steps(model(), backend, caches), calls=12, stable_from=6)
     assert all(map(is_packed, caches))
     assert {rejected.kind for report in backend.reports for rejected in report.rejections} == {Reason.GRAPH_BREAK}
+
+
+def test_what_cannot_be_packed_is_warned_of_with_its_reason() -> None:
+    backend = fresh_backend()
+    compiled, eager = twins(TurnedElsewhere(), backend)
+    cache = TurnedElsewhere().new_cache()
+    shown = [t.flatten() for t in cache]
+    refused = pytest.warns(NotRewrittenWarning, match="of a cache stays in full precision: another live tensor shares")
+    with torch.no_grad(), refused:
+        for _ in range(4):
+            x = torch.randn(1, CHUNK, DIM)
+            assert torch.equal(compiled(x, cache, 0, False), eager(x, cache, 0, False))
+    rejected = {rejected.kind for report in backend.reports for rejected in report.rejections}
+    assert rejected == {Reason.SHARED_MEMORY} and backend.memory().adopted == 0 and len(shown) == 2
 
 
 def test_explain_tells_of_it_after_one_call() -> None:
