@@ -79,6 +79,18 @@ def test_a_past_turned_after_the_read_is_corrected_as_the_reference_is(correctio
     assert relative_error(got, want) < 1e-4
 
 
+def test_a_past_in_another_dtype_is_cast_at_each_read() -> None:
+    """And is made by eager code."""
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(FixedPast("half"), backend)
+    with torch.no_grad():
+        past = tuple(t.bfloat16() for t in eager.produce(chunk()))  # type: ignore[operator]
+        reference_past = tuple(t.clone() for t in past)
+        run_beside(((compiled(x, past), eager(x, reference_past)) for x in iter(chunk, None)), stable_from=3)
+    assert all(map(is_packed, past)) and past[0].dtype == torch.bfloat16
+
+
 def test_two_children_of_one_past_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     backend = fresh_backend()
