@@ -160,3 +160,15 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
         strides[axis] = step
         step = step * shape[axis]
     return tuple(strides)
+
+
+def outermost_first(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+    """A tensor's dimensions as they lie in memory, gaps or not, and the permutation back from that order; no guards."""
+    strides, sizes = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.dim()), key=lambda d: (-hint(strides[d]), -hint(sizes[d])))
+    return order, [order.index(d) for d in range(tensor.dim())]
+
+
+def hint(n: int) -> int:
+    """A size, or what a symbolic one is in the call that is traced."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else n

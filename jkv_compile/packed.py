@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .compat import is_fake, mark_static, maybe_mark_dynamic
 from .errors import PackedCacheError
-from .geometry import Window, dense_strides, locate, memory_order
+from .geometry import Window, dense_strides, locate, memory_order, outermost_first
 from .store import CHANNEL, Store
 
 # Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are constants to it, so that a slice that
@@ -158,12 +158,14 @@ class PackedKV(torch.Tensor):
         return window
 
     def dequantize_window(self) -> Tensor:
-        """A plain tensor with this one's values, shape and dtype."""
+        """A plain tensor with this one's values, shape and dtype, and with its order of dimensions in memory."""
         if self.numel() == 0:
             return self._store.memory[1].new_empty(self.shape, dtype=self.dtype)
         window = self.find_window()
         if window is not None:
-            return window.from_canonical(self._store.read(window.starts, window.lengths, self.dtype))
+            read = window.from_canonical(self._store.read(window.starts, window.lengths, self.dtype))
+            order, back = outermost_first(self)
+            return read if read.permute(order).is_contiguous() else read.permute(order).contiguous().permute(back)
         store, offset = self._store, self.offset
         last = offset + sum((n - 1) * s for n, s in zip(self.size(), self.stride()))
         first, n = 0, store.shape[2]

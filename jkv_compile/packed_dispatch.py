@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .compat import is_composite, is_fake, refuse_unknown_sizes
 from .errors import PackedCacheError, PackedReadWarning
+from .geometry import outermost_first
 from .packed import PackedKV
 from .store import Store
 
@@ -114,7 +115,8 @@ def _trace(func: Any, args: Any, kwargs: Any) -> Any:
         return written[0]
 
     def plain(x: PackedKV) -> Tensor:
-        return x._store.memory[0].new_empty(x.shape, dtype=x.dtype)
+        order, back = outermost_first(x)
+        return x._store.memory[0].new_empty([x.shape[d] for d in order], dtype=x.dtype).permute(back)
 
     return func(*_map(plain, args), **_map(plain, kwargs))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..compat import fake_mode_of
-from ..geometry import same
+from ..geometry import hint, same
 from .attention_forms import FLEX, SPELLED, AttentionArguments, NotCanonical, as_attention, sdpa
 from .context_parallel import canonicalise_parted, parted_attention
 from .flex import canonicalise_flex
@@ -205,7 +205,7 @@ class _Writer:
     def _same_strides(self, node: Node) -> Node:
         """Memory in the order that the call's result had, as views that are taken of it may need."""
         strides = self.result.stride()
-        order = sorted(range(len(strides)), key=lambda i: -_hint(strides[i]))
+        order = sorted(range(len(strides)), key=lambda i: -hint(strides[i]))
         if 0 in strides or order == list(range(len(order))):
             return self.call("contiguous", node, value=self.result)
         node = self.call("contiguous", self._permute(node, order))
@@ -289,10 +289,6 @@ class _Writer:
         known = self.evaluate(torch.ones, [length, keys], **settings)
         ones = self.call(torch.ones, [symbols.node(length), symbols.node(keys)], value=known, **settings)
         return self.call("tril", ones, symbols.node(diagonal), value=self.evaluate("tril", known, diagonal))
-
-
-def _hint(n: int) -> int:
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
 
 
 def _permutation(order: list[int]) -> tuple[Any, ...] | None:

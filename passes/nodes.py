@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..compat import fake_mode_of, is_dtensor, unwrapped
-from ..geometry import same
+from ..geometry import hint, same
 from ..packed import PackedKV
 
 COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
@@ -48,15 +48,11 @@ def copied(node: Node) -> list[Node]:
 def is_dense(value: Tensor) -> bool:
     """Whether a tensor fills its memory without gaps, in whatever order of dimensions."""
     expected = 1
-    for n, stride in sorted(zip(value.shape, value.stride()), key=lambda d: (_hint(d[1]), _hint(d[0]))):
+    for n, stride in sorted(zip(value.shape, value.stride()), key=lambda d: (hint(d[1]), hint(d[0]))):
         if not same(n, 1) and not same(stride, expected):
             return False
         expected = expected * n
     return same(offset(value), 0)
-
-
-def _hint(n: int) -> int:
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
 
 
 def name_of(node: Node) -> str:

@@ -45,7 +45,7 @@ class Pieces:
 
     def walk(self) -> Iterator[Node]:
         """The graph's nodes as they are now, in order; new ones are put before the one at hand."""
-        self.symbols.known.clear()
+        self.symbols.forget()
         self.bind_first_tokens()
         for node in [n for n in self.graph.nodes if n.op != "output"]:
             self.symbols.see(node)

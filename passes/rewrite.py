@@ -21,6 +21,7 @@ from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracki
 from .join_appends import join_appends
 from .lower_attention import lower_dense, lower_fused
 from .lower_reads import materialize, steps
+from .memory_order import keep_memory_order
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
 from .segments import Cached, Fresh, Segment
@@ -179,9 +180,13 @@ class _Rewriter:
         with self.graph.inserting_before(output):
             self._lower_output(output)
         self._erase_dead()
+        dequantized = {}
         for node in self.pieces.walk():
             for read in self.reads.get(node, []):
-                node.replace_input_with(read.argument, materialize(self.pieces, read))
+                shown = materialize(self.pieces, read)
+                dequantized[shown] = example(read.argument)
+                node.replace_input_with(read.argument, shown)
+        keep_memory_order(self.graph, dequantized)
         self._erase_dead()
         pairs = [(a.key_cache, a.value_cache) for a in self.attends.values()]
         pairs += [pair for d in self.dense.values() for pair in zip(d.key_caches, d.value_caches)]

@@ -22,6 +22,10 @@ FOUND = {
     "one cache, repeated as often as it has heads": Case(
         idiom="shared", batch=3, heads=3, queries=3, attention="einsum", breaks="before attention", events=TWICE
     ),
+    "a copy of a cache that is returned": Case(heads=3, also_returns="copy", events=((8, 1, "nothing"),)),
+    "positions counted between two tensors": Case(
+        position="tensor", write="positions", events=((5, 1, "nothing"), (1, 1, "nothing"), (5, 1, "nothing"))
+    ),
     "rows that see no key": Case(mask="one row", batch=2, events=TWICE),
 }
 
