@@ -7,15 +7,20 @@ from .clients import Client, Outcome, check, run
 from .diffusion_models import CLIENTS as DIFFUSION_MODELS
 from .language_models import CLIENTS as LANGUAGE_MODELS
 
-HEADER = """| model | cache | held as | compiled | packed | attention | note |
-|---|---|---|---|---|---|---|"""
+HEADER = """| model | cache | held as | compiled | packed | read | error, 8 bits | graphs |
+|---|---|---|---|---|---|---|---|"""
+
+
+def cells(client: Client) -> str:
+    """What a row begins with: all that the tests hold without a figure."""
+    packed = client.packed + (f" ({client.reason})" if client.reason else "")
+    return f"| {' | '.join((client.model, client.cache, client.idiom, client.compiled, packed))} |"
 
 
 def row(client: Client, outcome: Outcome) -> str:
-    lowering = "; ".join(sorted({lowering.partition(":")[0] for lowering in outcome.lowerings})) or "as written"
-    note = client.reason or f"error {max(outcome.errors):.1e}, {outcome.graphs} graphs"
-    cells = client.model, client.cache, client.idiom, client.compiled, outcome.packed, lowering, note
-    return f"| {' | '.join(cells)} |"
+    lowering = "; ".join(sorted({lowering.partition(":")[0] for lowering in outcome.lowerings})) or "dequantized"
+    lowering = lowering if outcome.packed != "none" else "as written"
+    return f"{cells(client)} {lowering} | {100 * max(outcome.errors):.2g} % | {outcome.graphs} |"
 
 
 def main() -> None:
