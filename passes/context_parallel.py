@@ -29,8 +29,8 @@ def parted_attention(node: Node) -> AttentionCall | None:
     if call is None or not is_dtensor(example(node)):
         return None
     sharded = (call.query, call.key, call.value)
-    local = [_local(n) for n in sharded]
-    if any(one is None for one in local) or not node.users or any(name_of(user) != "to_local" for user in node.users):
+    local = [one for n in sharded if (one := _local(n)) is not None]
+    if len(local) < len(sharded) or not node.users or any(name_of(user) != "to_local" for user in node.users):
         return None
     if not all(_along_tokens(example(n)) for n in (*sharded, node)):
         return None
