@@ -18,9 +18,9 @@ from .errors import NotRewrittenWarning
 def enable(bits: int | tuple[int, int] | EllipsisType = ..., **settings: Any) -> Iterator[JKVBackend]:
     """Everything wrapped in `torch.compile` uses `jkv_backend(bits, **settings)` within this context.
 
-    Built on `torch.compiler.set_stance(force_backend=...)`, with its reach: the current thread, nested contexts restore
-    the outer one, and what is not wrapped in `torch.compile` is not touched. Caches that were packed inside stay packed
-    outside, and readable.
+    Built on `torch.compiler.set_stance(force_backend=...)`, with its reach: all threads of the process, nested contexts
+    restore the outer one, and what is not wrapped in `torch.compile` is not touched. Caches that were
+    packed inside stay packed outside, and readable.
 
     Yields:
         The backend, for `memory()` and `reports`.

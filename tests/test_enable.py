@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -45,6 +47,17 @@ def test_outside_the_original_backend_is_back() -> None:
     cache = model.new_cache(1, 64)
     run(compiled, cache, 0)
     assert calls == ["mine"] and not is_packed(cache["k"])
+
+
+def test_threads_that_run_inside_are_reached_as_by_set_stance() -> None:
+    torch._dynamo.reset()
+    model = SelfAttention()
+    compiled, cache = torch.compile(model, backend="eager"), model.new_cache(1, 64)
+    thread = threading.Thread(target=lambda: [run(compiled, cache, start) for start in (0, 8)])
+    with jkv_compile.enable(bits=8, inner="eager"):
+        thread.start()
+        thread.join()
+    assert is_packed(cache["k"])
 
 
 def test_nested_contexts_restore_the_outer_configuration() -> None:
