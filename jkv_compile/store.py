@@ -240,7 +240,7 @@ class Store:
     def _live_in(self, host: HostMemory) -> None:
         host.stores.add(self)
         self.host, self._codes, self._scales = host, host.codes, host.scales
-        self.active = self.active
+        self.active = self.active  # which goes to host memory, too
 
     # ---- growing ----
 
