@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +33,10 @@ def reason_of(error: Exception) -> str:
 
 
 class Contents:
-    """Holders by storage. `owners` gives, per placeholder that is a slice of a larger cache, that cache."""
+    """Holders by storage. `owners` gives, per placeholder that is a slice of a larger cache, that cache; `current` are
+    placeholders that are none."""
 
-    def __init__(self, graph: Graph, owners: dict[Node, Tensor]) -> None:
+    def __init__(self, graph: Graph, owners: dict[Node, Tensor], current: Collection[Node] = ()) -> None:
         self.holders: dict[int, list[Holder]] = {}  # by storage; several where it is parted
         self.plain: dict[Node, list[Holder]] = {}  # views of a holder that are no boxes of it: ordinary tensors
         self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
@@ -43,7 +45,8 @@ class Contents:
         inputs = list(graph.find_nodes(op="placeholder"))
         # Views of other tensors, which are never packed, but told of, come last: a part of a cache is that cache's.
         for node in sorted(inputs, key=lambda n: n not in owners and not _is_whole(example(n))):
-            self._add_input(node, owners.get(node))
+            if node not in current:
+                self._add_input(node, owners.get(node))
 
     def _add_input(self, node: Node, owner: Tensor | None) -> None:
         value = example(node)

@@ -8,7 +8,7 @@ from torch.fx import Node
 from ..geometry import Window
 from .actions import Holder
 from .contents import CANNOT_FOLLOW, Contents, Unsupported
-from .nodes import CONCATENATIONS, copied, example, name_of, repeated
+from .nodes import CONCATENATIONS, copied, example, joined_along, name_of, repeated
 from .segments import Fresh, Segment, cut, shift
 
 
@@ -64,7 +64,9 @@ def _concatenated(contents: Contents, node: Node, time: int) -> Holder | None:
     if source is None or value.dim() != example(parts[0]).dim() or value.device != example(parts[0]).device:
         return None
     concatenated = node.target in CONCATENATIONS
-    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) if concatenated else None
+    dim = joined_along(node) if concatenated else None
+    if concatenated and dim is None:
+        raise Unsupported("it is concatenated along a dimension that is not known")
     segments: list[Segment] = []
     first_window, token_axis, length = None, 0, 0
     for part in parts:

@@ -22,7 +22,7 @@ from ..report import Rejected
 from .attention_forms import SDPA
 from .context_parallel import parted_attention
 from .describe import source_line
-from .nodes import CONCATENATIONS, COPIES, example, identity, mutates, name_of
+from .nodes import CONCATENATIONS, COPIES, example, identity, joined_along, mutates, name_of
 from .rewrite import copy_graph
 
 _VIEWS = {"transpose", "permute", "unsqueeze", "movedim", "swapaxes"}
@@ -149,13 +149,9 @@ class _Uses:
         if name_of(node) in COPIES:
             return _placements(result) == _placements(example(tensors[0]))
         if node.target in CONCATENATIONS:
-            arguments = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
-            dim: Any = arguments.get("dim", 0)
-            return (
-                alike
-                and _placements(result) == _placements(example(tensors[0]))
-                and (dim % result.dim() not in _sharded(result))
-            )
+            dim = joined_along(node)
+            same_placement = _placements(result) == _placements(example(tensors[0]))
+            return alike and same_placement and dim is not None and dim not in _sharded(result)
         return False
 
     def put_on_shards(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..compat import fake_mode_of, is_dtensor, unwrapped
-from ..geometry import hint, same
+from ..geometry import constant, hint, same
 from ..packed import PackedKV
 
 COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
@@ -43,6 +43,13 @@ def copied(node: Node) -> list[Node]:
     if name_of(node) in COPIES and node.args and isinstance(node.args[0], Node):
         return [node.args[0]]
     return []
+
+
+def joined_along(node: Node) -> int | None:
+    """The dimension that a concatenation is along, counted from the first; None where that is not known."""
+    given: Any = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
+    dim = constant(example(given.get("dim", 0)))
+    return dim % example(node).dim() if isinstance(dim, int) else None
 
 
 def is_dense(value: Tensor) -> bool:

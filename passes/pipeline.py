@@ -28,7 +28,7 @@ from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
-from .sources import Sources
+from .sources import Sources, current_inputs
 from .tracking import Tracker
 from .unpacked import Unknown, Unpacked
 
@@ -196,7 +196,10 @@ class _View:
         self.placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
         self.position = {p: i for i, p in enumerate(self.placeholders)}
         self.owners = _owners(self.placeholders, example_inputs, written)
-        self.tracking = Tracker(self.gm.graph, {self.placeholders[i]: o for i, o in self.owners.items()}).run()
+        owners = {self.placeholders[i]: o for i, o in self.owners.items()}
+        marked = [p for p, v in zip(self.placeholders, example_inputs) if isinstance(v, Tensor) and is_marked(v)]
+        current = current_inputs(self.gm.graph, [*owners, *marked])
+        self.tracking = Tracker(self.gm.graph, owners, current).run()
         self.attentions = len(self.left) + sum(as_attention(n) is not None for n in self.gm.graph.nodes)
 
     def argument(self, holder: Holder) -> Any:

@@ -13,7 +13,7 @@ from ..compat import is_wrapped
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
 from .attention_forms import as_attention
-from .nodes import CONCATENATIONS, as_write, copied, example, identity, name_of
+from .nodes import CONCATENATIONS, as_write, copied, example, identity, joined_along, name_of
 
 _PROJECTIONS = {"linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"}
 ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "addcmul", "lerp", "where", "mul_", "add_", "sub_"}
@@ -56,10 +56,9 @@ class Roles:
                 if of_copies:
                     self._follow(base, axis)
         for node in graph.nodes if of_copies else ():
-            if node.target in CONCATENATIONS and isinstance(value := example(node), Tensor):
-                dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            if node.target in CONCATENATIONS and (dim := joined_along(node)) is not None:
                 for part in copied(node):
-                    self._follow(part, dim % value.dim())  # type: ignore[operator]
+                    self._follow(part, dim)
 
     def input_of(self, node: Node) -> Node | None:
         """The input whose memory a node shows or copies, where it is a single one."""

@@ -11,6 +11,7 @@ all others are `Cached`, however the model spells it (slice write and slice read
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor
@@ -31,12 +32,13 @@ ONE_PACKED = (
 
 
 class Tracker:
-    """The walk. `owners` gives, per placeholder that is a slice of a larger cache, that cache's shape and strides."""
+    """The walk. `owners` gives, per placeholder that is a slice of a larger cache, that cache's shape and strides;
+    `current` are placeholders that are no caches."""
 
-    def __init__(self, graph: Graph, owners: dict[Node, Tensor] | None = None) -> None:
+    def __init__(self, graph: Graph, owners: dict[Node, Tensor] | None = None, current: Collection[Node] = ()) -> None:
         self.graph = graph
         self.time = 0
-        self.contents = Contents(graph, owners or {})
+        self.contents = Contents(graph, owners or {}, current)
         self.result = Tracking(self.contents.caches, [], [], [], [], [], [], [])
 
     def run(self) -> Tracking:

@@ -112,9 +112,15 @@ class Unknown:
         entering = [self.example_inputs[i] for i in dict.fromkeys(sides[0] + sides[1])]
         why = ONE_TENSOR if any(k is v for k in key_owners for v in value_owners) else None
         why = why or next((reason for v in entering if (reason := self._obstacle(v, _owner(v))) is not None), None)
-        near_miss = why is not None and self.sources.gathered(call.key)
+        near_miss = why is not None and self.sources.gathered(call.key) and not self._returned(call.key)
         reason = ENTERS if why is None else (UNFIT_PAST if near_miss else ENTERS_UNFIT).format(why)
         return Unpacked(source_line(call.node), sides, reason, near_miss)
+
+    def _returned(self, node: Node) -> bool:
+        """Whether the graph returns what it attends to: a growing past, which comes again in a tensor of its own."""
+        output = next(iter(self.graph.find_nodes(op="output")))
+        returned = (example(a) for a in output.all_input_nodes)
+        return any(isinstance(v, Tensor) and identity(v) == identity(example(node)) for v in returned)
 
     def _obstacle(self, value: Tensor, owner: Tensor) -> str | None:
         """Why a tensor could not be packed, even if slices of it, as `value` is one, were seen to move."""

@@ -26,6 +26,9 @@ FOUND = {
     "positions counted between two tensors": Case(
         position="tensor", write="positions", events=((5, 1, "nothing"), (1, 1, "nothing"), (5, 1, "nothing"))
     ),
+    "a concatenation along a dimension that is a symbol": Case(
+        idiom="two caches", position="item", dynamic=True, events=((3, 1, "nothing"),)
+    ),
     "rows that see no key": Case(mask="one row", batch=2, events=TWICE),
 }
 
