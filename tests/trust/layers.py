@@ -87,7 +87,7 @@ class Layer(nn.Module):
 
         def allocate(*shape: int) -> Tensor:
             if case.starts_with == "empty":
-                return torch.full(shape, 100.0, dtype=dtype)
+                return torch.full(shape, 10.0, dtype=dtype)  # where it is attended: no softmax that hangs on a rounding
             return torch.randn(shape).to(dtype) if case.starts_with == "stale" else torch.zeros(shape, dtype=dtype)
 
         def shape(tokens: int) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jkv_compile import PackedCacheError, materialize
+from jkv_compile import ConfigurationError, PackedCacheError, materialize
 
 from ..harness import fresh_backend
 from .drawing import draw
@@ -155,7 +155,8 @@ def run(case: Case, seed: int) -> Outcome:
                 except Exception as error:
                     if side is eager:
                         raise
-                    if isinstance(error, PackedCacheError):
+                    told_of = PackedCacheError, ConfigurationError
+                    if isinstance(getattr(error, "inner_exception", error), told_of):
                         outcome.refused = str(error)
                         return outcome
                     outcome.failure = f"call {call} ({start=}, {n=}, {before=}) raised {told(error)}"
