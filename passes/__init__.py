@@ -1,6 +1,6 @@
 """Graph passes, in the order they run.
 
-changed_later: tokens that the graph changes in place after it has cached them are copied first.
+own_tokens: what is written is no view of a cache, nor changed in place after it was cached: it is copied first.
 dtensors: what is done to DTensors that are caches, done to this rank's shards.
 canonicalise: every spelling of attention (spelled_as_calls, spelled_by_hand, spelled_by_users, with_lse; of tokens on
 several devices, context_parallel) as one of those in attention_forms; sources tells what it is made of, small_integers

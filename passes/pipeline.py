@@ -20,10 +20,10 @@ from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Returned, Tracking
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
-from .changed_later import hold_what_changes
 from .describe import describe, source_line
 from .handed import Attended, Handed
 from .nodes import example
+from .own_tokens import hold_what_changes, make_own
 from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
@@ -126,8 +126,12 @@ def _plan(
     attentions = view.attentions
     unknown = Unknown(view.gm.graph, view.position, example_inputs, config)
     choice = _choose(view, config, report, adopting)
-    while choice.plans and (alone := view.not_lowered(choice.plans)):  # that attention stays exactly as it is spelled
-        view = _View(gm, example_inputs, written, view.as_spelled | alone)
+    while choice.plans:
+        alone = view.not_lowered(choice.plans)  # that attention stays exactly as it is spelled
+        across = view.written_across(choice.plans)
+        if not alone and not across:
+            break
+        view = _View(gm, example_inputs, written, view.as_spelled | alone, view.read_out | across)
         choice = _choose(view, config, GraphReport(0, "untouched"), adopting)
     plans = choice.plans
     report.rejections = list(dict.fromkeys(report.rejections))
@@ -179,6 +183,8 @@ def _note(plan: Plan, unknown: Unknown, matched: set[str]) -> None:
 class _View:
     """A copy of a graph, its attention in one form (but for that of nodes `as_spelled`), and what was seen of caches.
 
+    What the nodes `read_out` write is read as a tensor.
+
     Where keys and values are written as a slice of a cache that another graph wrote, `owners` has it by argument.
     """
 
@@ -188,9 +194,11 @@ class _View:
         example_inputs: Sequence[Any],
         written: Written,
         as_spelled: frozenset[str] = frozenset(),
+        read_out: frozenset[str] = frozenset(),
     ) -> None:
         self.gm, _ = copy_graph(gm)
-        self.example_inputs, self.as_spelled = example_inputs, as_spelled
+        self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
+        make_own(self.gm.graph, read_out)
         hold_what_changes(self.gm.graph)
         self.left = canonicalise(self.gm.graph, as_spelled)
         self.placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
@@ -248,6 +256,12 @@ class _View:
         lowered |= {d.call.node for d in tracking.dense if any(h in plans for h in d.key_caches)}
         nodes = [n for n in self.gm.graph.nodes if as_attention(n) is not None and n not in lowered]
         return frozenset(n.meta[SPELLED] for n in nodes if SPELLED in n.meta)
+
+    def written_across(self, plans: dict[Holder, CachePlan]) -> frozenset[str]:
+        """Writes of a view of one cache to another: what they are called."""
+        appended = {w.node: w.value for w in self.tracking.writes if isinstance(w, Append) and w.holder in plans}
+        reads = (r for r in self.tracking.reads if r.holder in plans)
+        return frozenset(r.consumer.name for r in reads if appended.get(r.consumer) is r.argument)
 
 
 def _settled(tracking: Tracking, plans: dict[Holder, CachePlan]) -> Tracking:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jkv_compile import is_packed, materialize
 
-from ..harness import fresh_backend, relative_error, rewritten
+from ..harness import BOUND, fresh_backend, relative_error, rewritten
 
 CHUNK = 8
 Cache = dict[str, Tensor]
@@ -75,3 +75,31 @@ def test_what_does_not_change_is_not_copied() -> None:
         for start in (CHUNK, 2 * CHUNK):
             compiled(*(torch.randn(1, CHUNK, 2, 32) for _ in range(3)), cache, start)
     assert "clone" not in rewritten(backend)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_tokens_are_written_from_one_cache_to_another(inner):
+    backend = fresh_backend(inner=inner)
+
+    def step(q, k, v, cache, other, start: int):
+        end = start + k.shape[1]
+        outs = []
+        for held in (cache, other):
+            held["k"][:, start:end] = k
+            held["v"][:, start:end] = v
+            seen = (t.transpose(1, 2) for t in (q, held["k"][:, :end], held["v"][:, :end]))
+            outs.append(F.scaled_dot_product_attention(*seen))
+        for name in ("k", "v"):
+            other[name][:, :4].copy_(cache[name][:, start : start + 4])
+        return outs
+
+    compiled = torch.compile(step, backend=backend)
+    caches, plain = ([{name: torch.zeros(1, 64, 2, 32) for name in "kv"} for _ in range(2)] for _ in range(2))
+    with torch.no_grad():
+        for start in range(0, 40, 8):
+            x = [torch.randn(1, 8, 2, 32) for _ in range(3)]
+            for got, want in zip(compiled(*x, *caches, start), step(*x, *plain, start)):
+                assert relative_error(got, want) < BOUND
+            for mine, expected in zip(caches, plain):
+                assert relative_error(materialize(mine["k"]), expected["k"]) < BOUND
+    assert all(is_packed(t) for cache in caches for t in cache.values())

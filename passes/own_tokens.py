@@ -1,11 +1,18 @@
-"""Tokens that a graph changes in place after it has written them to a cache, or joined them with cached ones.
+"""Tokens that are no tensor of their own where they are written to a cache: they are made one.
+
+Tokens that a graph changes in place after it has written them to a cache, or joined them with cached ones.
 
 What is written in a graph is attended from its own value there, in full precision (`segments.Fresh`), which has to be
 what was written. So the tokens are copied before they are written, where the graph changes their memory later on (an
 embedding that rotates keys in place after they have been cached, say), and the copy is what is written.
+
+Tokens that are written from one cache to another: packed data is not exchanged, so they are read as a tensor first.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -35,6 +42,23 @@ def hold_what_changes(graph: Graph) -> None:
                 held = graph.call_method("clone", (source,))
                 held.meta["example_value"] = value.clone()
             node.replace_input_with(source, held)
+
+
+def make_own(graph: Graph, writes: Collection[str]) -> None:
+    """Make what these nodes write tensors of their own, in place: it is a view of a cache, and read as a tensor."""
+    for node in [n for n in graph.nodes if n.name in writes]:
+        (source,) = _tokens_taken(node)
+        value = example(source)
+        memory = value._store.memory[0] if isinstance(value, PackedKV) else value
+        with graph.inserting_before(node), fake_mode_of(memory) or contextlib.nullcontext():
+            taken = graph.call_function(as_tensor, (source,))
+            taken.meta = {**node.meta, "example_value": memory.new_empty(value.shape, dtype=value.dtype)}
+        node.replace_input_with(source, taken)
+
+
+def as_tensor(x: Tensor) -> Tensor:
+    """`x`, which the passes take for the outcome of a computation."""
+    return x
 
 
 def _tokens_taken(node: Node) -> list[Node]:
