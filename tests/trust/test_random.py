@@ -29,6 +29,13 @@ FOUND = {
     "a concatenation along a dimension that is a symbol": Case(
         idiom="two caches", position="item", dynamic=True, events=((3, 1, "nothing"),)
     ),
+    "a part of a cache that is copied and written back": Case(
+        idiom="rolling",
+        position="tensor",
+        write="copy_",
+        tokens=24,
+        events=tuple((n, 1, "nothing") for n in (5, 5, 8, 5, 5)),
+    ),
     "rows that see no key": Case(mask="one row", batch=2, events=TWICE),
 }
 
