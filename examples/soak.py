@@ -137,9 +137,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True)
-    axes[0].plot(record["at"], [n / 2**20 for n in record["resident"]])
+    resident = [n / 2**20 for n in record["resident"]]
+    axes[0].plot(record["at"], resident)
     axes[0].set_ylabel("resident memory, MiB")
-    axes[0].set_ylim(0)
+    axes[0].set_ylim(0, 1.2 * max(resident))
     axes[1].plot(record["at"], record["mass"])
     axes[1].set_ylabel("attention on the cache")
     axes[1].set_ylim(0, 1)
