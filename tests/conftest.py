@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from jkv_compile import backend
+
 settings.register_profile("jkv", deadline=None, derandomize=True, database=None)
 settings.load_profile("jkv")
 
@@ -19,5 +21,7 @@ settings.load_profile("jkv")
 def _reproducible():
     torch.manual_seed(0)
     torch._dynamo.reset()
+    for state in list(backend._states.values()):  # caches of earlier tests, which may not have been collected yet
+        state.stores.clear()
     yield
     torch._dynamo.reset()
