@@ -22,7 +22,7 @@ from .config import Config, configure
 from .errors import ConfigurationError, NoCachedAttentionError, NotRewrittenWarning, OffloadWarning
 from .glimpse import Sightings, glimpsing_call
 from .offload import Offload
-from .passed import Passed, attending_call, handing_call
+from .passed import Passed, attending_call, handing_call, told_call
 from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
@@ -127,7 +127,9 @@ class JKVBackend:
     ) -> Callable[..., Any]:
         """Compile one graph; `again`, where it was compiled before, and met other caches than it was compiled for."""
         begin, state = time.perf_counter(), self._state
-        plan = plan_graph(gm, example_inputs, self.config, state.written)
+        corrects = self.config.correction != "none"
+        layouts = state.passed.layouts(example_inputs) if corrects else {}
+        plan = plan_graph(gm, example_inputs, self.config, state.written, layouts)
         plan.report.rejections, plan.attentions = [*plan.report.rejections, *rejected], plan.attentions + len(rejected)
         plan.report.noted = state.passed.notes(plan.unpacked, example_inputs)
         plan.report.seconds = time.perf_counter() - begin
@@ -143,14 +145,14 @@ class JKVBackend:
             if plan is not None and plan.rewritten is not None:
                 graph, inputs = plan.rewritten.graph, plan.inner_inputs(example_inputs)
             inner = compile_inner(graph, inputs, self.config.inner, mode, options or {})
-            return inner if graph is gm else packed_call(plan, inner, state.stores)  # type: ignore[arg-type]
+            return inner if graph is gm else packed_call(plan, inner, state.stores, state.passed)  # type: ignore[arg-type]
 
         if plan.outcome == "adopted":
             if plan.ignores:
                 otherwise = compile_plan(plan.instead)
             else:
                 otherwise = gm.forward if again else self._compiled_later(gm, mode, options)
-            return first_contact(otherwise, plan, self.config, state.stores, state.written)
+            return first_contact(otherwise, plan, self.config, state.stores, state.written, state.passed)
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
         if plan.glimpses:
             run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
@@ -160,10 +162,12 @@ class JKVBackend:
             run = handing_call(run, plan.handed, state.passed)
         if plan.written:
             run = recorded_call(run, plan, state.written)
+        if corrects and not again and (plan.handed or plan.attended):
+            run = told_call(run, layouts, lambda: self._compiled_later(gm, mode, options), state.passed)
         if plan.outcome != "watched" or again:  # what is called again in the same call does not come again
             return run
         later = self._compiled_later(gm, mode, options)
-        return watched_call(run, later, plan, self.config, state.stores, state.written, state.seen)
+        return watched_call(run, later, plan, self.config, state.stores, state.written, state.seen, state.passed)
 
     def _compiled_later(self, gm: GraphModule, mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
         """A graph for tensors that it was not compiled for: planned and compiled when it is first called with them."""

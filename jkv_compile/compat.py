@@ -147,6 +147,15 @@ def static_input(tensor: Tensor) -> Tensor:
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
+def input_like(fake: Tensor) -> Tensor:
+    """A contiguous fake tensor for a compiler's example inputs, of the sizes that another has while Dynamo traces."""
+    mode = current_fake_mode()
+    if mode is None:
+        return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+    with mode:
+        return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
 def is_composite(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator is written in terms of others; subclasses meet those whole in inference mode only."""
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)

@@ -93,7 +93,7 @@ class PackedKV(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         store = self._store
-        context = store.dtype, store.bits, store.quantizer, self.dtype
+        context = store.dtype, store.bits, store.quantizer, store.tells_steps, self.dtype
         return ["codes", "scales", "first_token"], (*self._layout, *context)
 
     @property
@@ -118,12 +118,13 @@ class PackedKV(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, quantizer, dtype = context
+        shape, strides, store_dtype, bits, quantizer, tells_steps, dtype = context
         if len(shape) == CHANNEL:
             dims, (channels, order) = shape, strides
             shape = [*(1 if d is None else size[d] for d in dims), channels]
             strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
+        store.tells_steps = tells_steps
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
         packed._first_token, packed._told = inner["first_token"], context[:2]

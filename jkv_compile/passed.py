@@ -1,8 +1,9 @@
 """Caches that one graph reads and another attends to: a graph break lies between.
 
 What a graph hands on is remembered by tensor, from cache to attention. A tensor whose tokens reach attention in this
-way for the second time is a cache, and is packed *after* that call. Read back in one graph, its tokens lose what is
-known of their quantization steps before they come to the other: such attention is not corrected, which is said.
+way for the second time is a cache, and is packed *after* that call. From then on the graph that reads it back returns Δ
+as well, which is remembered beside the tensor that it is Δ of; the graph that attends to that tensor is compiled anew,
+for being given it. Where Δ is lost on the way, attention is not corrected, which is said.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .adopt import adopt, obstacle
@@ -19,26 +22,68 @@ from .config import Config
 from .errors import ConfigurationError, NotRewrittenWarning
 from .geometry import four_dimensional
 from .hints import is_ignored
+from .kernels.quantizers import grid_within
+from .packed import PackedKV
 from .reasons import Reason
 from .report import GraphReport, Note, Rejected
 from .runtime import Seen
+from .store import Store
 
 if TYPE_CHECKING:
     from .passes.handed import Attended, Handed
+    from .passes.uncertainty import StepLayout
     from .passes.unpacked import Unpacked
 
 REFUSED = "what it was handed of a cache stays in full precision: {}"
-PENDING = "what it attends to is read from a cache in another graph: packed when it comes again, and then not corrected"
+PENDING = "what it attends to is read from a cache in another graph: packed when it comes again"
 UNCORRECTED = "packed, but read back in another graph: dequantized, and its scores are not corrected"
-Source = tuple[Tensor, int]  # a tensor and its dimension along tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache that tokens come from, as it was when a graph handed them on.
+
+    cache: the tensor, or its store where it was packed already.
+    tokens: of a tensor, its dimension along tokens.
+    pairs: how channels have been turned since, see `uncertainty.pairs_turned`.
+    asked: whether graphs were to tell Δ of what they read of it.
+    """
+
+    cache: weakref.ref[Tensor] | weakref.ref[Store]
+    tokens: int | None
+    pairs: int
+    asked: bool = False
+
+    @property
+    def store(self) -> Store | None:
+        """The store of a cache that is packed by now."""
+        cache = self.cache()
+        return cache._store if isinstance(cache, PackedKV) else cache if isinstance(cache, Store) else None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Δ of a tensor that a graph has read from a packed cache, of its shape and dtype, contiguous.
+
+    version: the tensor's, as it was returned; eager code may change it in place, and Δ is not known any more.
+    """
+
+    delta: Tensor
+    layout: StepLayout
+    version: int | None
 
 
 class Passed:
-    """Where the tokens of tensors come from that graphs have handed on. Holds no tensor alive."""
+    """Where the tokens of tensors come from that graphs have handed on, and what is known of their errors.
+
+    Holds no tensor alive but Δ, while the tensor that it is of lives.
+    """
 
     def __init__(self) -> None:
-        self._sources: dict[int, tuple[weakref.ref[Tensor], list[tuple[weakref.ref[Tensor], int]]]] = {}
+        self._sources: dict[int, tuple[weakref.ref[Tensor], list[Source]]] = {}
+        self._steps: dict[int, tuple[weakref.ref[Tensor], Steps]] = {}
         self.attended = Seen()  # the caches whose tokens came to attention
+        self.pending: dict[str, list[GraphReport]] = {}  # by source: where it is on record that they are to come again
 
     def __bool__(self) -> bool:
         return bool(self._sources)
@@ -47,7 +92,33 @@ class Passed:
         known = self._sources.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return []
-        return [(cache, tokens) for ref, tokens in known[1] if (cache := ref()) is not None]
+        return [source for source in known[1] if source.cache() is not None]
+
+    def layouts(self, arguments: Sequence[Any]) -> dict[int, StepLayout]:
+        """The arguments that another graph has read from a packed cache, and which of their channels have one Δ."""
+        if not self._steps:
+            return {}
+        told = ((i, self._told(argument)) for i, argument in enumerate(arguments))
+        return {i: steps.layout for i, steps in told if steps is not None}
+
+    def _told(self, tensor: Any) -> Steps | None:
+        known = self._steps.get(id(tensor))
+        if known is None or known[0]() is not tensor or known[1].version != _version(tensor):
+            return None
+        return known[1]
+
+    def lost(self, tensor: Any) -> bool:
+        """Whether Δ was asked for of what a tensor was read from, and is not told of the tensor."""
+        return any(s.asked and s.store is not None for s in self.sources(tensor)) and not self.layouts([tensor])
+
+    def steps(self, tensor: Tensor) -> Tensor:
+        """Δ of a tensor that `layouts` tells of; zeros for any other, which is in full precision."""
+        told = self._told(tensor)
+        return torch.zeros_like(tensor, memory_format=torch.contiguous_format) if told is None else told.delta
+
+    def tell_steps(self, tensor: Tensor, delta: Tensor, layout: StepLayout) -> None:
+        key, steps = id(tensor), Steps(delta, layout, _version(tensor))
+        self._steps[key] = weakref.ref(tensor, lambda _: self._steps.pop(key, None)), steps
 
     def notes(self, unpacked: Sequence[Unpacked], arguments: Sequence[Any]) -> list[Note]:
         """What to tell of a graph that is called with these arguments, but for what is known to be handed on."""
@@ -56,28 +127,55 @@ class Passed:
 
     def record(self, output: Tensor, sources: Sequence[Source]) -> None:
         key = id(output)
-        refs = [(weakref.ref(cache), tokens) for cache, tokens in sources]
-        self._sources[key] = weakref.ref(output, lambda _: self._sources.pop(key, None)), refs
+        self._sources[key] = weakref.ref(output, lambda _: self._sources.pop(key, None)), list(sources)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place; None for one of inference mode, which does not know."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def handing_call(inner: Callable[..., Any], handed: Sequence[Handed], passed: Passed) -> Callable[..., Any]:
     """Call `inner`, and remember where what it returns comes from."""
-    begins = any(one.tokens is not None for one in handed)
 
     def call(*args: Any) -> Any:
         outputs = inner(*args)
-        if not passed and not begins:
-            return outputs
         found: dict[int, list[Source]] = {}
         for one in handed:
-            argument = args[one.argument]
-            if type(argument) is Tensor and type(outputs[one.output]) is Tensor:
-                own = [(argument, one.tokens)] if one.tokens is not None else []
-                found.setdefault(one.output, []).extend(passed.sources(argument) or own)
+            if type(outputs[one.output]) is Tensor:
+                found.setdefault(one.output, []).extend(_handed_on(args[one.argument], one, passed))
         for output, sources in found.items():
             if sources:
                 passed.record(outputs[output], sources)
         return outputs
+
+    return call
+
+
+def _handed_on(argument: Tensor, one: Handed, passed: Passed) -> list[Source]:
+    """Where the tokens of an argument come from, once they have been handed on."""
+    if before := passed.sources(argument):
+        return [replace(source, pairs=source.pairs or one.pairs) for source in before]
+    if isinstance(argument, PackedKV):
+        store = argument._store
+        return [Source(weakref.ref(store), None, one.pairs, store.tells_steps)]
+    return [] if one.tokens is None else [Source(weakref.ref(argument), one.tokens, one.pairs)]
+
+
+def told_call(
+    inner: Callable[..., Any],
+    layouts: dict[int, StepLayout],
+    compiled_later: Callable[[], Callable[..., Any]],
+    passed: Passed,
+) -> Callable[..., Any]:
+    """Call `inner`, compiled for arguments that come with Δ as `layouts` tell, or what is compiled for these."""
+    compiled = {tuple(layouts.items()): inner}
+
+    def call(*args: Any) -> Any:
+        told = tuple(passed.layouts(args).items())
+        if told not in compiled:
+            compiled[told] = compiled_later()
+        return compiled[told](*args)
 
     return call
 
@@ -92,49 +190,81 @@ def attending_call(
 ) -> Callable[..., Any]:
     """Call `inner`; afterwards pack the tensors that its attention was handed tokens of, once they come again.
 
-    Without `stores`, nothing is packed, and `report` alone tells of them.
+    Of keys that were read from a packed cache, Δ is asked for. Without `stores`, nothing is packed or asked for, and
+    `report` alone tells of them.
     """
+
+    def settle(source: str) -> None:
+        """Take back what is on record only until more is known."""
+        report.noted = [note for note in report.noted if note.source != source]
+        for each in passed.pending.pop(source, []):
+            each.rejections = [r for r in each.rejections if r != Rejected(source, PENDING)]
+
+    def tell(source: str, reason: str) -> None:
+        """Have a reason on record, and warn of it, once."""
+        told = Rejected(source, reason)
+        if told in report.rejections:
+            return
+        settle(source)
+        report.rejections.append(told)
+        if reason == PENDING:
+            passed.pending.setdefault(source, []).append(report)
+        if reason == UNCORRECTED:
+            warnings.warn(f"jkv: {source}: a cache is {UNCORRECTED}", NotRewrittenWarning, stacklevel=3)
+        elif reason != PENDING and told.kind is not Reason.IGNORED:
+            warnings.warn(f"jkv: {source}: {reason}", NotRewrittenWarning, stacklevel=3)
 
     def call(*args: Any) -> Any:
         outputs = inner(*args)
         for one in attended if passed else ():
             keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
-            if not keys and not values:
-                continue
             handed = bool(keys and values)
-            keys, values = (
-                side or _like(other, [args[i] for i in own])
-                for side, other, own in ((keys, values, one.keys), (values, keys, one.values))
-            )
-            reason = PENDING if stores is None else _adopt(keys, values, one.head_dim, config, stores, passed)
-            if reason == PENDING and not handed:
-                continue
-            told, uncorrected = Rejected(one.source, reason or UNCORRECTED), Rejected(one.source, UNCORRECTED)
-            if told in report.rejections or uncorrected in report.rejections:
-                continue
-            report.rejections = [r for r in report.rejections if r != Rejected(one.source, PENDING)] + [told]
-            report.noted = [note for note in report.noted if note.source != one.source]
-            if reason is None:
-                warnings.warn(f"jkv: {one.source}: a cache is {UNCORRECTED}", NotRewrittenWarning, stacklevel=2)
-            elif reason != PENDING and told.kind is not Reason.IGNORED:
-                warnings.warn(f"jkv: {one.source}: {reason}", NotRewrittenWarning, stacklevel=2)
+            packed = [store for source in keys if (store := source.store) is not None]
+            plain_keys, plain_values = ([s for s in side if s.store is None] for side in (keys, values))
+            if plain_keys or plain_values:
+                sides = [
+                    side or _like(other, [args[i] for i in own])
+                    for side, other, own in (
+                        (plain_keys, plain_values, one.keys),
+                        (plain_values, plain_keys, one.values),
+                    )
+                ]
+                others_packed = [
+                    any(s.store is not None for s in side) or any(isinstance(args[i], PackedKV) for i in own)
+                    for side, own in ((keys, one.keys), (values, one.values))
+                ]
+                reason = PENDING if stores is None else _adopt(sides, others_packed, one, config, stores, passed)
+                if reason is None:
+                    settle(one.source)
+                elif reason != PENDING or handed:
+                    tell(one.source, reason)
+            if config.correction != "none" and stores is not None:
+                for store in packed:
+                    store.tells_steps = True
+                if any(passed.lost(args[i]) for i in one.keys):
+                    tell(one.source, UNCORRECTED)
         return outputs
 
     return call
 
 
 def _adopt(
-    keys: list[Source], values: list[Source], head_dim: int, config: Config, stores: Any, passed: Passed
+    sides: list[list[Source]], packed: list[bool], one: Attended, config: Config, stores: Any, passed: Passed
 ) -> str | None:
-    """Pack the tensors that keys and values were read from; where that is not to be, or not yet, say why."""
+    """Pack the tensors that keys and values were read from; where that is not to be, or not yet, say why.
+
+    `packed` tells of each side whether there is a packed cache on it already.
+    """
     caches: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
-    again = {id(cache) for cache in {id(c): c for c, _ in keys + values}.values() if passed.attended.before(cache)}
-    sides = [[s for s in side if id(s[0]) in again] for side in (keys, values)]
-    if not all(sides):
+    tensors = {id(cache): cache for source in sides[0] + sides[1] if isinstance(cache := source.cache(), Tensor)}
+    again = {key for key, cache in tensors.items() if passed.attended.before(cache)}
+    sides = [[s for s in side if id(s.cache()) in again] for side in sides]
+    if not all(side or done for side, done in zip(sides, packed)):
         return PENDING
     for side, bits in zip(sides, (config.key_bits, config.value_bits)):
-        for cache, tokens in side:
-            if (axes := _axes(cache, tokens)) is None:
+        for source in side:
+            cache = tensors[id(source.cache())]
+            if (axes := _axes(cache, source.tokens)) is None:
                 return REFUSED.format("it has no three or four dimensions of which one runs along tokens")
             known = caches.get(id(cache))
             caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
@@ -144,27 +274,39 @@ def _adopt(
         if (reason := obstacle(cache)) is not None:
             return REFUSED.format(reason)
         try:
-            config.check_head_dim(head_dim)  # keys and values may lie in one tensor, side by side
+            config.check_head_dim(one.head_dim)  # keys and values may lie in one tensor, side by side
             config.check_head_dim(cache.shape[-1])
         except ConfigurationError as error:
             return REFUSED.format(error)
-        if cache.shape[-1] % head_dim:
-            return REFUSED.format(f"its last dimension is {cache.shape[-1]}, which heads of {head_dim} do not tile")
+        if cache.shape[-1] % one.head_dim:
+            return REFUSED.format(f"its last dimension is {cache.shape[-1]}, which heads of {one.head_dim} do not tile")
+    pairs = {id(source.cache()): source.pairs or one.pairs for source in sides[0]}  # of keys
     for cache, axes, bits in caches.values():
-        adopt(cache, axes, bits, config).join(stores)
+        quantizer: str = config.quantizer
+        if id(cache) in pairs:
+            quantizer = str(grid_within(quantizer, cache.shape[-1], config.group_size, pairs[id(cache)]))
+        store = adopt(cache, axes, bits, config, quantizer=quantizer)
+        store.tells_steps = id(cache) in pairs and config.correction != "none"
+        store.join(stores)
     return None
 
 
 def _like(sources: list[Source], arguments: list[Any]) -> list[Source]:
     """Arguments that are attended as they are, where they look as what the other side was handed from does."""
-    shapes = {(cache.shape, cache.stride()): tokens for cache, tokens in sources}
+    caches = [(cache, source.tokens) for source in sources if isinstance(cache := source.cache(), Tensor)]
+    shapes = {(cache.shape, cache.stride()): tokens for cache, tokens in caches}
     plain = [t for t in arguments if type(t) is Tensor]
-    return [(t, shapes[t.shape, t.stride()]) for t in plain if (t.shape, t.stride()) in shapes]
+    return [Source(weakref.ref(t), shapes[t.shape, t.stride()], 0) for t in plain if (t.shape, t.stride()) in shapes]
 
 
-def _axes(cache: Tensor, tokens: int) -> tuple[int, ...] | None:
+def _axes(cache: Tensor, tokens: int | None) -> tuple[int, ...] | None:
     """A cache's dimension, as a tensor of four, for each of (batch, head, token, channel)."""
-    if type(cache) is not Tensor or not 3 <= cache.dim() <= 4 or four_dimensional(cache.shape, cache.stride()) is None:
+    if (
+        tokens is None
+        or type(cache) is not Tensor
+        or not 3 <= cache.dim() <= 4
+        or four_dimensional(cache.shape, cache.stride()) is None
+    ):
         return None
     token = tokens + 4 - cache.dim()
     if token == 3:

@@ -22,6 +22,7 @@ from .report import Rejected
 from .store import Active, Store
 
 if TYPE_CHECKING:
+    from .passed import Passed
     from .passes.pipeline import Plan
     from .passes.rewrite import OutputStore, Rewritten
 
@@ -32,16 +33,17 @@ HALF_WRITTEN = (
 )
 
 
-def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any) -> Callable[..., Any]:
+def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any, passed: Passed) -> Callable[..., Any]:
     """Call `inner` with the components of packed caches; nothing else where the graph needs nothing else.
 
     Caches that nobody counts yet, as they have been loaded from a file, say, are counted among `stores` from then on.
+    `passed` knows Δ of what other graphs have read, and is told that of what this one returns.
     """
     rewritten = plan.rewritten
     assert rewritten is not None
     inputs, written, kept = rewritten.inputs, rewritten.written, rewritten.kept
     changed, used = [*written, *(keep.argument for keep in kept)], list(rewritten.caches)
-    finish = _finisher(plan) if rewritten.has_extra_outputs else None
+    finish = _finisher(plan, passed) if rewritten.has_extra_outputs else None
 
     def call(*args: Any) -> Any:
         flat = []
@@ -60,6 +62,8 @@ def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any) -> Callable[
                 value = args[argument]
                 if component == "first_token":
                     flat.append(value.first_token.shape[0])
+                elif component == "steps":
+                    flat.append(passed.steps(value))
                 else:
                     flat.append(value if component == "plain" else _component(value._store, component))
             for argument in changed:
@@ -106,8 +110,8 @@ def _component(store: Store, component: str) -> Tensor:
     return active.data
 
 
-def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
-    """Turns a rewritten graph's outputs into those of the user's graph, and keeps ranges that it wrote."""
+def _finisher(plan: Plan, passed: Passed) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:
+    """Turns a rewritten graph's outputs into those of the user's graph, and keeps what else it tells."""
     rewritten = plan.rewritten
     assert rewritten is not None
 
@@ -128,6 +132,8 @@ def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any,
                 store, inference = args[output.argument]._store, args[output.argument].is_inference()
             with torch.inference_mode(inference):
                 result.append(PackedKV(store, size, stride, outputs[output.offset], store.dtype))
+        for told in rewritten.steps:
+            passed.tell_steps(result[told.output], outputs[told.steps], told.layout)
         return tuple(result)
 
     return finish
@@ -136,11 +142,13 @@ def _finisher(plan: Plan) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any,
 def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store:
     """A cache that a graph has made of `parent`'s tokens and new ones."""
     codes, scales = outputs[new.codes], outputs[new.scales]
+    strides = [outputs[i] for i in new.strides]
     if new.after:
-        return parent.grown(codes, scales, [outputs[i] for i in new.strides])
-    shape, strides = (*codes.shape[:3], parent.shape[3]), [outputs[i] for i in new.strides]
-    store = Store(shape, strides, parent.dtype, parent.bits, codes, scales, parent.quantizer)
-    store.grows = True
+        store = parent.grown(codes, scales, strides)
+        store.dtype = new.dtype
+        return store
+    store = parent.of_this_kind((*codes.shape[:3], parent.shape[3]), strides, codes, scales)
+    store.dtype, store.grows = new.dtype, True
     if new.active is not None:
         data, start, stop = (outputs[i] for i in new.active)
         store.active = Active(data, start, stop)
@@ -149,7 +157,7 @@ def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store
 
 
 def first_contact(
-    otherwise: Callable[..., Any], plan: Plan, config: Config, stores: Any, written: Written
+    otherwise: Callable[..., Any], plan: Plan, config: Config, stores: Any, written: Written, passed: Passed
 ) -> Callable[..., Any]:
     """Adopt the plain caches among the arguments, then run the rewritten graph as it is.
 
@@ -158,7 +166,7 @@ def first_contact(
     """
     rewritten = plan.rewritten
     assert rewritten is not None
-    run_packed = packed_call(plan, rewritten.graph.forward, stores)
+    run_packed = packed_call(plan, rewritten.graph.forward, stores, passed)
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)
@@ -203,6 +211,7 @@ def watched_call(
     stores: Any,
     written: Written,
     seen: Seen,
+    passed: Passed,
 ) -> Callable[..., Any]:
     """Call `inner`, until the tensors that would be caches come a second time; then adopt them.
 
@@ -211,7 +220,7 @@ def watched_call(
     """
     rewritten = plan.rewritten
     assert rewritten is not None
-    adopting = first_contact(inner, plan, config, stores, written)
+    adopting = first_contact(inner, plan, config, stores, written, passed)
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)

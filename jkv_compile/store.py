@@ -106,6 +106,7 @@ class Store:
         self._active: Active | None = None
         self.host: HostMemory | None = None  # where its data lives; then `_codes` and `_scales` have no memory
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
+        self.tells_steps = False  # whether graphs tell Δ of what they read of it, for another graph to correct by
         self._family: Family | None = None
         self._renewed = 0  # how far the range written last has reached from the first token; -1, it has grown
 
@@ -128,6 +129,12 @@ class Store:
             )
             scales = torch.zeros(batch, heads, head_dim // group_size, tokens, 2, dtype=torch.float16, device=device)
         return cls(shape, strides, dtype, bits, codes, scales, quantizer)
+
+    def of_this_kind(self, shape: Sequence[int], strides: Sequence[int], codes: Tensor, scales: Tensor) -> Store:
+        """A store of other data, that reads and is quantized as this one."""
+        new = Store(shape, strides, self.dtype, self.bits, codes, scales, self.quantizer)
+        new.tells_steps = self.tells_steps
+        return new
 
     @property
     def device(self) -> torch.device:
@@ -265,9 +272,7 @@ class Store:
             new_codes[:, :, tokens:total], new_scales[:, :, :, tokens:total] = codes, scales
         else:
             host.write(tokens, codes, scales)
-        new = Store(
-            (batch, heads, total, head_dim), strides, self.dtype, self.bits, new_codes, new_scales, self.quantizer
-        )
+        new = self.of_this_kind((batch, heads, total, head_dim), strides, new_codes, new_scales)
         if host is not None:
             new._live_in(host)
         new._line, new.grows = line, True
@@ -431,7 +436,7 @@ class Store:
             codes, scales = (
                 t.index_select(dim, index) for t, dim in zip(self._whole_box(starts, lengths), _dims(axis))
             )
-            new = Store(shape, strides, self.dtype, self.bits, codes, scales, self.quantizer)
+            new = self.of_this_kind(shape, strides, codes, scales)
             held = self._active_in(starts, lengths)
             if held is not None and axis != TOKEN:
                 new.active = Active(held.data.index_select(axis, index), held.start, held.stop)
@@ -464,7 +469,7 @@ class Store:
         """A new store with every tensor of this one changed: moved to a device, pinned, copied."""
         with torch.inference_mode(False):
             codes, scales = (change(t if self._line is None else t.contiguous()) for t in self.data())
-            new = Store(self.shape, self.strides, self.dtype, self.bits, codes, scales, self.quantizer)
+            new = self.of_this_kind(self.shape, self.strides, codes, scales)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
         new.grows = self.grows
@@ -484,7 +489,7 @@ class Store:
 
     def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
         new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.device, self.quantizer)
-        new.grows = self.grows
+        new.grows, new.tells_steps = self.grows, self.tells_steps
         new.join(self._family)
         return new
 

@@ -109,6 +109,7 @@ class Dense:
     value_caches: list[Holder]
     gathers: bool  # keys of this graph are attended together with cached ones
     reason: str
+    handed: tuple[Node, ...] = ()  # inputs that keys come from, and that another graph has read from a cache
 
     @property
     def caches(self) -> list[Holder]:

@@ -31,7 +31,8 @@ def describe(
     actions: list[Attend | Dense] = [*tracking.attends, *tracking.dense]
     for action in actions:
         caches = [h for h in _caches(action) if h in plans]
-        if not caches:
+        handed = action.handed if isinstance(action, Dense) else ()
+        if not caches and not handed:
             continue
         call = action.call
         if not ignored.isdisjoint(caches):
@@ -44,7 +45,8 @@ def describe(
             current = " + ".join(str(s.length) for s in action.key if isinstance(s.content, Fresh)) or "0"
             lowering, keys = "fused", [action.key_cache]
         else:
-            ranges, current = ", ".join(h.node.name for h in caches), "some" if action.gathers else "0"
+            ranges = ", ".join([*(h.node.name for h in caches), *(node.name for node in handed)])
+            current = "some" if action.gathers else "0"
             lowering, keys = f"reconstructed: {action.reason}", action.key_caches
         matches[call.node] = Match(
             source_line(call.node), lowering, ranges, current, idiom_of(action, tracking),
@@ -65,7 +67,9 @@ def idiom_of(action: Attend | Dense, tracking: Tracking) -> str:
     writes = [w for w in tracking.writes if w.holder in caches]
     joined = _copy_behind(action.call.key)
     cached = [s for s in action.key if not isinstance(s.content, Fresh)] if isinstance(action, Attend) else []
-    if isinstance(action, Dense) and set(action.key_caches) & set(action.value_caches):
+    if isinstance(action, Dense) and action.handed:
+        held = "read in one graph and attended in another"
+    elif isinstance(action, Dense) and set(action.key_caches) & set(action.value_caches):
         held = "keys and values in one tensor"
     elif any(isinstance(w, Scatter) for w in writes):
         held = "written at positions that a tensor holds"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,32 +13,42 @@ from ..packed import PackedKV
 from .attention_forms import as_attention
 from .contents import tensors
 from .describe import source_line
-from .nodes import as_write, example, identity, name_of
+from .nodes import CONCATENATIONS, as_write, copied, example, identity, joined_along, name_of
 from .roles import ARITHMETIC, Roles, alike, projects
-from .sources import hands_tokens_on
+from .sources import hands_tokens_on, writes
+from .uncertainty import pairs_turned
 
 
 @dataclass(frozen=True)
 class Handed:
-    """An output whose tokens may come from an argument; the dimension of that along tokens, where this graph tells."""
+    """An output whose tokens may come from an argument.
+
+    tokens: the dimension of the argument along tokens, where this graph tells.
+    pairs: how its channels are turned on the way, see `uncertainty.pairs_turned`.
+    """
 
     output: int
     argument: int
     tokens: int | None
+    pairs: int
 
 
 @dataclass(frozen=True)
 class Attended:
-    """Arguments that the keys and the values of an attention may come from, and where in the model that is."""
+    """Arguments that the keys and the values of an attention may come from, and where in the model that is.
+
+    pairs: how channels of keys are turned on the way, see `uncertainty.pairs_turned`.
+    """
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
     head_dim: int
+    pairs: int
     source: str
 
 
 class Passages:
-    """Which plain inputs the tokens of each tensor of a graph may come from, turned, scaled or laid out anew."""
+    """Which inputs the tokens of each tensor of a graph may come from, turned, scaled or laid out anew."""
 
     def __init__(self, graph: Graph, position: dict[Node, int]) -> None:
         self.graph, self.position = graph, position
@@ -61,6 +72,28 @@ class Passages:
             found |= self.inputs.get(identity(value), {})
         return found
 
+    def current(self, caches: Iterable[Node]) -> set[Node]:
+        """Plain inputs that are the chunk at hand: tokens that are concatenated behind those of other inputs.
+
+        Where a model hands its new keys to a compiled function, nothing else tells them from the past. What the graph
+        writes to, and `caches`, which are known to be some, are no chunks.
+        """
+        kept = {identity(example(a)) for n in self.graph.nodes for a in n.all_input_nodes if writes(n, a)}
+        kept |= {identity(example(n)) for n in caches}
+        kept |= {identity(example(p)) for p in self.position if isinstance(example(p), PackedKV)}
+        found: set[int] = set()  # storages: keys and values may be views of one tensor
+        joined = [n for n in self.graph.nodes if n.target in CONCATENATIONS and len(copied(n)) > 1]
+        joined = [n for n in joined if joined_along(n) not in (None, example(n).dim() - 1)]  # not along channels
+        before: list[set[Node]] = []  # of concatenations that follow: where their parts come from, but for the last
+        for node in reversed(joined):
+            *parts, last = copied(node)
+            others, own = {p for part in parts for p in self.of(part)}, set(self.of(last))
+            part_of_another = any(others | own <= inputs for inputs in before)
+            if others - own and not part_of_another:
+                found |= {identity(example(p)) for p in own - others} - kept
+            before.append(others)
+        return {p for p in self.position if isinstance(example(p), Tensor) and identity(example(p)) in found}
+
     def handed(self) -> list[Handed]:
         """What the graph hands on."""
         output = next(iter(self.graph.find_nodes(op="output")))
@@ -68,16 +101,23 @@ class Passages:
         if not any(self.of(node) for _, node in results):
             return []
         axes = Roles(self.graph, of_copies=True).axes
-        return [Handed(i, self.position[p], axes.get(p)) for i, node in results for p in self.of(node) if p is not node]
+        found = []
+        for i, node in results:
+            inputs = [p for p in self.of(node) if p is not node]
+            pairs = pairs_turned(self.graph, node, inputs) if inputs else 0
+            found += [Handed(i, self.position[p], axes.get(p), pairs) for p in inputs]
+        return found
 
     def attended(self) -> list[Attended]:
         """What attention of the graph may have been handed."""
         found = []
         for node in self.graph.nodes:
             if (call := as_attention(node)) is not None and not call.result.requires_grad:
-                keys, values = (tuple(self.position[p] for p in self.of(n)) for n in (call.key, call.value))
+                inputs = list(self.of(call.key))
+                keys, values = (tuple(self.position[p] for p in side) for side in (inputs, self.of(call.value)))
                 if keys and values:
-                    found.append(Attended(keys, values, int(example(call.key).shape[-1]), source_line(node)))
+                    head_dim, pairs = int(example(call.key).shape[-1]), pairs_turned(self.graph, call.key, inputs)
+                    found.append(Attended(keys, values, head_dim, pairs, source_line(node)))
         return found
 
 
@@ -88,6 +128,6 @@ def _broadcast(node: Node, argument: Node, result: Tensor) -> bool:
 
 
 def _may_hold_tokens(value: object) -> bool:
-    if not isinstance(value, Tensor) or isinstance(value, (nn.Parameter, PackedKV)) or is_wrapped(value):
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or is_wrapped(value):
         return False
-    return value.dim() >= 3 and value.dtype.is_floating_point
+    return isinstance(value, PackedKV) or (value.dim() >= 3 and value.dtype.is_floating_point)

@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from ..kernels.dense import grouped
-from ..kernels.quantizers import grid_of
 from .actions import Attend, Dense, Holder
 from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
@@ -100,15 +99,17 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
 def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int, int]:
     """How many groups of channels keys have, and how these lie in the head (`pairs` of `jkv::attention_dense`)."""
     head_dim = example(dense.call.key).shape[-1]
-    plan = pieces.plans[next(h for h in dense.key_caches if h in pieces.plans)]
-    groups, pairs = head_dim // plan.group_size, grid_of(plan.quantizer).pairs
-    if head_dim % plan.group_size:
+    layout = uncertainty.layout(dense.call.key, pieces.layouts(dense.key_caches, dense.handed))
+    groups, pairs = head_dim // layout.group_size, layout.pairs
+    if head_dim % layout.group_size:
         return 1, 0
     if pairs:
         return groups, pairs if head_dim % pairs == 0 else 0
-    turned = uncertainty.joined.get(dense.call.key, 0)
-    if turned > plan.group_size and groups % 2 == 0 and turned == head_dim:
-        return groups // 2, turned  # stored in groups of neighbours: of the two that are turned together, the mean
+    if layout.joined > layout.group_size and groups % 2 == 0 and layout.joined == head_dim:
+        return (
+            groups // 2,
+            layout.joined,
+        )  # stored in groups of neighbours: of the two that are turned together, the mean
     return groups, 0
 
 

@@ -15,6 +15,7 @@ from ..geometry import constant, hint, same
 from ..packed import PackedKV
 
 COPIES = {"contiguous", "to", "clone", "type_as", "float", "half", "bfloat16", "type", "detach", "_to_copy"}
+NEW = {"empty", "zeros", "empty_like", "zeros_like", "new_empty", "new_zeros"}
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 
 _KNOWN_WRITE = "jkv_write"  # in the meta of a node: its arguments, the tensor written to, and what it writes
@@ -132,7 +133,10 @@ def _write_of(node: Node) -> Write | None:
         return Write(target, base, node.args[1])
     if name == "index_copy_" and len(node.args) == 4 and isinstance(node.args[2], Node):
         dim, positions, value = node.args[1:]
-        return Write(target, base, value, positions, dim % target.dim())  # type: ignore[operator, arg-type]
+        axis = constant(example(dim))  # which may be a node where it equals a size
+        if not isinstance(axis, int):
+            return None
+        return Write(target, base, value, positions, axis % target.dim())  # type: ignore[arg-type]
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ from .actions import Holder
 from .nodes import example
 from .segments import Fresh
 from .symbols import Symbols
+from .uncertainty import StepLayout
 
 ops = torch.ops.jkv
 
-Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token"]
+Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token", "steps"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class CachePlan:
 
 
 class Pieces:
-    """Puts nodes into a graph whose caches are stored as `plans` say."""
+    """Puts nodes into a graph whose caches are stored as `plans` say.
 
-    def __init__(self, gm: GraphModule, plans: dict[Holder, CachePlan]) -> None:
-        self.graph, self.plans = gm.graph, plans
+    `handed` are inputs that another graph has read from a cache.
+    """
+
+    def __init__(
+        self, gm: GraphModule, plans: dict[Holder, CachePlan], handed: Mapping[Node, StepLayout] | None = None
+    ) -> None:
+        self.graph, self.plans, self.handed = gm.graph, plans, handed or {}
         self.symbols = Symbols(gm.graph)
         self.components: dict[tuple[Node, Component], Node] = {}
 
@@ -62,13 +68,23 @@ class Pieces:
 
     def component(self, holder: Holder, kind: Component) -> Node:
         """The placeholder of one component of a cache, next to the cache's own."""
-        key = (holder.node, kind)
+        return self.beside(holder.node, kind)
+
+    def beside(self, node: Node, kind: Component) -> Node:
+        """The placeholder of what comes with an input, next to its own."""
+        key = (node, kind)
         if key not in self.components:
-            with self.graph.inserting_before(holder.node):
-                node = self.graph.placeholder(f"{holder.node.name}_{kind}")
-            node._dynamo_source = None  # type: ignore[attr-defined]
-            self.components[key] = node
+            with self.graph.inserting_before(node):
+                component = self.graph.placeholder(f"{node.name}_{kind}")
+            component._dynamo_source = None  # type: ignore[attr-defined]
+            self.components[key] = component
         return self.components[key]
+
+    def layouts(self, caches: Iterable[Holder], handed: Iterable[Node]) -> list[StepLayout]:
+        """Which channels have one Δ, of packed caches and of inputs that another graph has read."""
+        plans = [self.plans[h] for h in caches if h in self.plans]
+        own = [StepLayout(plan.group_size, grid_of(plan.quantizer).pairs) for plan in plans]
+        return [*own, *(self.handed[node] for node in handed)]
 
     def packed(self, holder: Holder) -> tuple[Node, Node]:
         """Codes and scales of a cache."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,25 +11,28 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..adopt import Written, obstacle
-from ..compat import dynamic_input, static_input
+from ..compat import dynamic_input, input_like, static_input
 from ..config import Config
 from ..geometry import same
 from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
+from ..packed import PackedKV
 from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Holder, Returned, Tracking
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
-from .handed import Attended, Handed
+from .filled import join_filled
+from .handed import Attended, Handed, Passages
 from .nodes import example
 from .own_tokens import hold_what_changes, make_own
 from .pieces import CachePlan
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
-from .sources import Sources, current_inputs
-from .tracking import Tracker
+from .sources import Sources
+from .tracking import ONE_PACKED, Tracker
+from .uncertainty import StepLayout
 from .unpacked import Unknown, Unpacked
 
 Action = Attend | Dense | Returned
@@ -69,6 +72,7 @@ class Plan:
     handed: list[Handed] = field(default_factory=list)
     attended: list[Attended] = field(default_factory=list)
     unpacked: list[Unpacked] = field(default_factory=list)
+    handed_in: dict[int, Tensor] = field(default_factory=dict)  # by argument: fakes of what another graph has read
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
     instead: Plan | None = None  # what becomes of it while its plain caches stay so, where others are packed already
 
@@ -92,19 +96,30 @@ class Plan:
                 inputs.append(self.first_tokens[argument])
             elif component == "active_range":
                 inputs.append(static_input(torch.zeros(2, dtype=torch.int64)))
+            elif component == "steps":
+                inputs.append(input_like(self.handed_in[argument]))
             else:
                 inputs.append(getattr(value, component))  # the tensor that Dynamo has seen
         return inputs
 
 
-def plan_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config, written: Written) -> Plan:
+def plan_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    written: Written,
+    layouts: Mapping[int, StepLayout] | None = None,
+) -> Plan:
     """Decide what becomes of a graph, and rewrite a copy of it where caches are to be packed or are packed already.
+
+    Args:
+        layouts: by argument: which channels have one Δ, of what another graph has read from a packed cache.
 
     Raises:
         ConfigurationError: groups do not tile the head_dim of a cache that would be packed.
     """
     report = GraphReport(len(gm.graph.nodes), "untouched", before=graph_text(gm.graph))
-    return _plan(gm, example_inputs, config, written, report, adopting=True)
+    return _plan(gm, example_inputs, config, written, report, layouts or {}, adopting=True)
 
 
 def _plan(
@@ -113,11 +128,14 @@ def _plan(
     config: Config,
     written: Written,
     report: GraphReport,
+    layouts: Mapping[int, StepLayout],
     adopting: bool,
 ) -> Plan:
     """`plan_graph`; unless `adopting`, plain caches stay plain, as beside packed ones that have to be served anyway."""
-    view = _View(gm, example_inputs, written)
+    view = _View(gm, example_inputs, written, layouts)
     report.rejections = view.rejections()
+    if config.correction == "none":  # and nothing is lost
+        report.rejections = [r for r in report.rejections if r.reason != ONE_PACKED]
     reasons = view.beyond_graphs()
     if reasons:
         report.outcome = "eager"
@@ -126,24 +144,25 @@ def _plan(
     attentions = view.attentions
     unknown = Unknown(view.gm.graph, view.position, example_inputs, config)
     choice = _choose(view, config, report, adopting)
-    while choice.plans:
+    while choice.plans or layouts:
         alone = view.not_lowered(choice.plans)  # that attention stays exactly as it is spelled
         across = view.written_across(choice.plans)
         if not alone and not across:
             break
-        view = _View(gm, example_inputs, written, view.as_spelled | alone, view.read_out | across)
+        view = _View(gm, example_inputs, written, layouts, view.as_spelled | alone, view.read_out | across)
         choice = _choose(view, config, GraphReport(0, "untouched"), adopting)
     plans = choice.plans
     report.rejections = list(dict.fromkeys(report.rejections))
-    plan = Plan(choice.outcome if plans else "untouched", report, attentions)
+    plan = Plan(choice.outcome if plans else "packed" if layouts else "untouched", report, attentions)
     plan.symbols = _symbol_arguments(view.placeholders)
     plan.written = _written_ranges(view, plan.symbols, plans)
     if plan.outcome in ("untouched", "packed"):
         plan.glimpses = _glimpses(view)
+    if plan.outcome != "adopted":
         plan.handed, plan.attended = unknown.passages.handed(), unknown.passages.attended()
     if not view.left:  # that attention is told of, and may be what reads them
         plan.unpacked = list(unknown.tensors(plan.handed, {view.position[h.node] for h in plans}))
-    if not plans:
+    if not plans and not layouts:
         _note(plan, unknown, set())
         return plan
     report.outcome = plan.outcome
@@ -152,7 +171,10 @@ def _plan(
     tracking = _settled(view.tracking, plans)
     matches, unasked = describe(tracking, plans, ignored)
     report.rejections += unasked
-    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, config.offload is not None)
+    telling = view.telling(plan.handed) if config.correction != "none" else {}
+    tells_changes = config.offload is not None
+    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, tells_changes, view.handed, telling)
+    plan.handed_in = {view.position[p]: example(p) for p in view.handed}
     for node, why in plan.rewritten.uncorrected.items():
         if why and node in matches:
             matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")
@@ -166,7 +188,7 @@ def _plan(
     plan.first_tokens = {view.position[h.node]: example(h.node).first_token.shape[0] for h in plans if h.packed}
     if any(h.packed for h in plans) and (plan.ignores or plan.outcome == "watched"):
         scratch = GraphReport(0, "untouched")
-        plan.instead = _plan(gm, example_inputs, config, written, scratch, adopting=False)
+        plan.instead = _plan(gm, example_inputs, config, written, scratch, layouts, adopting=False)
     return plan
 
 
@@ -185,7 +207,8 @@ class _View:
 
     What the nodes `read_out` write is read as a tensor.
 
-    Where keys and values are written as a slice of a cache that another graph wrote, `owners` has it by argument.
+    Where keys and values are written as a slice of a cache that another graph wrote, `owners` has it by argument;
+    `handed` are the inputs that another graph has read from a cache.
     """
 
     def __init__(
@@ -193,11 +216,13 @@ class _View:
         gm: GraphModule,
         example_inputs: Sequence[Any],
         written: Written,
+        layouts: Mapping[int, StepLayout],
         as_spelled: frozenset[str] = frozenset(),
         read_out: frozenset[str] = frozenset(),
     ) -> None:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
+        join_filled(self.gm.graph)
         make_own(self.gm.graph, read_out)
         hold_what_changes(self.gm.graph)
         self.left = canonicalise(self.gm.graph, as_spelled)
@@ -206,8 +231,14 @@ class _View:
         self.owners = _owners(self.placeholders, example_inputs, written)
         owners = {self.placeholders[i]: o for i, o in self.owners.items()}
         marked = [p for p, v in zip(self.placeholders, example_inputs) if isinstance(v, Tensor) and is_marked(v)]
-        current = current_inputs(self.gm.graph, [*owners, *marked])
-        self.tracking = Tracker(self.gm.graph, owners, current).run()
+        self.handed = {self.placeholders[i]: layout for i, layout in layouts.items()}
+        passages = Passages(self.gm.graph, self.position)
+
+        def handed(key: Node) -> tuple[Node, ...]:
+            return tuple(p for p in passages.of(key) if p in self.handed)
+
+        current = passages.current([*owners, *marked])
+        self.tracking = Tracker(self.gm.graph, owners, current, handed).run()
         self.attentions = len(self.left) + sum(as_attention(n) is not None for n in self.gm.graph.nodes)
 
     def argument(self, holder: Holder) -> Any:
@@ -253,9 +284,18 @@ class _View:
         """Attention that was brought into one form, and is not going to be rewritten: what it was called."""
         tracking = _settled(self.tracking, plans)
         lowered = {a.call.node for a in tracking.attends if a.key_cache in plans}
-        lowered |= {d.call.node for d in tracking.dense if any(h in plans for h in d.key_caches)}
+        lowered |= {d.call.node for d in tracking.dense if d.handed or any(h in plans for h in d.key_caches)}
         nodes = [n for n in self.gm.graph.nodes if as_attention(n) is not None and n not in lowered]
         return frozenset(n.meta[SPELLED] for n in nodes if SPELLED in n.meta)
+
+    def telling(self, handed: Sequence[Handed]) -> dict[int, list[Node]]:
+        """Outputs that another graph attends to as keys, and the inputs that these come from."""
+        found: dict[int, list[Node]] = {}
+        for one in handed:
+            value, node = self.example_inputs[one.argument], self.placeholders[one.argument]
+            if node in self.handed or (isinstance(value, PackedKV) and value._store.tells_steps):
+                found.setdefault(one.output, []).append(node)
+        return found
 
     def written_across(self, plans: dict[Holder, CachePlan]) -> frozenset[str]:
         """Writes of a view of one cache to another: what they are called."""

@@ -8,7 +8,7 @@ precision.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from .memory_order import keep_memory_order
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
 from .segments import Cached, Fresh, Segment
-from .uncertainty import Uncertainty, pairs_turned
+from .uncertainty import StepLayout, Uncertainty, pairs_turned
 
 ops = torch.ops.jkv
 
@@ -51,6 +51,7 @@ class OutputStore:
     codes: int
     scales: int
     strides: list[int]  # of the tensor that it stands for, canonical order
+    dtype: torch.dtype  # of that tensor
     active: tuple[int, int, int] | None  # data, start, stop: tokens that another graph attends in full precision
     after: bool = False  # codes and scales are those of the new tokens alone, that come after the whole old cache
 
@@ -76,6 +77,15 @@ class KeptRange:
 
 
 @dataclass
+class OutputSteps:
+    """An output of the user's graph that another graph may attend to as keys, and where Δ of its channels is."""
+
+    output: int  # among those of the user's graph
+    steps: int  # among those of the compiled graph
+    layout: StepLayout
+
+
+@dataclass
 class Rewritten:
     """A graph of plain tensors and what stands between it and the caller's arguments."""
 
@@ -84,6 +94,7 @@ class Rewritten:
     outputs: list[int | OutputWindow | OutputView]
     stores: list[OutputStore] = field(default_factory=list)
     kept: list[KeptRange] = field(default_factory=list)
+    steps: list[OutputSteps] = field(default_factory=list)
     written: list[int] = field(default_factory=list)  # arguments whose store no longer has an active range
     joined: list[int] = field(default_factory=list)  # arguments attended beside tokens of the graph's own
     caches: dict[int, CachePlan] = field(default_factory=dict)  # by argument
@@ -92,7 +103,7 @@ class Rewritten:
 
     @property
     def has_extra_outputs(self) -> bool:
-        return bool(self.kept) or bool(self.changed) or not all(isinstance(o, int) for o in self.outputs)
+        return bool(self.kept or self.steps or self.changed) or not all(isinstance(o, int) for o in self.outputs)
 
 
 def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
@@ -113,13 +124,23 @@ def copy_graph(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def rewrite(
-    gm: GraphModule, tracking: Tracking, plans: dict[Holder, CachePlan], correction: str, tell_changes: bool = False
+    gm: GraphModule,
+    tracking: Tracking,
+    plans: dict[Holder, CachePlan],
+    correction: str,
+    tell_changes: bool = False,
+    handed: Mapping[Node, StepLayout] | None = None,
+    telling: Mapping[int, Sequence[Node]] | None = None,
 ) -> Rewritten:
     """Lower every use of the caches in `plans`; `gm` is changed; `tracking` must have been made from it.
 
-    With `tell_changes`, which tokens of its caches the graph changes is among its outputs, where numbers tell it.
+    Args:
+        tell_changes: which tokens of its caches the graph changes is among its outputs, where numbers tell it.
+        handed: inputs that another graph has read from a cache.
+        telling: outputs whose Δ is among its outputs, where it is known, and the inputs that they come from.
     """
-    return _Rewriter(gm, tracking, _settled(gm.graph, tracking, plans), correction, tell_changes).run()
+    settled = _settled(gm.graph, tracking, plans)
+    return _Rewriter(gm, tracking, settled, correction, tell_changes, handed or {}, telling or {}).run()
 
 
 def _settled(graph: Graph, tracking: Tracking, plans: dict[Holder, CachePlan]) -> dict[Holder, CachePlan]:
@@ -144,10 +165,13 @@ class _Rewriter:
         plans: dict[Holder, CachePlan],
         correction: str,
         tell_changes: bool,
+        handed: Mapping[Node, StepLayout],
+        telling: Mapping[int, Sequence[Node]],
     ) -> None:
         self.gm, self.graph, self.plans, self.correction = gm, gm.graph, plans, correction
-        self.tell_changes = tell_changes
-        self.pieces = Pieces(gm, plans)
+        self.tell_changes, self.handed = tell_changes, handed
+        self.told: dict[int, tuple[Node, StepLayout]] = {}  # by output: Δ
+        self.pieces = Pieces(gm, plans, handed)
         self.position = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.writes: dict[Node, list[Append | Scatter | Move | Fill]] = {}
         self.appends: dict[Node, Append] = {}  # in the rewritten graph
@@ -155,13 +179,16 @@ class _Rewriter:
             if write.holder in plans:
                 self.writes.setdefault(write.node, []).append(write)
         self.attends = {a.call.node: a for a in tracking.attends if a.key_cache in plans and a.value_cache in plans}
-        self.dense = {d.call.node: d for d in tracking.dense if any(h in plans for h in d.key_caches)}
+        self.dense = {d.call.node: d for d in tracking.dense if d.handed or any(h in plans for h in d.key_caches)}
         self.copies = [copy for copy in tracking.copies if copy.cache in plans]
         self.reads: dict[Node, list[Read]] = {}
         for read in tracking.reads:
             if read.holder in plans:
                 self.reads.setdefault(read.consumer, []).append(read)
         self.returned = {r.argument: r for r in tracking.returned if r.copy.cache in plans}
+        output = next(iter(gm.graph.find_nodes(op="output")))
+        shown = {*self.returned, *(read.argument for read in self.reads.get(output, []))}  # and packed as they are
+        self.telling = {i: inputs for i, inputs in telling.items() if _outputs(output)[i] not in shown}
         self.rewritten = Rewritten(gm, [], [], caches={self.position[h.node]: plan for h, plan in plans.items()})
         beside = [h for a in self.attends.values() if a.gathers for h in (a.key_cache, a.value_cache)]
         beside += [h for d in self.dense.values() if d.gathers for h in d.caches]
@@ -203,8 +230,11 @@ class _Rewriter:
     # ---- lowering ----
 
     def _lower_dense(self) -> None:
-        keys = [dense.call.key for dense in self.dense.values()]
-        uncertainty = Uncertainty(self.graph, keys, self.reads, lambda read: steps(self.pieces, read))
+        outputs = _outputs(next(iter(self.graph.find_nodes(op="output"))))
+        keys = [*(dense.call.key for dense in self.dense.values()), *(outputs[i] for i in self.telling)]
+        handed = {node: self.pieces.beside(node, "steps") for node in self.handed}
+        joined = {node: layout.joined for node, layout in self.handed.items() if layout.joined}
+        uncertainty = Uncertainty(self.graph, keys, self.reads, lambda read: steps(self.pieces, read), handed, joined)
         for node in self.pieces.walk():
             uncertainty.visit(node)
             if node in self.dense:
@@ -212,6 +242,11 @@ class _Rewriter:
                 result, uncorrected = lower_dense(self.pieces, dense, uncertainty, self.correction)
                 self.reads[result] = self.reads.pop(node, [])
                 self.rewritten.uncorrected[node] = uncorrected
+        for i, inputs in self.telling.items():
+            if (delta := uncertainty.known.get(outputs[i])) is not None:
+                caches = [h for h in self.plans if h.node in inputs]
+                before = self.pieces.layouts(caches, [node for node in inputs if node in self.handed])
+                self.told[i] = delta, uncertainty.layout(outputs[i], before)
 
     def _lower_writes(self, node: Node) -> None:
         number = self.pieces.number
@@ -248,7 +283,7 @@ class _Rewriter:
 
     def _lower_output(self, output: Node) -> None:
         """Views of caches are told by their geometry; ranges that nobody here attends to are handed out."""
-        values: list[Any] = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
+        values = _outputs(output)
         windows = {r.argument: r for r in self.reads.get(output, [])}
         plain = [v for v in values if v not in windows and v not in self.returned]
         extra: list[Any] = []
@@ -276,6 +311,8 @@ class _Rewriter:
             self.rewritten.outputs.append(taken)
             taken += 1
         self._keep_written(add)
+        for i, (delta, layout) in self.told.items():
+            self.rewritten.steps.append(OutputSteps(i, add(self.pieces.method("contiguous", delta)), layout))
         if self.tell_changes:
             self._tell_changed(add)
         output.args = ((*plain, *extra),)
@@ -299,7 +336,7 @@ class _Rewriter:
         if fresh and not returned.grows:
             held = pieces.method("clone", value, memory_format=torch.contiguous_format)
             active = add(held), add(cached[-1].stop), add(segments[-1].stop)
-        return OutputStore(self.position[cache.node], codes, scales, strides, active, after)
+        return OutputStore(self.position[cache.node], codes, scales, strides, copy.dtype, active, after)
 
     def _keep_written(self, add: Callable[[Any], int]) -> None:
         """Ranges that are written, and attended to by another graph if at all, go out in full precision."""
@@ -337,7 +374,7 @@ class _Rewriter:
         components = {node: (self.position[cache], kind) for (cache, kind), node in self.pieces.components.items()}
         for node in self.graph.find_nodes(op="placeholder"):
             _, kind = components.get(node, (0, "plain"))
-            if kind == "first_token" and not node.users:
+            if kind in ("first_token", "steps") and not node.users:
                 self.graph.erase_node(node)
                 continue
             self.rewritten.inputs.append(components.get(node) or (self.position[node], "plain"))
@@ -362,6 +399,12 @@ class _Rewriter:
             removable = node.op in ("call_method", "call_function") and node in from_cache and not node.users
             if removable and isinstance(example(node), (torch.Tensor, list, tuple)) and not is_in_place(node):
                 self.graph.erase_node(node)
+
+
+def _outputs(output: Node) -> list[Any]:
+    """What a graph returns."""
+    values: Any = output.args[0]
+    return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
 def _is_whole(segment: Segment, cache: Holder) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..packed import PackedKV
-from .nodes import CONCATENATIONS, as_write, copied, example, identity, joined_along, mutates, name_of
+from .nodes import CONCATENATIONS, as_write, copied, example, identity, mutates, name_of
 
 
 class Sources:
@@ -20,7 +19,7 @@ class Sources:
         self._written_into: dict[int, int] = {}  # by storage
         self.gathers = 0  # inputs that are packed, written to, or concatenated with other tokens
         owners: dict[int, int] = {}  # storage -> the bit of the input that it is
-        written = {identity(example(a)) for n in graph.nodes for a in n.all_input_nodes if _writes(n, a)}
+        written = {identity(example(a)) for n in graph.nodes for a in n.all_input_nodes if writes(n, a)}
         for node in graph.nodes:
             value = example(node)
             bits = 0
@@ -67,7 +66,7 @@ class Sources:
         return bool(self.of(node) & self.gathers)
 
 
-def _writes(node: Node, argument: Node) -> bool:
+def writes(node: Node, argument: Node) -> bool:
     return isinstance(example(argument), Tensor) and mutates(node, argument)
 
 
@@ -88,36 +87,3 @@ def hands_tokens_on(node: Node) -> bool:
     """
     name = name_of(node)
     return name not in _PROJECTIONS and not name.endswith("_like") and not name.startswith("new_")
-
-
-def current_inputs(graph: Graph, caches: Iterable[Node]) -> set[Node]:
-    """Plain inputs that are the chunk at hand: tokens that are concatenated behind those of other inputs.
-
-    Where a model hands its new keys to a compiled function, nothing else tells them from the past. What the graph
-    writes to, and `caches`, which are known to be some, are no chunks.
-    """
-    inputs: dict[int, list[Node]] = {}  # by storage: keys and values may be views of one tensor
-    for node in graph.find_nodes(op="placeholder"):
-        if _may_be_cache(example(node), set()):
-            inputs.setdefault(identity(example(node)), []).append(node)
-    written = {identity(example(a)) for n in graph.nodes for a in n.all_input_nodes if _writes(n, a)}
-    known = {identity(example(n)) for n in caches}
-    known |= {s for s, nodes in inputs.items() if any(isinstance(example(n), PackedKV) for n in nodes)}
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if node.target not in CONCATENATIONS or len(parts := copied(node)) < 2:
-            continue
-        if joined_along(node) in (None, example(node).dim() - 1):  # channels
-            continue
-        storages = [_shown(part) for part in parts]
-        others = any(s in inputs and s != storages[-1] for s in storages[:-1])
-        if others and storages[-1] in inputs and storages[-1] not in written | known:
-            found.update(inputs[storages[-1]])  # type: ignore[index]
-    return found
-
-
-def _shown(node: Node) -> int | None:
-    """The memory that a node shows, or is a plain copy of."""
-    while (of := copied(node)) and len(of) == 1:
-        node = of[0]
-    return identity(example(node)) if isinstance(example(node), Tensor) else None

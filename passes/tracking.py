@@ -11,7 +11,7 @@ all others are `Cached`, however the model spells it (slice write and slice read
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from torch import Tensor
@@ -26,17 +26,29 @@ from .nodes import CONCATENATIONS, Write, as_write, example, identity, mutates, 
 from .segments import Cached, Content, Fresh, Scattered, Segment, at_most, equal, overlap, overwrite
 from .sources import hands_tokens_on
 
+IN_ANOTHER_GRAPH = "its keys are read from the cache in another graph"
 ONE_PACKED = (
     "packed, but only its keys or only its values come so to this graph: dequantized, and its scores are not corrected"
 )
 
 
 class Tracker:
-    """The walk. `owners` gives, per placeholder that is a slice of a larger cache, that cache's shape and strides;
-    `current` are placeholders that are no caches."""
+    """The walk.
 
-    def __init__(self, graph: Graph, owners: dict[Node, Tensor] | None = None, current: Collection[Node] = ()) -> None:
-        self.graph = graph
+    Args:
+        owners: per placeholder that is a slice of a larger cache, that cache's shape and strides.
+        current: placeholders that are no caches.
+        handed: tells the placeholders that keys come from, and that another graph has read from a cache.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        owners: dict[Node, Tensor] | None = None,
+        current: Collection[Node] = (),
+        handed: Callable[[Node], tuple[Node, ...]] = lambda key: (),
+    ) -> None:
+        self.graph, self.handed = graph, handed
         self.time = 0
         self.contents = Contents(graph, owners or {}, current)
         self.result = Tracking(self.contents.caches, [], [], [], [], [], [], [])
@@ -257,11 +269,16 @@ class Tracker:
             if isinstance(other, Node):
                 self._read(call.node, other)
         sources = [self.contents.sources(call.key), self.contents.sources(call.value)]
-        if not any(sources):
+        handed = self.handed(call.key)
+        if not any(sources) and not handed:
             return
         caches = list({id(h): h for part in sources for h in part}.values())
-        reason, lowered = self._unfit(call, sources), False
-        if reason is None:
+        reason, lowered = self._unfit(call, all(sources) or bool(handed), caches), False
+        if reason is None and handed:
+            keys, values = sources
+            gathers = self._gathers(call.key)
+            self.result.dense.append(Dense(call, keys, values, gathers, IN_ANOTHER_GRAPH, handed))
+        elif reason is None:
             try:
                 attend = self._attend(call)
                 attend.reads = [read for x in (call.key, call.value) for read in self._reading(call.node, x)]
@@ -277,10 +294,10 @@ class Tracker:
             for argument in (call.key, call.value):
                 self._read(call.node, argument)
 
-    def _unfit(self, call: AttentionCall, sources: list[list[Holder]]) -> str | None:
+    def _unfit(self, call: AttentionCall, both: bool, caches: list[Holder]) -> str | None:
         """Why an attention that reads caches must stay as it is."""
-        if not all(sources):
-            packed = any(holder.packed for side in sources for holder in side)
+        if not both:
+            packed = any(holder.packed for holder in caches)
             return ONE_PACKED if packed else "only one of key and value comes from a cache"
         if call.dropout:
             return f"dropout of {call.dropout}"

@@ -7,14 +7,15 @@ for keys that were never quantized, tell where each error went; rotations within
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from .actions import Read
 from .contents import tensors
-from .nodes import CONCATENATIONS, COPIES, as_write, example, identity, name_of
+from .nodes import CONCATENATIONS, COPIES, NEW, as_write, example, identity, name_of
 
 _MOVEMENT = COPIES | {
     "view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "unflatten", "expand",
@@ -25,7 +26,20 @@ _MOVEMENT = COPIES | {
 _JOINING = {"cat", "concat", "concatenate", "stack"}
 _SUMS = {"add", "sub", "neg"}
 _PRODUCTS = {"mul", "div", "truediv"}
-_NEW = {"empty", "zeros", "empty_like", "zeros_like", "new_empty", "new_zeros"}
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Which channels of keys have one Δ: what is told of keys that one graph reads and another attends to.
+
+    group_size: channels of a group.
+    pairs: as in `kernels.quantizers.Grid`.
+    joined: channels that were put together from halves, of how many; 0, none.
+    """
+
+    group_size: int
+    pairs: int
+    joined: int = 0
 
 
 class NotLinear(Exception):
@@ -40,16 +54,25 @@ class Uncertainty:
         keys: the keys to tell Δ of.
         reads: what reads caches as ordinary tensors, by consumer.
         steps: makes a node with Δ for what one of them reads, of the same shape.
+        handed: nodes with Δ of inputs that another graph has read from a cache.
+        joined: inputs whose channels were put together from halves, and of how many channels.
     """
 
     def __init__(
-        self, graph: Graph, keys: list[Node], reads: dict[Node, list[Read]], steps: Callable[[Read], Node]
+        self,
+        graph: Graph,
+        keys: list[Node],
+        reads: dict[Node, list[Read]],
+        steps: Callable[[Read], Node],
+        handed: Mapping[Node, Node],
+        joined: Mapping[Node, int],
     ) -> None:
         self.graph, self.reads, self.steps = graph, reads, steps
         self.needed = self._needed(keys)
-        self.known: dict[Node, Node] = {}
+        self.known = dict(handed)
         self.lost: dict[Node, str] = {}  # nodes whose errors are not known, and the operation that lost them
-        self.joined: dict[Node, int] = {}  # keys whose channels were put together from halves, and of how many channels
+        self.joined = dict(joined)  # by key
+        self.filled: set[int] = set()  # storages of new tensors that something uncertain is written to
 
     def of(self, key: Node, consumer: Node) -> Node:
         """Δ for `key`, which `consumer` attends to. Raises `NotLinear`."""
@@ -59,6 +82,10 @@ class Uncertainty:
         if key not in self.known:
             raise NotLinear(self.lost.get(key, name_of(key)))
         return self.known[key]
+
+    def layout(self, key: Node, before: Sequence[StepLayout]) -> StepLayout:
+        """Which channels of `key` have one Δ, where what it comes from had these; the first of them tells."""
+        return replace(before[0], joined=self.joined.get(key, 0))
 
     def _needed(self, keys: list[Node]) -> set[Node]:
         """Everything that keys are computed from, in-place edits included."""
@@ -91,6 +118,10 @@ class Uncertainty:
         try:
             if lost is not None:
                 raise NotLinear(lost)
+            for view in node.all_input_nodes:  # of a new tensor, taken before it was written to
+                value = example(view)
+                if view not in given and isinstance(value, torch.Tensor) and identity(value) in self.filled:
+                    given[view] = self._of_new(view, node)
             if not given:
                 return
             if write is not None:
@@ -103,7 +134,7 @@ class Uncertainty:
 
     def _carry(self, node: Node, given: dict[Node, Node]) -> None:
         name, uncertain = name_of(node), list(given)
-        if name in _NEW or not tensors(example(node)):
+        if name in NEW or not tensors(example(node)):
             return  # it takes none of its values
         joins = name in _JOINING or node.target in CONCATENATIONS
         if joins or name in _SUMS:
@@ -122,13 +153,27 @@ class Uncertainty:
     def _edit(self, node: Node, base: Node, given: dict[Node, Node]) -> None:
         """A write into a tensor: with Δ where what is written has it, with zeros where it does not."""
         if base not in given:
-            if name_of(base) not in _NEW:
-                raise NotLinear(f"`{name_of(node)}` into `{name_of(base)}`")
-            given[base] = self.known[base] = self.graph.call_function(torch.zeros_like, (base,))
+            given[base] = self._of_new(base, node)
         value = node.args[-1]
         if isinstance(value, Node) and value not in given:
             given[value] = self.graph.call_function(torch.zeros_like, (value,))
         self.graph.node_copy(node, lambda a: given.get(a, a))
+
+    def _of_new(self, base: Node, write: Node) -> Node:
+        """Δ of a new tensor, or of a view of one, that nothing uncertain has been written to before."""
+        if base in self.known:
+            return self.known[base]
+        if name_of(base) in NEW:
+            self.known[base] = self.graph.call_function(torch.zeros_like, (base,))
+            self.filled.add(identity(example(base)))
+        elif name_of(base) in _MOVEMENT and identity(example(base)) == identity(example(base.args[0])):
+            whole = base.args[0]
+            assert isinstance(whole, Node)
+            delta = self._of_new(whole, write)
+            self.known[base] = self.graph.node_copy(base, lambda a: delta if a is whole else a)
+        else:
+            raise NotLinear(f"`{name_of(write)}` into `{name_of(base)}`")
+        return self.known[base]
 
 
 def pairs_turned(graph: Graph, key: Node, caches: list[Node]) -> int:

@@ -101,7 +101,8 @@ class Unknown:
     def _entering(self, node: Node, query: Node) -> list[Node]:
         """The inputs that tokens come from, where queries do not depend on them."""
         queries = self.sources.of(query)
-        found = [p for p in self.passages.of(node) if self.sources.own(p) & ~queries]
+        plain = [p for p in self.passages.of(node) if not isinstance(example(p), PackedKV)]
+        found = [p for p in plain if self.sources.own(p) & ~queries]
         inputs = (p for p in self.position if isinstance(example(p), Tensor) and not _excluded(example(p)))
         shown = [p for p in inputs if identity(example(p)) == identity(example(node))]  # whatever its dimensions
         return list(dict.fromkeys([*found, *shown]))

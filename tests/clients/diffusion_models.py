@@ -260,6 +260,6 @@ CLIENTS = [
     ),
     Client(
         "Wan-Animate-2", "WanAnimate2KVCache", "a fixed past, scattered into a buffer; flex_attention", wan_animate,
-        compiled="blocks", reason="packed, but read back in another graph", exact=True,
+        compiled="blocks", exact=True,
     ),
 ]  # fmt: skip

@@ -26,7 +26,7 @@ def test_sizes_that_a_graph_reads_off_keys_take_none_of_their_errors() -> None:
     size = call("size", torch.Size((6, 4)), read)
     tokens = call("getitem", 6, size, 0)
     turned = call("reshape", torch.zeros(6, 2, 2), read, (tokens, 2, 2))
-    errors = Uncertainty(graph, [turned], {read: [SimpleNamespace(argument=cache)]}, lambda _: steps)  # type: ignore[dict-item, list-item]
+    errors = Uncertainty(graph, [turned], {read: [SimpleNamespace(argument=cache)]}, lambda _: steps, {}, {})  # type: ignore[dict-item, list-item]
     for node in (read, size, tokens, turned):
         errors.visit(node)
     carried = errors.of(turned, turned)

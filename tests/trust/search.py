@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import gc
 import logging
 import time
 import traceback
@@ -123,6 +124,9 @@ def search(
 
     torch.set_num_threads(1)
     torch._logging.set_logs(dynamo=logging.ERROR)
+    torch._dynamo.config.fake_tensor_cache_enabled = False  # costs more than it saves where every graph is new
+    gc.collect()
+    gc.freeze()
     tally: collections.Counter[str] = collections.Counter()
     worst = 0.0
     bar = tqdm(range(settings.seed, settings.seed + settings.cases), unit="case")
