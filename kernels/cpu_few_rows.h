@@ -29,16 +29,6 @@ struct Plan {
 
 constexpr int DIRECT_ROWS = 4;
 
-typedef u8 Bytes __attribute__((vector_size(64)));
-typedef u32 Words __attribute__((vector_size(64)));
-typedef i32 Ints __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
-constexpr int LANES = 16;  // of 32 bits
-
-typedef u64 Pair __attribute__((vector_size(16)));
-template <class V> V load_vector(const void* from) { V v; memcpy(&v, from, sizeof v); return v; }
-template <class V> void store_vector(void* to, V v) { memcpy(to, &v, sizeof v); }
-
 // sum + Σ_k code_k · weight_k in each lane, over its four bytes and those of `weights`, which are signed.
 inline Ints add_dot(Ints sum, Words codes, i32 weights) {
 #ifdef __AVX512VNNI__
