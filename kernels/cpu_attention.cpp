@@ -24,6 +24,12 @@ struct Scratch {
   Buffer<u8> nothing;
 };
 
+// What queries, keys and values in full precision are in a product.
+template <class Op, i64 DTYPE> inline typename Op::type element(const char* data, i64 i) {
+  if constexpr (DTYPE == BFLOAT16 && Op::STACK == 2) return ((const u16*)data)[i];
+  else return Op::from(get<DTYPE>(data, i));
+}
+
 template <class Op> void load_current(const AttentionCall& a, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
   const i64 dim = a.keys.dim, dv = a.values.dim, width = width_of(a.dtype), pitch = dv + 16;
   const int half_n = padded / 2;
@@ -31,20 +37,29 @@ template <class Op> void load_current(const AttentionCall& a, Scratch& s, i64 b,
   const Plain &key = block.span->key, &value = block.span->value;
   const char* k = key.data + (b * key.b + h * key.h + block.start * key.s) * width;
   const char* v = value.data + (b * value.b + h * value.h + block.start * value.s) * width;
+  constexpr int RUN = 8 * Op::STACK;  // channels that are transposed together: 8 words
   by_dtype(a.dtype, [&](auto dtype) {
-    for (int j0 = 0; j0 < block.n; j0 += 16)  // 16 keys at a time: whole cache lines of the destination
-      for (i64 w = 0; w < dim / 4; w++)
-        for (int j = j0; j < min(j0 + 16, block.n); j++) {
-          const i64 i = j * key.s + 4 * w;
-          Op::key4(keys + 4 / Op::STACK * w * PITCH, j, get<dtype>(k, i), get<dtype>(k, i + 1), get<dtype>(k, i + 2), get<dtype>(k, i + 3));
-        }
+    i64 first = 0;
+    for (; first + RUN <= dim; first += RUN) {
+      auto* run = (typename Op::type*)s.words.data;
+      for (int j = 0; j < block.n; j++)
+        #pragma omp simd
+        for (int c = 0; c < RUN; c += 4)
+          for (int i = 0; i < 4; i++) run[j * RUN + c + i] = element<Op, dtype>(k, j * key.s + first + c + Op::ORDER[i]);
+      transpose<8>((const u8*)run, block.n, (u32*)(keys + first / Op::STACK * PITCH));
+    }
+    for (i64 c = first; c < dim; c += 4)
+      for (int j = 0; j < block.n; j++) {
+        const i64 i = j * key.s + c;
+        Op::key4(keys + c / Op::STACK * PITCH, j, get<dtype>(k, i), get<dtype>(k, i + 1), get<dtype>(k, i + 2), get<dtype>(k, i + 3));
+      }
     for (int j = 0; j < half_n; j++) {
       const bool in0 = j < block.n, in1 = j + half_n < block.n;
       const i64 i0 = in0 ? j * value.s : 0, i1 = in1 ? (j + half_n) * value.s : 0;
       #pragma omp simd
       for (i64 c = 0; c < dv; c++) {
-        const float x = get<dtype>(v, i0 + c), y = get<dtype>(v, i1 + c);
-        Op::value2(values + j * pitch, half_n * pitch, c, in0 ? x : 0.f, in1 ? y : 0.f);
+        const auto x = element<Op, dtype>(v, i0 + c), y = element<Op, dtype>(v, i1 + c);
+        Op::value2(values + j * pitch, half_n * pitch, c, in0 ? x : decltype(x)(0), in1 ? y : decltype(x)(0));
       }
     }
   });
@@ -128,7 +143,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
       auto* to = query + r * query_pitch;
       #pragma omp simd
       for (i64 c = 0; c < dim; c += 4)
-        for (int k = 0; k < 4; k++) to[c + k] = Op::from(get<dtype>(q, c + Op::ORDER[k]));
+        for (int k = 0; k < 4; k++) to[c + k] = element<Op, dtype>(q, c + Op::ORDER[k]);
       top[r] = -INF, sum[r] = 0;
       last_query = max(last_query, i);
     }

@@ -144,6 +144,7 @@ struct Bfloat16 {
   static constexpr int ORDER[] = {0, 2, 1, 3};  // of the channels of a quad, in a row of queries
   static void key4(u32* k, int j, float a, float b, float c, float d) { k[j] = pair(a, c), k[PITCH + j] = pair(b, d); }
   static void value2(u32* v, i64, i64 c, float a, float b) { v[c] = pair(a, b); }
+  static void value2(u32* v, i64, i64 c, u16 a, u16 b) { v[c] = a | (u32)b << 16; }
   static void weight2(u16* p, int, int j, float a, float b) { u32 u = pair(a, b); memcpy(p + 2 * j, &u, 4); }
   // 2^(t - ZERO), 0 at LOWEST. As a number of 14 binary places above 512, t holds the exponent
   // and, as a first approximation, the mantissa; that is corrected by a factor. Error 7e-4, NaN is lost.
