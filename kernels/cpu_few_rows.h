@@ -49,22 +49,25 @@ template <int BITS> void quads_of_channels(const u32* words, i64 dim, int n, u32
   }
 }
 
-// Words of the same byte of four tokens, [quads][bytes]; tokens beyond n are `nothing`.
+// Words of the same byte of four tokens.
+inline void interleave(const u8* x0, const u8* x1, const u8* x2, const u8* x3, i64 bytes, u32* __restrict words) {
+  i64 b = 0;
+  for (; b + 16 <= bytes; b += 16) {
+    const auto rows01 = __builtin_shufflevector(load_vector<Pair>(x0 + b), load_vector<Pair>(x1 + b), 0, 1, 2, 3);
+    const auto rows23 = __builtin_shufflevector(load_vector<Pair>(x2 + b), load_vector<Pair>(x3 + b), 0, 1, 2, 3);
+    const Bytes x = (Bytes)__builtin_shufflevector(rows01, rows23, 0, 1, 2, 3, 4, 5, 6, 7);
+    store_vector(words + b, __builtin_shufflevector(
+        x, x, 0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55,
+        8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63));
+  }
+  for (; b < bytes; b++) words[b] = x0[b] | x1[b] << 8 | x2[b] << 16 | (u32)x3[b] << 24;
+}
+// The same of a block, [quads][bytes]; tokens beyond n are `nothing`.
 void words_of_bytes(const u8* x, i64 stride, i64 bytes, int n, int quads, const u8* nothing, u32* __restrict words) {
-  for (int q = 0; q < quads; q++, words += bytes) {
-    const u8* row[4];
-    for (int k = 0; k < 4; k++) row[k] = 4 * q + k < n ? x + (4 * q + k) * stride : nothing;
-    i64 b = 0;
-    for (; b + 16 <= bytes; b += 16) {
-      Pair piece[4];
-      for (int k = 0; k < 4; k++) piece[k] = load_vector<Pair>(row[k] + b);
-      const auto rows01 = __builtin_shufflevector(piece[0], piece[1], 0, 1, 2, 3), rows23 = __builtin_shufflevector(piece[2], piece[3], 0, 1, 2, 3);
-      const Bytes y = (Bytes)__builtin_shufflevector(rows01, rows23, 0, 1, 2, 3, 4, 5, 6, 7);
-      store_vector(words + b, __builtin_shufflevector(
-          y, y, 0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55,
-          8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63));
-    }
-    for (; b < bytes; b++) words[b] = row[0][b] | row[1][b] << 8 | row[2][b] << 16 | (u32)row[3][b] << 24;
+  for (int q = 0; q < n / 4; q++, words += bytes, x += 4 * stride) interleave(x, x + stride, x + 2 * stride, x + 3 * stride, bytes, words);
+  for (int j = n / 4 * 4; j < 4 * quads; j += 4, words += bytes, x += 4 * stride) {
+    auto row = [&](int k) { return j + k < n ? x + k * stride : nothing; };
+    interleave(row(0), row(1), row(2), row(3), bytes, words);
   }
 }
 
