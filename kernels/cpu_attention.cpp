@@ -18,11 +18,17 @@ constexpr int ROWS = 64;          // query rows per matrix product
 constexpr int TILE = 1024;        // query rows per task at most: queries and outputs stay in the second-level cache
 
 struct Scratch {
-  Buffer<u32> keys, values, words, both;
+  Buffer<u32> keys, values, words, both, table;
   Buffer<float> scores, output, top, sum, norm, length, key_step, key_zero, key_square, value_step, value_zero;
   Buffer<u16> query, weights;
   Buffer<u8> nothing;
 };
+
+// What queries, keys and values in full precision are in a product.
+template <class Op, i64 DTYPE> inline typename Op::type element(const char* data, i64 i) {
+  if constexpr (DTYPE == BFLOAT16 && Op::STACK == 2) return ((const u16*)data)[i];
+  else return Op::from(get<DTYPE>(data, i));
+}
 
 template <class Op> void load_current(const AttentionCall& a, Scratch& s, i64 b, i64 h, const Block& block, int padded) {
   const i64 dim = a.keys.dim, dv = a.values.dim, width = width_of(a.dtype), pitch = dv + 16;
@@ -31,20 +37,29 @@ template <class Op> void load_current(const AttentionCall& a, Scratch& s, i64 b,
   const Plain &key = block.span->key, &value = block.span->value;
   const char* k = key.data + (b * key.b + h * key.h + block.start * key.s) * width;
   const char* v = value.data + (b * value.b + h * value.h + block.start * value.s) * width;
+  constexpr int RUN = 8 * Op::STACK;  // channels that are transposed together: 8 words
   by_dtype(a.dtype, [&](auto dtype) {
-    for (int j0 = 0; j0 < block.n; j0 += 16)  // 16 keys at a time: whole cache lines of the destination
-      for (i64 w = 0; w < dim / 4; w++)
-        for (int j = j0; j < min(j0 + 16, block.n); j++) {
-          const i64 i = j * key.s + 4 * w;
-          Op::key4(keys + 4 / Op::STACK * w * PITCH, j, get<dtype>(k, i), get<dtype>(k, i + 1), get<dtype>(k, i + 2), get<dtype>(k, i + 3));
-        }
+    i64 first = 0;
+    for (; first + RUN <= dim; first += RUN) {
+      auto* run = (typename Op::type*)s.words.data;
+      for (int j = 0; j < block.n; j++)
+        #pragma omp simd
+        for (int c = 0; c < RUN; c += 4)
+          for (int i = 0; i < 4; i++) run[j * RUN + c + i] = element<Op, dtype>(k, j * key.s + first + c + Op::ORDER[i]);
+      transpose<8>((const u8*)run, block.n, (u32*)(keys + first / Op::STACK * PITCH));
+    }
+    for (i64 c = first; c < dim; c += 4)
+      for (int j = 0; j < block.n; j++) {
+        const i64 i = j * key.s + c;
+        Op::key4(keys + c / Op::STACK * PITCH, j, get<dtype>(k, i), get<dtype>(k, i + 1), get<dtype>(k, i + 2), get<dtype>(k, i + 3));
+      }
     for (int j = 0; j < half_n; j++) {
       const bool in0 = j < block.n, in1 = j + half_n < block.n;
       const i64 i0 = in0 ? j * value.s : 0, i1 = in1 ? (j + half_n) * value.s : 0;
       #pragma omp simd
       for (i64 c = 0; c < dv; c++) {
-        const float x = get<dtype>(v, i0 + c), y = get<dtype>(v, i1 + c);
-        Op::value2(values + j * pitch, half_n * pitch, c, in0 ? x : 0.f, in1 ? y : 0.f);
+        const auto x = element<Op, dtype>(v, i0 + c), y = element<Op, dtype>(v, i1 + c);
+        Op::value2(values + j * pitch, half_n * pitch, c, in0 ? x : decltype(x)(0), in1 ? y : decltype(x)(0));
       }
     }
   });
@@ -63,20 +78,29 @@ template <class Op> void load_cached(const AttentionCall& a, Scratch& s, i64 b, 
   const u8* kc = k.codes + b * k.codes_b + h * k.codes_h + block.start * k.codes_s;
   const u8* vc = v.codes + b * v.codes_b + h * v.codes_h + block.start * v.codes_s;
   load_block_scales(a, s, b, h, block);
-  by_bits(k.bits, [&](auto bits) {
-    transpose_words(kc, k.codes_s, k.dim * bits / 32, block.n, s.words.data);
-    expand_keys<Op, bits>(s.words.data, k.dim, k.dim / k.groups, block.n, s.key_step.data, s.key_zero.data, keys);
-  });
+  const i64 key_group = k.dim / k.groups, value_group = v.dim / v.groups;
+  transpose_words(kc, k.codes_s, k.dim * k.bits / 32, block.n, s.words.data);
+  if (Op::STACK == 2 && k.bits == 2 && key_group % 4 == 0) {
+    tabulate(k.groups, block.n, s.key_step.data, s.key_zero.data, 0, s.table.data);
+    select_keys(s.words.data, k.dim, key_group, block.n, s.table.data, (u32*)keys);
+  } else {
+    by_bits(k.bits, [&](auto bits) { expand_keys<Op, bits>(s.words.data, k.dim, key_group, block.n, s.key_step.data, s.key_zero.data, keys); });
+  }
   for (i64 g = 0; g < v.groups; g++)
     for (float* x : {s.value_step.data, s.value_zero.data}) std::fill(x + g * PITCH + block.n, x + g * PITCH + padded, 0.f);
+  if (Op::STACK == 2 && v.bits == 2 && v.dim % (4 * LANES) == 0 && value_group % LANES == 0) {
+    tabulate(v.groups, padded / 2, s.value_step.data, s.value_zero.data, padded / 2, s.table.data);
+    select_values(vc, v.codes_s, v.dim, value_group, v.dim + 16, block.n, padded / 2, s.table.data, s.nothing.data, (u32*)values);
+    return;
+  }
   by_bits(v.bits, [&](auto bits) {
-    const i64 group = v.dim / v.groups, segment = std::gcd(group, v.dim * (bits == 3 ? 1 : bits) / 8);
+    const i64 segment = std::gcd(value_group, v.dim * (bits == 3 ? 1 : bits) / 8);
     constexpr int LONG = Op::STACK == 2 ? 32 : 8, MIDDLE = Op::STACK == 2 ? 16 : 8;
     auto expand = segment % LONG == 0     ? expand_values<Op, bits, LONG>
                   : segment % MIDDLE == 0 ? expand_values<Op, bits, MIDDLE>
                   : segment % 8 == 0      ? expand_values<Op, bits, 8>
                                           : expand_values<Op, bits, 1>;
-    expand(vc, v.codes_s, v.dim, group, v.dim + 16, block.n, padded / 2, s.value_step.data, s.value_zero.data, s.nothing.data, s.both.data, values);
+    expand(vc, v.codes_s, v.dim, value_group, v.dim + 16, block.n, padded / 2, s.value_step.data, s.value_zero.data, s.nothing.data, s.both.data, values);
   });
 }
 
@@ -95,7 +119,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
   s.words.get(dim / 4 * PITCH);
   s.key_step.get(a.keys.groups * PITCH), s.key_zero.get(a.keys.groups * PITCH), s.key_square.get(a.keys.groups * PITCH);
   s.value_step.get(a.values.groups * PITCH), s.value_zero.get(a.values.groups * PITCH);
-  s.nothing.get(dv), s.both.get(8 * dv);
+  s.nothing.get(dv), s.both.get(8 * dv), s.table.get(4 * max(a.keys.groups, a.values.groups) * PITCH);
   float* scores = s.scores.get(ROWS * PITCH);
   float *output = s.output.get(padded_rows * value_pitch), *top = s.top.get(padded_rows), *sum = s.sum.get(padded_rows);
   float *norm = s.norm.get(padded_rows * max<i64>(groups, 1)), *length = s.length.get(padded_rows);
@@ -118,7 +142,8 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
       length[r] = std::sqrt(total);
       auto* to = query + r * query_pitch;
       #pragma omp simd
-      for (i64 c = 0; c < dim; c++) to[c] = Op::from(get<dtype>(q, c));
+      for (i64 c = 0; c < dim; c += 4)
+        for (int k = 0; k < 4; k++) to[c + k] = element<Op, dtype>(q, c + Op::ORDER[k]);
       top[r] = -INF, sum[r] = 0;
       last_query = max(last_query, i);
     }
@@ -139,11 +164,11 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
     const bool integers = Op::STACK == 2 && plan.few && !current;
     const bool plainly = current && plan.few && rows * n <= 256;  // a product of matrices is not worth its preparation
-    if (n < padded && !integers && !plainly)
-      for (i64 w = 0; w < dim / Op::STACK; w++) memset(keys + w * PITCH + n, 0, (padded - n) * sizeof(*keys));
     if (integers) load_block_scales(a, s, batch, head, block);
     else if (!current) load_cached<Op>(a, s, batch, head, block, padded);
     else if (!plainly) load_current<Op>(a, s, batch, head, block, padded);
+    if (n < padded && !integers && !plainly)
+      for (i64 w = 0; w < dim / Op::STACK; w++) memset(keys + w * PITCH + n, 0, (padded - n) * sizeof(*keys));
     if (n < padded)
       for (i64 g = 0; g < groups; g++) memset(s.key_square.data + g * PITCH + n, 0, (padded - n) * sizeof(float));
 

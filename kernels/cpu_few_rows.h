@@ -20,30 +20,63 @@ struct Plan {
 };
 
 // With few rows a block is read once and unpacking is all the work. Codes stay integers, as bytes, and are multiplied as
-// such: queries (and softmax weights times value steps) become 16-bit fixed point, split into a high and a low byte that
-// are two rows of one u8 x s8 -> s32 product. It is exact but for that rounding, better than bf16 products.
+// such: queries (and softmax weights times value steps) become 16-bit fixed point, split into a high and a low signed
+// byte. It is exact but for that rounding, better than bf16 products.
 //   score = Σ_g step_g · (Σ_c q c / 2^bits + Σ_c q) + zero_g · Σ_c q - correction
 //   output_c = Σ_j (w_j step_j) c_j / 2^bits + Σ_j w_j (step_j + zero_j)
+// Words of four codes, of four channels or of four tokens, are multiplied where they have just been unpacked, or, for
+// more than DIRECT_ROWS rows, as the right operand of an s8 x s8 -> s32 product whose left one has two rows per query.
 
-// Codes of four tokens (j, j + quarter, …) and one channel in a word, [quarter][dim]. LOW: bytes of the first plane, or 0.
-template <int BITS, int LOW>
-void quads_of_tokens(const u8* x, i64 stride, i64 dim, int n, int quarter, const u8* nothing, u32* __restrict words, u32* __restrict out) {
+constexpr int DIRECT_ROWS = 4;
+
+// sum + Σ_k code_k · weight_k in each lane, over its four bytes and those of `weights`, which are signed.
+inline Ints add_dot(Ints sum, Words codes, i32 weights) {
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(weights));
+#else
+  for (int k = 0; k < 32; k += 8) sum += (Ints)(codes >> k & 255) * (i32)(i8)(weights >> k);
+  return sum;
+#endif
+}
+
+// Words of n tokens to codes of four channels in a word, [dim / 4][PITCH].
+template <int BITS> void quads_of_channels(const u32* words, i64 dim, int n, u32* __restrict out) {
+  Quads<BITS> quads(words, dim);
+  for (int q = 0; q < dim / 4; q++, quads.next(), out += PITCH) {
+    const Quads<BITS> x = quads;
+    #pragma omp simd
+    for (int j = 0; j < n; j++) out[j] = x(j) & ((1u << BITS) - 1) * 0x01010101u;
+  }
+}
+
+// Words of the same byte of four tokens.
+inline void interleave(const u8* x0, const u8* x1, const u8* x2, const u8* x3, i64 bytes, u32* __restrict words) {
+  i64 b = 0;
+  for (; b + 16 <= bytes; b += 16) {
+    const auto rows01 = __builtin_shufflevector(load_vector<Pair>(x0 + b), load_vector<Pair>(x1 + b), 0, 1, 2, 3);
+    const auto rows23 = __builtin_shufflevector(load_vector<Pair>(x2 + b), load_vector<Pair>(x3 + b), 0, 1, 2, 3);
+    const Bytes x = (Bytes)__builtin_shufflevector(rows01, rows23, 0, 1, 2, 3, 4, 5, 6, 7);
+    store_vector(words + b, __builtin_shufflevector(
+        x, x, 0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55,
+        8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63));
+  }
+  for (; b < bytes; b++) words[b] = x0[b] | x1[b] << 8 | x2[b] << 16 | (u32)x3[b] << 24;
+}
+// The same of a block, [quads][bytes]; tokens beyond n are `nothing`.
+void words_of_bytes(const u8* x, i64 stride, i64 bytes, int n, int quads, const u8* nothing, u32* __restrict words) {
+  for (int q = 0; q < n / 4; q++, words += bytes, x += 4 * stride) interleave(x, x + stride, x + 2 * stride, x + 3 * stride, bytes, words);
+  for (int j = n / 4 * 4; j < 4 * quads; j += 4, words += bytes, x += 4 * stride) {
+    auto row = [&](int k) { return j + k < n ? x + k * stride : nothing; };
+    interleave(row(0), row(1), row(2), row(3), bytes, words);
+  }
+}
+
+// The same to codes of four tokens in a word, [quads][dim].
+template <int BITS> void quads_of_tokens(const u32* words, i64 dim, int quads, u32* __restrict out) {
   constexpr int P = BITS == 3 ? 2 : BITS;
   constexpr u32 M = ((1u << P) - 1) * 0x01010101u;
-  const i64 bytes = dim * BITS / 8, low = LOW ? LOW : dim * P / 8, high = dim / 8;
-  auto gather = [](const u8* y0, const u8* y1, const u8* y2, const u8* y3, i64 count, u8* __restrict to) {
-    #pragma omp simd
-    for (i64 b = 0; b < count; b++) to[4 * b] = y0[b], to[4 * b + 1] = y1[b], to[4 * b + 2] = y2[b], to[4 * b + 3] = y3[b];
-  };
-  if (stride == bytes && n == 4 * quarter) {  // one long run
-    gather(x, x + quarter * bytes, x + 2 * quarter * bytes, x + 3 * quarter * bytes, quarter * bytes, (u8*)words);
-  } else {
-    for (int j = 0; j < quarter; j++) {
-      auto row = [&](int k) { return k < n ? x + k * stride : nothing; };
-      gather(row(j), row(j + quarter), row(j + 2 * quarter), row(j + 3 * quarter), bytes, (u8*)(words + j * bytes));
-    }
-  }
-  for (int j = 0; j < quarter; j++, out += dim, words += bytes) {
+  const i64 bytes = dim * BITS / 8, low = dim * P / 8, high = dim / 8;
+  for (int q = 0; q < quads; q++, out += dim, words += bytes) {
     for (int i = 0; i < 8 / P; i++) {
       #pragma omp simd
       for (i64 b = 0; b < low; b++) out[i * low + b] = words[b] >> (i * P) & M;
@@ -57,7 +90,8 @@ void quads_of_tokens(const u8* x, i64 stride, i64 dim, int n, int quarter, const
 }
 
 struct FewScratch {
-  Buffer<u8> query, weights, nothing;
+  Buffer<u8> nothing;
+  Buffer<i8> query, weights;
   Buffer<u32> words, quads;
   Buffer<i32> scores, output;
   Buffer<float> unit, total;
@@ -69,11 +103,13 @@ struct FewRows {
   FewScratch& s;
   const int rows;
   const i64 dim = a.keys.dim, groups = a.keys.groups, dv = a.values.dim, value_groups = a.values.groups;
-  const i64 output_pitch = dv + 16, products = (2 * rows + 1) * groups;
+  const i64 output_pitch = dv + 16;
+  const bool direct = rows <= DIRECT_ROWS && whole_vectors(a.keys, 4) && whole_vectors(a.values, LANES);
 
-  // Rows of the integer product per group: high and low byte of each query, and ones, each zero outside of its group.
+  // Per group two rows of the integer product for each query, high and low bytes, zero outside of the group.
   void set_queries(i64 batch, i64 head) {
-    u8* out = s.query.get(products * dim);
+    const i64 products = 2 * rows * groups;
+    i8* out = s.query.get(products * dim);
     float *unit = s.unit.get(rows), *total = s.total.get(rows * groups);
     s.scores.get(products * PITCH), s.output.get(2 * rows * value_groups * dv), s.weights.get(2 * rows * value_groups * PITCH);
     s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(max(dim, dv) / 4 * PITCH), s.nothing.get(dv);
@@ -91,14 +127,13 @@ struct FewRows {
           finite &= std::isfinite(x[c]);
         }
         if (!finite) std::fill(x.begin(), x.end(), 0.f);
-        unit[r] = finite ? largest / 32767 : NAN;
-        const float inverse = finite && largest > 0 ? 32767 / largest : 0;
+        unit[r] = finite ? largest / MOST : NAN;
+        const float inverse = finite && largest > 0 ? MOST / largest : 0;
         for (i64 g = 0; g < groups; g++) {
-          u8* row = out + (g * (2 * rows + 1) + 2 * r) * dim;
+          i8* row = out + (g * rows + r) * 2 * dim;
           float sum = 0;
           for (i64 c = g * size; c < (g + 1) * size; c++) {
-            const i32 fixed = (i32)std::lrintf(x[c] * inverse) + 32768;
-            row[c] = fixed >> 8, row[dim + c] = fixed & 255;
+            split(std::lrintf(x[c] * inverse), row[c], row[dim + c]);
             sum += x[c];
           }
           total[r * groups + g] = sum;
@@ -106,30 +141,33 @@ struct FewRows {
         unit[r] /= 1 << a.keys.bits;
       }
     });
-    for (i64 g = 0; g < groups; g++) memset(out + (g * (2 * rows + 1) + 2 * rows) * dim + g * size, 1, size);
   }
+
+  // Whether codes lie in planes of one kind, and channels of a plane, and of a group, are a multiple of `count`.
+  static bool whole_vectors(const Packed& cache, i64 count) {
+    return cache.bits != 3 && cache.dim * cache.bits / 8 % count == 0 && cache.dim / cache.groups % count == 0;
+  }
+
+  // x = 256 high + low, for |x| up to MOST.
+  static constexpr float MOST = 127 * 256 + 127;
+  static void split(i32 x, i8& high, i8& low) { high = (x + 128) >> 8, low = x; }
 
   // Scores of a cached block, corrected, in units of log2: [rows][PITCH].
   void score(const u8* codes, int n, int padded, const float* step, const float* zero, const float* square, const float* norm, float* scores) {
-    by_bits(a.keys.bits, [&](auto bits) {
-      transpose_words(codes, a.keys.codes_s, dim * bits / 32, n, s.words.data);
-      Quads<bits> quads(s.words.data, dim);
-      for (int q = 0; q < dim / 4; q++, quads.next()) {
-        const Quads<bits> x = quads;
-        u32* out = s.quads.data + q * PITCH;
-        #pragma omp simd
-        for (int j = 0; j < n; j++) out[j] = x(j) & ((1u << bits) - 1) * 0x01010101u;
-      }
-    });
-    blas::brgemm(products, padded, dim, dim, PITCH, PITCH, false, s.query.data, (const signed char*)s.quads.data, s.scores.data, true);
+    transpose_words(codes, a.keys.codes_s, dim * a.keys.bits / 32, n, s.words.data);
+    if (direct) {
+      by_rows([&](auto count) { dot_keys<count>(padded); });
+    } else {
+      by_bits(a.keys.bits, [&](auto bits) { quads_of_channels<bits>(s.words.data, dim, n, s.quads.data); });
+      blas::brgemm(2 * rows * groups, padded, dim, dim, PITCH, PITCH, false, s.query.data, (const signed char*)s.quads.data, s.scores.data, true);
+    }
     for (int r = 0; r < rows; r++) {
       float* x = scores + r * PITCH;
       for (i64 g = 0; g < groups; g++) {
-        const i32 *high = s.scores.data + (g * (2 * rows + 1) + 2 * r) * PITCH, *low = high + PITCH;
-        const i32* ones = s.scores.data + (g * (2 * rows + 1) + 2 * rows) * PITCH;
+        const i32 *high = s.scores.data + (g * rows + r) * 2 * PITCH, *low = high + PITCH;
         const float *st = step + g * PITCH, *ze = zero + g * PITCH, *sq = square + g * PITCH;
         const float unit = s.unit.data[r], total = s.total.data[r * groups + g], c = a.correction ? norm[r * groups + g] : 0;
-        auto term = [&](int j) { return st[j] * (unit * ((high[j] << 8) + low[j] - (ones[j] << 15)) + total) + ze[j] * total - c * sq[j]; };
+        auto term = [&](int j) { return st[j] * (unit * ((high[j] << 8) + low[j]) + total) + ze[j] * total - c * sq[j]; };
         if (g == 0) {
           #pragma omp simd
           for (int j = 0; j < padded; j++) x[j] = term(j);
@@ -138,6 +176,47 @@ struct FewRows {
           for (int j = 0; j < padded; j++) x[j] += term(j);
         }
       }
+    }
+  }
+  // The products of ROWS queries with a block of keys. Codes of plane p are multiplied where they are, as 2^(bits p) times
+  // as much: from the last plane of a group to the first, sums are shifted instead.
+  template <int ROWS> void dot_keys(int padded) {
+    constexpr int COUNT = ROWS > 2 ? 2 : 4;  // vectors of keys at a time: as many sums as hide the latency
+    const int bits = a.keys.bits;
+    const i64 size = dim / groups / 4, plane = dim * bits / 32;  // in words
+    for (i64 g = 0; g < groups; g++) {
+      const i8* query = s.query.data + g * ROWS * 2 * dim;
+      const i64 start = g * size, stop = start + size, first = start / plane, last = (stop - 1) / plane;
+      for (int j = 0; j < padded; j += COUNT * LANES) {
+        Ints sum[COUNT][2 * ROWS] = {};
+        for (i64 p = last; p >= first; p--) {
+          const u32 mask = ((1u << bits) - 1) * 0x01010101u << bits * p;
+          const u32* words = s.words.data + j - p * plane * PITCH;
+          for (i64 q = max(start, p * plane); q < min(stop, (p + 1) * plane); q++)
+            #pragma GCC unroll 4
+            for (int v = 0; v < COUNT; v++) {
+              const Words x = load_vector<Words>(words + q * PITCH + v * LANES) & mask;
+              #pragma GCC unroll 8
+              for (int r = 0; r < 2 * ROWS; r++) sum[v][r] = add_dot(sum[v][r], x, load_vector<i32>(query + r * dim + 4 * q));
+            }
+          #pragma GCC unroll 4
+          for (int v = 0; v < COUNT; v++)
+            #pragma GCC unroll 8
+            for (int r = 0; r < 2 * ROWS; r++) sum[v][r] >>= p > first ? bits : bits * first;
+        }
+        #pragma GCC unroll 4
+        for (int v = 0; v < COUNT; v++)
+          #pragma GCC unroll 8
+          for (int r = 0; r < 2 * ROWS; r++) store_vector(s.scores.data + (g * 2 * ROWS + r) * PITCH + j + v * LANES, sum[v][r]);
+      }
+    }
+  }
+  template <class F> void by_rows(F f) const {
+    switch (rows) {
+      case 1: return f(std::integral_constant<int, 1>());
+      case 2: return f(std::integral_constant<int, 2>());
+      case 3: return f(std::integral_constant<int, 3>());
+      default: return f(std::integral_constant<int, DIRECT_ROWS>());
     }
   }
 
@@ -189,40 +268,36 @@ struct FewRows {
 
   // output += weights · values of a cached block.
   void add_values(const u8* codes, int n, int padded, float* step, float* zero, const float* weights, float* output) {
-    const int quarter = padded / 4;
     const i64 size = dv / value_groups;
-    by_bits(a.values.bits, [&](auto bits) {
-      auto unpack = bits == 2 && dv == 128 ? quads_of_tokens<bits, 32> : quads_of_tokens<bits, 0>;  // a loop of two vectors wants a constant length
-      unpack(codes, a.values.codes_s, dv, n, quarter, s.nothing.data, s.words.data, s.quads.data);
-    });
     std::vector<float> unit(value_groups);
     for (i64 g = 0; g < value_groups; g++) {
       float *st = step + g * PITCH, *ze = zero + g * PITCH, largest = 0;
       std::fill(st + n, st + padded, 0.f), std::fill(ze + n, ze + padded, 0.f);
       #pragma omp simd reduction(max : largest)
       for (int j = 0; j < padded; j++) largest = st[j] > largest ? st[j] : largest;
-      unit[g] = largest / 65000;
-      const float inverse = largest > 0 ? 65000 / largest : 0;
+      unit[g] = largest / MOST;
+      const float inverse = largest > 0 ? MOST / largest : 0;
       for (int r = 0; r < rows; r++) {
         const float* w = weights + r * PITCH;
         float sum = 0;
-        u8 *high = s.weights.data + (g * rows + r) * 2 * PITCH, *low = high + PITCH;
+        i8 *high = s.weights.data + (g * rows + r) * 2 * PITCH, *low = high + PITCH;
         #pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < quarter; j++) {
-          const int k = j + quarter, l = k + quarter, m = l + quarter;
-          sum += w[j] * (st[j] + ze[j]) + w[k] * (st[k] + ze[k]) + (w[l] * (st[l] + ze[l]) + w[m] * (st[m] + ze[m]));
-          const u32 x0 = (i32)(w[j] * (st[j] * inverse) + .5f), x1 = (i32)(w[k] * (st[k] * inverse) + .5f);
-          const u32 x2 = (i32)(w[l] * (st[l] * inverse) + .5f), x3 = (i32)(w[m] * (st[m] * inverse) + .5f);
-          const u32 h = (x0 >> 8 & 0xff) | (x1 & 0xff00) | (x2 & 0xff00) << 8 | (x3 & 0xff00) << 16;
-          const u32 lo = (x0 & 0xff) | (x1 & 0xff) << 8 | (x2 & 0xff) << 16 | x3 << 24;
-          memcpy(high + 4 * j, &h, 4), memcpy(low + 4 * j, &lo, 4);
+        for (int j = 0; j < padded; j++) {
+          sum += w[j] * (st[j] + ze[j]);
+          split((i32)(w[j] * (st[j] * inverse) + .5f), high[j], low[j]);
         }
         float* o = output + r * output_pitch + g * size;
         #pragma omp simd
         for (i64 c = 0; c < size; c++) o[c] += sum;
       }
     }
-    blas::brgemm(2 * rows * value_groups, dv, padded, PITCH, dv, dv, false, s.weights.data, (const signed char*)s.quads.data, s.output.data, true);
+    words_of_bytes(codes, a.values.codes_s, dv * a.values.bits / 8, n, padded / 4, s.nothing.data, s.words.data);
+    if (direct) {
+      by_rows([&](auto count) { dot_values<count>(padded / 4); });
+    } else {
+      by_bits(a.values.bits, [&](auto bits) { quads_of_tokens<bits>(s.words.data, dv, padded / 4, s.quads.data); });
+      blas::brgemm(2 * rows * value_groups, dv, padded, PITCH, dv, dv, false, s.weights.data, (const signed char*)s.quads.data, s.output.data, true);
+    }
     for (i64 g = 0; g < value_groups; g++)
       for (int r = 0; r < rows; r++) {
         const i32 *high = s.output.data + (g * rows + r) * 2 * dv + g * size, *low = high + dv;
@@ -231,6 +306,41 @@ struct FewRows {
         #pragma omp simd
         for (i64 c = 0; c < size; c++) o[c] += ((high[c] << 8) + low[c]) * factor;
       }
+  }
+  // The products of ROWS rows of weights with a block of values, whose codes are multiplied where they are in bytes.
+  template <int ROWS> void dot_values(int quads) {
+    constexpr int COUNT = ROWS > 2 ? 2 : 4;  // vectors of channels at a time
+    const i64 size = dv / value_groups;
+    for (i64 g = 0; g < value_groups; g++) {
+      i64 c = g * size;
+      for (; c + COUNT * LANES <= (g + 1) * size; c += COUNT * LANES) dot_channels<ROWS, COUNT>(g, c, quads);
+      for (; c < (g + 1) * size; c += LANES) dot_channels<ROWS, 1>(g, c, quads);
+    }
+  }
+  template <int ROWS, int COUNT> void dot_channels(i64 g, i64 c, int quads) {
+    const int bits = a.values.bits;
+    const i64 plane = dv * bits / 8;
+    const i8* weights = s.weights.data + g * ROWS * 2 * PITCH;
+    const u32* words[COUNT];
+    u32 mask[COUNT];
+    Ints sum[COUNT][2 * ROWS] = {};
+    #pragma GCC unroll 4
+    for (int v = 0; v < COUNT; v++) {
+      const i64 channel = c + v * LANES;
+      words[v] = s.words.data + channel % plane, mask[v] = ((1u << bits) - 1) * 0x01010101u << bits * (channel / plane);
+    }
+    for (i64 q = 0; q < quads; q++)
+      #pragma GCC unroll 4
+      for (int v = 0; v < COUNT; v++) {
+        const Words x = load_vector<Words>(words[v] + q * plane) & mask[v];
+        #pragma GCC unroll 8
+        for (int r = 0; r < 2 * ROWS; r++) sum[v][r] = add_dot(sum[v][r], x, load_vector<i32>(weights + r * PITCH + 4 * q));
+      }
+    #pragma GCC unroll 4
+    for (int v = 0; v < COUNT; v++)
+      #pragma GCC unroll 8
+      for (int r = 0; r < 2 * ROWS; r++)
+        store_vector(s.output.data + (g * 2 * ROWS + r) * dv + c + v * LANES, sum[v][r] >> bits * int((c + v * LANES) / plane));
   }
 };
 

@@ -14,9 +14,11 @@
 
 typedef int64_t i64;
 typedef int32_t i32;
+typedef uint64_t u64;
 typedef uint32_t u32;
 typedef uint16_t u16;
 typedef uint8_t u8;
+typedef int8_t i8;
 
 enum Dtype : i64 { FLOAT32, FLOAT16, BFLOAT16, BOOL };
 

@@ -1,6 +1,9 @@
 // Blocks of packed keys and values as operands of `brgemm`.
 #pragma once
 #include <ATen/native/CPUBlas.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "cpu_kernels.h"
 
@@ -12,6 +15,18 @@ constexpr int KEYS = 512;         // keys per block
 constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two would put tile rows into the same cache sets
 constexpr int WEIGHTS = KEYS + 32;  // the same in bf16, in whole cache lines
 constexpr float LOG2E = 1.44269504f;
+
+typedef u8 Bytes __attribute__((vector_size(64)));
+typedef u16 HalfWords __attribute__((vector_size(64)));
+typedef u32 Words __attribute__((vector_size(64)));
+typedef i32 Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+constexpr int LANES = 16;  // of 32 bits
+
+typedef u64 Pair __attribute__((vector_size(16)));
+typedef u8 Piece __attribute__((vector_size(16)));
+template <class V> V load_vector(const void* from) { V v; memcpy(&v, from, sizeof v); return v; }
+template <class V> void store_vector(void* to, V v) { memcpy(to, &v, sizeof v); }
 
 // Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
 inline u32 pair(float low, float high) { return (as_bits(low) + 0x8000) >> 16 | ((as_bits(high) + 0x8000) & 0xffff0000u); }
@@ -80,14 +95,26 @@ float highest_norm(i64 groups, i64 size, int n, const float* step, const float* 
   return std::sqrt(as_float(highest) * size);
 }
 
+// Pairs of float16 to two arrays of float.
+void part_halves(const u16* pairs, int n, float* __restrict first, float* __restrict second) {
+  int j = 0;
+#ifdef __AVX512F__  // compilers do not find these, and the loop below takes twice as long
+  for (; j + 16 <= n; j += 16) {
+    const __m512i x = _mm512_loadu_si512(pairs + 2 * j);
+    _mm512_storeu_ps(first + j, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
+    _mm512_storeu_ps(second + j, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
+  }
+#endif
+  #pragma omp simd
+  for (int i = j; i < n; i++) first[i] = half(pairs[2 * i]), second[i] = half(pairs[2 * i + 1]);
+}
+
 // step' and zero' of n tokens from `start`, times `factor`, as [G][PITCH]; with `square`, also step'².
 void load_scales(const Packed& c, const u16* scales, i64 start, int n, float factor, float* step, float* zero, float* square) {
   for (i64 g = 0; g < c.groups; g++, step += PITCH, zero += PITCH) {
     const u16* s = scales + g * c.scales_g;
     if (c.block == 1 && c.scales_s == 2) {
-      s += 2 * start;
-      #pragma omp simd
-      for (int j = 0; j < n; j++) step[j] = half(s[2 * j]), zero[j] = half(s[2 * j + 1]);
+      part_halves(s + 2 * start, n, step, zero);
     } else {
       for (int j = 0; j < n; j++) {
         const u16* p = s + (start + j) / c.block * c.scales_s;
@@ -114,8 +141,10 @@ struct Bfloat16 {
   typedef u32 word;
   static constexpr int STACK = 2;
   static u16 from(float f) { return to_bfloat16(f); }
-  static void key4(u32* k, int j, float a, float b, float c, float d) { k[j] = pair(a, b), k[PITCH + j] = pair(c, d); }
+  static constexpr int ORDER[] = {0, 2, 1, 3};  // of the channels of a quad, in a row of queries
+  static void key4(u32* k, int j, float a, float b, float c, float d) { k[j] = pair(a, c), k[PITCH + j] = pair(b, d); }
   static void value2(u32* v, i64, i64 c, float a, float b) { v[c] = pair(a, b); }
+  static void value2(u32* v, i64, i64 c, u16 a, u16 b) { v[c] = a | (u32)b << 16; }
   static void weight2(u16* p, int, int j, float a, float b) { u32 u = pair(a, b); memcpy(p + 2 * j, &u, 4); }
   // 2^(t - ZERO), 0 at LOWEST. As a number of 14 binary places above 512, t holds the exponent
   // and, as a first approximation, the mantissa; that is corrected by a factor. Error 7e-4, NaN is lost.
@@ -135,6 +164,7 @@ struct Float32 {
   typedef float word;
   static constexpr int STACK = 1;
   static float from(float f) { return f; }
+  static constexpr int ORDER[] = {0, 1, 2, 3};
   static void key4(float* k, int j, float a, float b, float c, float d) { k[j] = a, k[PITCH + j] = b, k[2 * PITCH + j] = c, k[3 * PITCH + j] = d; }
   static void value2(float* v, i64 half_rows, i64 c, float a, float b) { v[c] = a, v[half_rows + c] = b; }
   static void weight2(float* p, int half, int j, float a, float b) { p[j] = a, p[half + j] = b; }
@@ -149,6 +179,75 @@ struct Float32 {
     blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
   }
 };
+
+// The four values that codes of 2 bits stand for, per group and token, as pairs: [G][4][PITCH]. Values are made from the
+// codes by selecting among them, two in a word: it takes half as long as to compute and round each anew.
+void tabulate(i64 groups, int n, const float* step, const float* zero, int distance, u32* __restrict table) {
+  for (i64 g = 0; g < groups; g++, step += PITCH, zero += PITCH)
+    for (int code = 0; code < 4; code++, table += PITCH) {
+      const float factor = 1 + code / 4.f;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) table[j] = pair(zero[j] + factor * step[j], zero[j + distance] + factor * step[j + distance]);
+    }
+}
+
+// 16 bytes to words. Compilers take elements one by one here, and two instructions for one below.
+inline Words widen(const u8* x) {
+#ifdef __AVX512F__
+  return (Words)_mm512_cvtepu8_epi32(load_vector<__m128i>(x));
+#else
+  return __builtin_convertvector(load_vector<Piece>(x), Words);
+#endif
+}
+
+// In each half of a word: `yes` where x has the bit, else `no`.
+inline Words where(Words x, u32 bit, Words yes, Words no) {
+  bit |= bit << 16;
+#ifdef __AVX512BW__
+  return (Words)_mm512_mask_blend_epi16(_mm512_test_epi16_mask((__m512i)x, _mm512_set1_epi32(bit)), (__m512i)no, (__m512i)yes);
+#else
+  return (Words)((HalfWords)(x & bit) != 0 ? (HalfWords)yes : (HalfWords)no);
+#endif
+}
+
+// Of four pairs the one that the bits at `at` and `at + 1` of each half of x choose.
+inline Words select(Words x, int at, Words c0, Words c1, Words c2, Words c3) {
+  return where(x, 2 << at, where(x, 1 << at, c3, c2), where(x, 1 << at, c1, c0));
+}
+
+// Words of n tokens (or of up to 15 more) to keys. Groups are multiples of 4 channels.
+void select_keys(const u32* words, i64 dim, i64 group, int n, const u32* table, u32* __restrict out) {
+  for (int q = 0, in_group = 0, word = 0, at = 0; q < dim / 4; q++, out += 2 * PITCH) {
+    const u32* x = words + word * PITCH;
+    for (int j = 0; j < n; j += LANES) {
+      auto from = [&](int code) { return load_vector<Words>(table + code * PITCH + j); };
+      const Words c0 = from(0), c1 = from(1), c2 = from(2), c3 = from(3), codes = load_vector<Words>(x + j);
+      store_vector(out + j, select(codes, at, c0, c1, c2, c3));
+      store_vector(out + PITCH + j, select(codes, at + 8, c0, c1, c2, c3));
+    }
+    if (++word == dim / 16) word = 0, at += 2;
+    if (++in_group == group / 4) in_group = 0, table += 4 * PITCH;
+  }
+}
+
+// Tokens j and j + half_n to words of values, [half_n][pitch]. Planes and groups are multiples of 16 channels.
+void select_values(const u8* x, i64 stride, i64 dim, i64 group, i64 pitch, int n, int half_n, const u32* table, const u8* nothing, u32* __restrict out) {
+  const i64 plane = dim / 4;
+  i64 tables[MOST_CHANNELS / LANES];  // divisions would cost more than all the rest
+  for (i64 c = 0; c < dim; c += LANES) tables[c / LANES] = c / group * 4 * PITCH;
+  for (int j = 0; j < half_n; j++, out += pitch, table++) {
+    const u8 *first = j < n ? x + j * stride : nothing, *second = j + half_n < n ? x + (j + half_n) * stride : nothing;
+    for (i64 b = 0; b < plane; b += LANES) {
+      const Words codes = widen(first + b) | widen(second + b) << 16;
+      #pragma GCC unroll 4
+      for (int p = 0; p < 4; p++) {
+        const i64 channel = p * plane + b;
+        const u32* t = table + tables[channel / LANES];
+        store_vector(out + channel, select(codes, 2 * p, Words{} + t[0], Words{} + t[PITCH], Words{} + t[2 * PITCH], Words{} + t[3 * PITCH]));
+      }
+    }
+  }
+}
 
 template <class Op, int BITS>
 void expand_keys(const u32* __restrict words, i64 dim, i64 group, int n, const float* step, const float* zero, typename Op::word* out) {

@@ -141,6 +141,43 @@ def test_attention_is_the_reference(kernels, case, dtype):
     check(kernels, arguments)
 
 
+FEW_ROWS = {  # bits, head_dim, group_size
+    "groups of one plane": (2, 128, 32),
+    "groups of two planes": (2, 128, 64),
+    "groups of all planes": (2, 128, 128),
+    "two groups to a plane": (2, 256, 32),
+    "head_dim 64": (2, 64, 64),
+    "half a vector to a plane": (2, 32, 32),
+    "groups that straddle planes": (2, 192, 64),
+    "head_dim 96": (2, 96, 32),
+    "4 bits": (4, 128, 64),
+    "4 bits, groups of two planes": (4, 64, 64),
+    "3 bits": (3, 128, 64),
+}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("bits,head_dim,group_size", FEW_ROWS.values(), ids=FEW_ROWS.keys())
+@pytest.mark.parametrize("tokens", [3, 530])
+def test_few_rows_are_more_precise_than_bfloat16_products(bits, head_dim, group_size, length, tokens):
+    if cpu.kernels() is None:
+        pytest.skip("no C++ kernels")
+    check(cpu, make(length=length, tokens=tokens, current=0, key_bits=bits, value_bits=bits, head_dim=head_dim,
+                        group_size=group_size), bound=2.5e-3)  # fmt: skip
+
+
+def test_few_rows_with_the_largest_codes_in_every_place():
+    """Sums are integers: nothing may overflow."""
+    arguments = make(length=2, tokens=1024, current=0, head_dim=256, group_size=256, key_bits=4, value_bits=4,
+                     dtype=torch.float16)  # fmt: skip
+    for codes in arguments[1], arguments[3]:
+        codes.fill_(255)
+    for scales in arguments[2], arguments[4]:
+        scales[:] = torch.tensor([0.5, -0.7])
+    arguments[0].fill_(3.0)
+    check(cpu, arguments, bound=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 40])
 def test_float16_queries(kernels, length):
     check(kernels, make(dtype=torch.float16, length=length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -165,6 +166,21 @@ def test_wrong_numbers_are_not_trusted(monkeypatch, built):
             cpu_cpp.load()
     finally:
         cpu_cpp.load.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
+def test_what_is_written_for_some_processors_is_written_for_others_too(built, tmp_path):
+    """Without VNNI and AVX-512 plain loops take the place of their instructions, and give the same numbers."""
+    tests = Path(__file__).with_name("test_cpu_attention.py")
+    script = f"""
+from jkv_compile.kernels import cpu_cpp
+cpu_cpp.FLAGS = tuple(x.replace("native", "x86-64-v3") for x in cpu_cpp.FLAGS)
+import pytest, sys
+sys.exit(pytest.main(["-q", "-n", "0", {str(tests)!r}, "-k", "largest_codes or few_rows and 530 or nan and cpp"]))
+"""
+    environment = os.environ | {"JKV_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
 def test_without_integer_products_few_rows_take_the_general_path(monkeypatch, built):
