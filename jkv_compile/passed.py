@@ -130,7 +130,7 @@ class Passed:
         self._sources[key] = weakref.ref(output, lambda _: self._sources.pop(key, None)), list(sources)
 
 
-def _version(tensor: Tensor) -> int | None:
+def _version(tensor: Any) -> int | None:
     """How often a tensor has been changed in place; None for one of inference mode, which does not know."""
     return None if tensor.is_inference() else tensor._version
 

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..compat import fake_mode_of, is_dtensor
 from ..geometry import locate, same
 from ..packed import PackedKV
-from .nodes import NEW, Write, as_write, example, identity, mutates, name_of
+from .nodes import NEW, Write, as_write, example, identity, mutates, name_of, offset
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _part(buffer: Node, node: Node, write: Write | None) -> _Part | None:
         return None
     if not all(map(same, value.shape, target.shape)) or identity(value) == identity(whole):
         return None
-    window = locate(target.size(), target.stride(), target.storage_offset(), whole.shape, whole.stride())
+    window = locate(target.size(), target.stride(), offset(target), whole.shape, whole.stride())
     if window is None or window.axes != tuple(range(whole.dim())):
         return None
     partial = [d for d in range(whole.dim()) if not window.covers(whole.shape, d)]
