@@ -34,7 +34,7 @@ BAD = {
     "unknown inner compiler": ({"inner": "nvfuser"}, r"inner='nvfuser': expected one of .*'inductor'"),
     "unknown quantizer": (
         {"quantizer": "quarrot"},
-        r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased'\)",
+        r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased', 'symmetric', .*\)",
     ),
     "offload to where there is no memory": ({"offload": "disk"}, r"offload=.disk.: expected one of .None, .cpu.."),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
