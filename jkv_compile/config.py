@@ -15,12 +15,13 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 Offload = Literal["cpu"]
 
 
-# What measured best at three sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x and 6.4x smaller
-# (`examples/README.md`, "Quality").
+# What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.1x
+# smaller (`examples/README.md`, "Quality").
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"quantizer": "unbiased", "bits": (3, 4), "group_size": 64},
     "balanced": {"quantizer": "unbiased", "bits": (2, 3), "group_size": 64},
     "memory": {"quantizer": "unbiased", "bits": 2, "group_size": 64},
+    "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64},
 }
 
 
