@@ -219,17 +219,20 @@ def fill_within(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int,
 
 def fill_symmetric(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float) -> None:
     """Set tokens of a symmetric cache, whose channels are not rotated, to a number, as if it had been written there."""
-    if not 0 <= start <= stop <= codes.shape[2]:
-        raise RuntimeError(f"jkv::fill_symmetric: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+    _check_range("fill_symmetric", codes, start, stop)
     first, last = in_blocks(codes, scales, start, stop)
     codes[:, :, start:stop] = 255 if value > 0 else 0  # the greatest code, of any number of bits, or the least
     step = min(abs(value) * 2 * 2**bits / (2**bits - 1), FLOAT16_MAX)
     scales[:, :, :, first:last] = step if math.isfinite(value) else math.nan
 
 
-def _check_fill(name: str, codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
+def _check_range(name: str, codes: Tensor, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= codes.shape[2]:
         raise RuntimeError(f"jkv::{name}: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+
+
+def _check_fill(name: str, codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
+    _check_range(name, codes, start, stop)
     if is_symmetric(scales) and value:
         raise RuntimeError(f"jkv::{name}: {value} in tokens of a symmetric cache, which can be filled with zeros only")
 

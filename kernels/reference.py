@@ -40,9 +40,7 @@ def quantize(x: Tensor, bits: int, group_size: int, block: int = 1, symmetric: b
         step, finite = (high - low) * (levels / (levels - 1)), torch.isfinite(high - low)
     step = step.clamp(max=FLOAT16_MAX).to(torch.float16)
     stored = [step] if symmetric else [step, (low - step.float()).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)]
-    scales = torch.stack(stored, -1).masked_fill(
-        ~finite.unsqueeze(-1), float("nan")
-    )  # [B, H, T, G, 2] or [B, H, T, G, 1]
+    scales = torch.stack(stored, -1).masked_fill(~finite.unsqueeze(-1), float("nan"))  # [B, H, T, G, 2], or 1
     step, zero = (t[:, :, :, None, :, None] for t in step_and_zero(scales, bits))
     delta = step / levels
     codes = ((groups - (zero + step)) / delta).round().clamp(0, levels - 1)
@@ -56,7 +54,7 @@ def symmetric_max(bits: int) -> float:
 
 
 def per_token(scales: Tensor, tokens: int) -> Tensor:
-    """Scales `[B, H, G, T, 2]` of a cache of `tokens` tokens, with some for each of them `[B, H, G, S, 2]`."""
+    """Scales `[B, H, G, T, 2]` of a cache of `tokens` tokens, repeated for each of them `[B, H, G, S, 2]`."""
     blocks = scales.shape[3]
     return scales if blocks == tokens else scales.repeat_interleave(tokens // blocks, 3)
 
