@@ -217,11 +217,11 @@ def test_bytes_are_counted_exactly() -> None:
 def test_as_much_less_moves_as_is_stored(settings: dict[str, Any], ratio: float) -> None:
     backend = fresh_backend(bits=2, offload="cpu", **settings)
     backend._state.stores.offload = Offload()
-    model = SelfAttention(heads=2).bfloat16().requires_grad_(False)
+    model = SelfAttention(heads=4).bfloat16().requires_grad_(False)  # steps of a token then take 8 bytes, as rows do
     compiled, caches = torch.compile(model, backend=backend), [model.new_cache(1, TOKENS, torch.bfloat16) for _ in "ab"]
     for start in range(0, 4 * CHUNK, CHUNK):
         for cache in caches:
-            compiled(torch.randn(1, CHUNK, DIM).bfloat16(), cache, start)
+            compiled(torch.randn(1, CHUNK, 2 * DIM).bfloat16(), cache, start)
     assert traffic(backend).ratio == pytest.approx(ratio)
     assert "moved to the device" in str(backend.memory())
     assert backend.memory().to_dict()["traffic"]["to_device"] == traffic(backend).to_device
