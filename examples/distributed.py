@@ -156,7 +156,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="distributed", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clip", choices=CLIPS, default="carphone_pristine", help="one of the shipped clips")
     parser.add_argument("--chunks", type=int, default=2, help="chunks to generate, three frames each (default: 2)")
-    parser.add_argument("--preset", default="memory", help="memory (default), balanced or quality")
+    parser.add_argument("--preset", default="memory", help="memory (default), smallest, balanced or quality")
     parser.add_argument("--inner", default="eager", help="eager (default: starts at once), aot_eager or inductor")
     args = parser.parse_args(arguments)
     config = ModelConfig()

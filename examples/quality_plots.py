@@ -19,7 +19,7 @@ COLOURS = {
     "rtn": "tab:gray", "quarot": "tab:blue", "kivi": "tab:green", "qvg": "tab:red",
     "qvg_4": "tab:red", "qvg_pro": "tab:red", "qvg_asymmetric": "tab:pink", "ternary": "tab:brown",
     "symmetric_quarot": "tab:cyan", "centred_quarot": "tab:purple", "unbiased": "black",
-    "symmetric_unbiased": "tab:orange",
+    "symmetric_unbiased": "tab:orange", "symmetric": "tab:olive",
 }  # fmt: skip
 
 
@@ -88,7 +88,8 @@ def chunks(rollouts: Sequence[Record]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(7, 4.5))
     wanted: list[Key] = [
         ("rtn", 4, 4, 64, "none"), ("unbiased", 3, 4, 64, "none"), ("unbiased", 2, 3, 64, "none"),
-        ("unbiased", 2, 2, 64, "none"), ("unbiased", 2, 2, 64, "taylor"), ("quarot", 2, 2, 64, "none"),
+        ("unbiased", 2, 2, 64, "none"), ("unbiased", 2, 2, 64, "taylor"), ("symmetric_unbiased", 2, 2, 64, "none"),
+        ("quarot", 2, 2, 64, "none"),
         ("rtn", 2, 2, 64, "none"), ("rtn", 2, 2, 64, "taylor"), ("qvg", 2, 2, 64, "none"),
     ]  # fmt: skip
     for k in wanted:

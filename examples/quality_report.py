@@ -133,8 +133,8 @@ def corrections(rollouts: Sequence[Record], layers: Sequence[Record]) -> str:
 
 def statements(rollouts: Sequence[Record]) -> str:
     """Pairs that were to be compared: PSNR of the first less that of the second, and on each clip."""
-    int2 = {q: (q, 2, 2, 64) for q in ("rtn", "quarot", "unbiased", "symmetric_unbiased", "ternary", "kivi", "qvg")}
-    int4, mixed = ("rtn", 4, 4, 64), ("unbiased", 2, 3, 64)
+    int2 = {q: (q, 2, 2, 64) for q in ("rtn", "quarot", "unbiased", "symmetric", "ternary", "kivi", "qvg")}
+    int4, mixed, smallest = ("rtn", 4, 4, 64), ("unbiased", 2, 3, 64), ("symmetric_unbiased", 2, 2, 64)
     pairs: list[tuple[str, Key, Key]] = [
         (name, (*better, corrected[0]), (*worse, corrected[1]))
         for name, better, worse, corrected in (
@@ -146,11 +146,17 @@ def statements(rollouts: Sequence[Record]) -> str:
             ("QuaRot against RTN", int2["quarot"], int2["rtn"], ("none", "none")),
             ("unbiased against QuaRot", int2["unbiased"], int2["quarot"], ("none", "none")),
             ("unbiased (6.4×) against QVG (6.8×)", int2["unbiased"], int2["qvg"], ("none", "none")),
-            ("symmetric unbiased* (7.1×) against QVG", int2["symmetric_unbiased"], int2["qvg"], ("none", "none")),
+            ("symmetric unbiased (7.1×) against QVG", smallest, int2["qvg"], ("none", "none")),
+            ("the same, corrected", smallest, int2["qvg"], ("taylor", "none")),
+            ("symmetric unbiased (7.1×) against unbiased", smallest, int2["unbiased"], ("none", "none")),
+            ("the same, both corrected", smallest, int2["unbiased"], ("taylor", "taylor")),
+            ("symmetric (7.1×) against RTN", int2["symmetric"], int2["rtn"], ("none", "none")),
+            ("symmetric unbiased against symmetric", smallest, int2["symmetric"], ("none", "none")),
             ("5.3×: unbiased INT2/3 against RTN INT2 g=32", mixed, ("rtn", 2, 2, 32), ("none", "none")),
             ("5.3×: values with the third bit against keys", mixed, ("unbiased", 3, 2, 64), ("none", "none")),
             ("unbiased INT2 g=64 against INT4 g=64", int2["unbiased"], int4, ("none", "none")),
             ("unbiased INT2/3 against INT4 g=64", mixed, int4, ("none", "none")),
+            ("symmetric unbiased against INT4 g=64, twice as large", smallest, int4, ("none", "none")),
         )
     ]
     lines = ["| statement | PSNR difference, dB | per clip |", "|---|---|---|"]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from examples.rollout import Variant
-from examples.simulated import FLOAT8_BITS, Clustered, MinMax, Quantized, Symmetric, SymmetricUnbiased
-from jkv_compile.kernels.quantizers import QUANTIZERS
+from examples.simulated import FLOAT8_BITS, Clustered, MinMax, Quantized, Ternary
+from jkv_compile.kernels.quantizers import QUANTIZERS, grid_of
 
 Quantize = Callable[[Tensor], Quantized]
+ASYMMETRIC = tuple(q for q in QUANTIZERS if not grid_of(q).symmetric)
 FRAME_TOKENS = 48  # of the example model: three blocks of them make a chunk, so that KIVI needs no tail
 
 
@@ -62,24 +63,26 @@ def _quantizer(setting: Setting, bits: int, keys: bool) -> Quantize:
             return MinMax(bits, group_size)
         case "quarot":
             return MinMax(bits, group_size, rotated=True)
+        case "symmetric":
+            return MinMax(bits, group_size, symmetric=True)
         case "unbiased":
             return MinMax(bits, group_size, rotated=True, unbiased=True)
         case "symmetric_unbiased":
-            return SymmetricUnbiased(bits, group_size)
+            return MinMax(bits, group_size, rotated=True, unbiased=True, symmetric=True)
         case "centred_quarot":
             return MinMax(bits, group_size, rotated=True, centred=True)
         case "symmetric_quarot":
-            return Symmetric(bits, group_size, rotated=True)
+            return MinMax(bits, group_size, rotated=True, symmetric=True)
         case "ternary":
-            return Symmetric(bits, group_size, ternary=True)
+            return Ternary(group_size)
         case "kivi":
             return MinMax(bits, 1, block=FRAME_TOKENS) if keys else MinMax(bits, group_size)
         case "qvg":
-            return Clustered(Symmetric(bits, group_size, ternary=True, scale_bits=FLOAT8_BITS), centroids=1)
+            return Clustered(Ternary(group_size, FLOAT8_BITS), centroids=1)
         case "qvg_4":
-            return Clustered(Symmetric(bits, group_size, ternary=True, scale_bits=FLOAT8_BITS), centroids=4)
+            return Clustered(Ternary(group_size, FLOAT8_BITS), centroids=4)
         case "qvg_pro":
-            return Clustered(Symmetric(bits, group_size, ternary=True, scale_bits=FLOAT8_BITS), centroids=1, stages=4)
+            return Clustered(Ternary(group_size, FLOAT8_BITS), centroids=1, stages=4)
         case "qvg_asymmetric":
             return Clustered(MinMax(bits, group_size), centroids=1)
     raise ValueError(f"quantizer={setting.quantizer!r} is not one that the study knows")
@@ -92,13 +95,14 @@ def full() -> list[Setting]:
         ((2, 2, 64), both), ((2, 2, 32), both), ((2, 3, 64), both),
         ((3, 2, 64), plain), ((3, 3, 64), plain), ((4, 4, 64), plain),
     )  # fmt: skip
-    storages = [((quantizer, *size), forms) for quantizer in QUANTIZERS for size, forms in sizes]
+    storages = [((quantizer, *size), forms) for quantizer in ASYMMETRIC for size, forms in sizes]
     storages += [(("unbiased", 2, 4, 64), plain), (("unbiased", 3, 4, 64), plain)]
-    storages += [((name, 2, 2, 64), both) for name in ("kivi", "ternary", "qvg", "symmetric_unbiased")]
-    storages += [
-        ((name, 2, 2, 64), plain) for name in ("symmetric_quarot", "centred_quarot", "qvg_4", "qvg_asymmetric")
-    ]
-    storages += [(("qvg_pro", 2, 2, 16), plain), (("symmetric_unbiased", 2, 3, 64), plain)]
+    storages += [(("symmetric", 2, 2, 64), plain), (("symmetric_quarot", 2, 2, 64), plain)]
+    storages += [(("symmetric_unbiased", 2, 2, 64), both), (("symmetric_unbiased", 2, 3, 64), both)]
+    storages += [(("symmetric_unbiased", 3, 4, 64), plain)]
+    storages += [((name, 2, 2, 64), both) for name in ("kivi", "ternary", "qvg")]
+    storages += [((name, 2, 2, 64), plain) for name in ("centred_quarot", "qvg_4", "qvg_asymmetric")]
+    storages += [(("qvg_pro", 2, 2, 16), plain)]
     return [Setting(*storage, form) for storage, forms in storages for form in forms]
 
 
@@ -106,7 +110,7 @@ def corrections() -> list[Setting]:
     """Other corrections, for the teacher-forced study alone."""
     guards = [
         Setting(quantizer, 2, 2, 64, correction)
-        for quantizer in (*QUANTIZERS, "qvg")
+        for quantizer in (*ASYMMETRIC, "qvg")
         for correction in ("clamped", "second_moment", "calibrated")
     ]
     return [*guards, Setting("rtn", 2, 2, 64, "exact"), Setting("unbiased", 2, 2, 64, "exact")]

@@ -1,8 +1,8 @@
 """Quantizers as reference simulations: a chunk's keys or values are quantized and at once dequantized, bytes counted.
 
-The package packs `rtn`, `quarot` and `unbiased`; here they are once more, beside published methods and ideas that it
-does not pack, so that all can be compared in one harness. Quantized channels may be rotated; everything that the
-correction needs is told in the basis of what is stored.
+The package packs `rtn`, `quarot` and `unbiased`, and their symmetric forms; here they are once more, beside published
+methods and ideas that it does not pack, so that all can be compared in one harness. Quantized channels may be rotated;
+everything that the correction needs is told in the basis of what is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import NORMAL_RANGE, rotate, round_unbiased
+from jkv_compile.kernels.quantizers import rotate, round_unbiased
 
 FLOAT16_BITS, FLOAT8_BITS = 16, 8
 
@@ -49,7 +49,8 @@ class MinMax:
     """Round to nearest between a group's least and greatest channel, per token: what the package packs.
 
     rotated: "quarot", channels rotated first. unbiased: "unbiased", rotated, and rounded to a better grid, see
-    ``round_unbiased``. centred: the chunk's mean per channel is removed, and stored in float16.
+    ``round_unbiased``. symmetric: "symmetric", between plus and minus the greatest magnitude, and no zero points.
+    centred: the chunk's mean per channel is removed, and stored in float16.
     block: tokens that share a step; 1 is per token, more with group_size 1 is KIVI (arXiv 2402.02750) for keys.
     """
 
@@ -58,6 +59,7 @@ class MinMax:
     rotated: bool = False
     centred: bool = False
     unbiased: bool = False
+    symmetric: bool = False
     block: int = 1
 
     def __call__(self, x: Tensor) -> Quantized:
@@ -66,11 +68,12 @@ class MinMax:
         x = x.float()
         mean = x.mean(2, keepdim=True).half().float() if self.centred else torch.zeros(())
         stored = rotate(x - mean) if self.rotated else x - mean
-        source = round_unbiased(x - mean, self.bits, self.group_size) if self.unbiased else stored
-        codes, scales = reference.quantize(source, self.bits, self.group_size, self.block)
+        source = round_unbiased(x - mean, self.bits, self.group_size, self.symmetric) if self.unbiased else stored
+        codes, scales = reference.quantize(source, self.bits, self.group_size, self.block, self.symmetric)
         read = reference.dequantize(codes, scales, self.bits)
         step = reference.quantization_step(reference.per_token(scales, tokens), self.bits)
-        metadata = 2 * FLOAT16_BITS / (self.group_size * self.block) + self.centred * FLOAT16_BITS / tokens
+        per_group = FLOAT16_BITS if self.symmetric else 2 * FLOAT16_BITS
+        metadata = per_group / (self.group_size * self.block) + self.centred * FLOAT16_BITS / tokens
         return Quantized(
             (rotate(read) if self.rotated else read) + mean,
             step.repeat_interleave(head_dim // step.shape[-1], -1),
@@ -81,61 +84,28 @@ class MinMax:
 
 
 @dataclass(frozen=True)
-class Symmetric:
-    """One step per token and group and no zero point; the step in float16, or in FP8 (E4M3).
+class Ternary:
+    """The grid {-1, 0, 1}·Δ in two bits, Δ the greatest magnitude, as Quant VideoGen has it (arXiv 2602.02958).
 
-    ternary: the grid {-1, 0, 1}·Δ, Δ the greatest magnitude, as Quant VideoGen has it (arXiv 2602.02958); otherwise the
-    2^bits half-odd multiples of Δ, which hold the greatest magnitude at their end.
+    One step per token and group, in float16 or in FP8 (E4M3), and no zero point.
     """
 
-    bits: int
     group_size: int
-    rotated: bool = False
-    ternary: bool = False
     scale_bits: int = FLOAT16_BITS
 
     def __call__(self, x: Tensor) -> Quantized:
         """Quantize x [B, H, S, D]."""
         x = x.float()
-        stored = rotate(x) if self.rotated else x
-        groups = stored.unflatten(-1, (-1, self.group_size))
-        peak = groups.abs().amax(-1, keepdim=True)
-        most = 2 ** (self.bits - 1) - 1 if self.ternary else 2 ** (self.bits - 1) - 0.5  # greatest multiple of Δ
+        groups = x.unflatten(-1, (-1, self.group_size))
         dtype = torch.float16 if self.scale_bits == FLOAT16_BITS else torch.float8_e4m3fn
-        step = (peak / most).to(dtype).float().clamp_min(2.0**-9)
-        offset = 0.0 if self.ternary else 0.5
-        read = (((groups / step - offset).round() + offset).clamp(-most, most) * step).flatten(-2)
+        step = groups.abs().amax(-1, keepdim=True).to(dtype).float().clamp_min(2.0**-9)
+        read = ((groups / step).round().clamp(-1, 1) * step).flatten(-2)
         return Quantized(
-            rotate(read) if self.rotated else read,
+            read,
             step.expand_as(groups).flatten(-2),
-            group_mean(read.square() - stored.square(), self.group_size, 1),
-            self.rotated,
-            x.numel() * (self.bits + self.scale_bits / self.group_size),
-        )
-
-
-@dataclass(frozen=True)
-class SymmetricUnbiased:
-    """As ``round_unbiased``, on a grid around zero: a step in float16 per token and group, and no zero point."""
-
-    bits: int
-    group_size: int
-
-    def __call__(self, x: Tensor) -> Quantized:
-        """Quantize x [B, H, S, D]."""
-        stored = rotate(x.float())
-        groups = stored.unflatten(-1, (-1, self.group_size))
-        most = 2 ** (self.bits - 1) - 0.5
-        step = groups.square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14) * NORMAL_RANGE[self.bits] / most
-        levels = ((groups / step - 0.5).round() + 0.5).clamp(-most, most)
-        step = (groups.square().sum(-1, keepdim=True) / (groups * levels).sum(-1, keepdim=True)).half().float()
-        read = (levels * step).flatten(-2)
-        return Quantized(
-            rotate(read),
-            step.expand_as(groups).flatten(-2),
-            group_mean(read.square() - stored.square(), self.group_size, 1),
-            True,
-            x.numel() * (self.bits + FLOAT16_BITS / self.group_size),
+            group_mean(read.square() - x.square(), self.group_size, 1),
+            False,
+            x.numel() * (2 + self.scale_bits / self.group_size),
         )
 
 
@@ -148,7 +118,7 @@ class Clustered:
     centroids is an argument, and they are counted in float16. Nothing is drawn at random.
     """
 
-    residual: MinMax | Symmetric
+    residual: MinMax | Ternary
     centroids: int
     stages: int = 1
     iterations: int = 10

@@ -210,8 +210,8 @@ def jkv_backend(
 
     Args:
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
-        preset: "quality", "balanced" or "memory": what measured best at 4.0, 5.3 and 6.4 times less memory
-            (`config.PRESETS`). Settings that are given beside it replace the preset's.
+        preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.1 times less
+            memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
         settings: group_size, correction, quantizer, inner, strict and offload, as `Config` describes them.
 
     Raises:

@@ -10,17 +10,18 @@ from .kernels.layout import SUPPORTED_BITS
 from .kernels.quantizers import QUANTIZERS
 
 Correction = Literal["taylor", "exact", "none"]
-Quantizer = Literal["rtn", "quarot", "unbiased"]
+Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 Offload = Literal["cpu"]
 
 
-# What measured best at three sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x and 6.4x smaller
-# (`examples/README.md`, "Quality").
+# What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.1x
+# smaller (`examples/README.md`, "Quality").
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"quantizer": "unbiased", "bits": (3, 4), "group_size": 64},
     "balanced": {"quantizer": "unbiased", "bits": (2, 3), "group_size": 64},
     "memory": {"quantizer": "unbiased", "bits": 2, "group_size": 64},
+    "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64},
 }
 
 
@@ -30,13 +31,15 @@ class Config:
 
     Args:
         bits: bits of a stored channel: one of 2, 3, 4, 8, or a pair `(key_bits, value_bits)`.
-        group_size: channels that share a step and a zero point; a multiple of 8 that divides head_dim.
+        group_size: channels that share a step, and a zero point unless the quantizer is symmetric; a multiple of 8 that
+            divides head_dim.
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
             "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "exact" (Σ_c log(sinh α_c / α_c); slower), or "none".
         quantizer: "rtn" rounds keys and values as they are, to the grid between a group's least and greatest channel;
             "quarot" rotates them by a Hadamard matrix first, and queries and results with them (arXiv 2404.00456);
             "unbiased" does too, then rounds to the best grid for normal numbers, and rescales each group so that its
-            error is orthogonal to it (`kernels.quantizers`).
+            error is orthogonal to it (`kernels.quantizers`). "symmetric", "symmetric_quarot" and "symmetric_unbiased"
+            do the same on grids around zero, without zero points, which takes half as many bytes beside the codes.
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
         offload: "cpu" keeps packed caches in (pinned) host memory, and brings each to its device for the calls that use

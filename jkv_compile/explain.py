@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from .adopt import Written
 from .compat import graph_break_of, unwrap_compiled
-from .config import Config
+from .config import Config, configure
 from .errors import ConfigurationError, NoCachedAttentionError
 from .explain_html import page
 from .passed import Passed, attending_call, handing_call
@@ -106,7 +106,7 @@ def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any
     Args:
         model: a module or function; where it was compiled, or parts of it were, this stays so.
         calls: how often to run it.
-        args, kwargs: the model's own; keywords that `jkv_backend` has (`bits`, `group_size`, …) are taken for it.
+        args, kwargs: the model's own; keywords that `jkv_backend` has (`preset`, `bits`, …) are taken for it.
 
     Returns:
         An `Explanation`: per attention where it stands, how its cache is held, its shapes, how it is lowered and why,
@@ -119,7 +119,8 @@ def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any
             account.
     """
     names = {f.name for f in fields(Config)}
-    config = Config(**{name: kwargs.pop(name) for name in names & kwargs.keys()})
+    settings = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    config = configure(kwargs.pop("preset", None), settings)
     watcher = _Watcher(config)
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .errors import PackedCacheError
 from .kernels.layout import packed_width
+from .kernels.quantizers import grid_of
 from .packed import PackedKV
 from .packed_copies import clone
 from .packed_save import rebuild_window
@@ -142,7 +143,7 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
     dtype = _DTYPES[given["dtype"]]
     parts: list[tuple[torch.dtype, tuple[int, ...]]] = [
         (torch.uint8, (batch, heads, tokens, packed_width(head_dim, given["bits"]))),
-        (torch.float16, (batch, heads, groups, tokens, 2)),
+        (torch.float16, (batch, heads, groups, tokens, grid_of(given["quantizer"]).scale_size)),
     ]
     if active is not None:
         parts.append((dtype, (batch, heads, active[1] - active[0], head_dim)))

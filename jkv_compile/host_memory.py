@@ -1,8 +1,9 @@
 """The packed data of a cache in host memory, and the copies between there and its device.
 
-A token is a row of bytes: its codes `[B, H, W]`, then its scales `[B, H, G, 2]`, each padded to `ALIGNMENT`. So any
-range of tokens is one run of bytes, in pages of up to `PAGE` bytes: a copy moves the tokens that it has to and no
-others, in one piece per page. What reorders them to and from the kernels' layout runs on the device.
+A token is a row of bytes: its codes `[B, H, W]`, then its scales `[B, H, G, 2]` (of a symmetric cache `[B, H, G, 1]`),
+each padded to `ALIGNMENT`. So any range of tokens is one run of bytes, in pages of up to `PAGE` bytes: a copy moves the
+tokens that it has to and no others, in one piece per page. What reorders them to and from the kernels' layout runs on
+the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .compat import storage_holders
+from .kernels.layout import scale_word, scale_words
 
 if TYPE_CHECKING:
     from .offload import Offload, Slot
@@ -95,7 +97,8 @@ class HostMemory:
         self.next: tuple[weakref.ref[HostMemory], ...] = ()  # what was used after it the last time
         batch, heads, tokens, width = codes.shape
         self._codes_bytes = _aligned(batch * heads * width)
-        self.row = self._codes_bytes + _aligned(batch * heads * scales.shape[2] * 4)
+        self._scale_bytes = batch * heads * scales.shape[2] * scale_word(scales).itemsize
+        self.row = self._codes_bytes + _aligned(self._scale_bytes)
         self._per_page = max(1, PAGE // max(1, self.row))
         pinned = codes.device.type != "cpu"
         with torch.inference_mode(False):
@@ -157,9 +160,9 @@ class HostMemory:
     def blank(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Device memory for so many tokens."""
         batch, heads, _, width = self.codes.shape
-        groups = self.scales.shape[2]
+        _, _, groups, _, numbers = self.scales.shape
         codes = self.lane.empty((batch, heads, tokens, width), torch.uint8)
-        return codes, self.lane.empty((batch, heads, groups, tokens, 2), torch.float16)
+        return codes, self.lane.empty((batch, heads, groups, tokens, numbers), torch.float16)
 
     # ---- rows ----
 
@@ -193,12 +196,12 @@ class HostMemory:
             start = end
 
     def _in_row(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[n, B, H, W]`, in words, and scales `[n, B, H, G]`, in words of 4 bytes, within rows."""
+        """Codes `[n, B, H, W]` and scales `[n, B, H, G]`, both in words, within rows."""
         batch, heads, _, width = self.codes.shape
         groups, at = self.scales.shape[2], self._codes_bytes
-        codes, scales = rows[:, : batch * heads * width], rows[:, at : at + batch * heads * groups * 4]
+        codes, scales = rows[:, : batch * heads * width], rows[:, at : at + self._scale_bytes]
         codes = codes.view(_word(width)).view(len(rows), batch, heads, -1)
-        return codes, scales.view(torch.int32).view(len(rows), batch, heads, groups)
+        return codes, scales.view(scale_word(self.scales)).view(len(rows), batch, heads, groups)
 
 
 class Parked:
@@ -223,8 +226,7 @@ class Parked:
 def _by_token(codes: Tensor, scales: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """As `HostMemory._in_row`, tokens `start … stop - 1` of codes and scales as the kernels know them."""
     words = codes.view(_word(codes.shape[3]))[:, :, start:stop]
-    pairs = scales.view(torch.int32).squeeze(-1)[:, :, :, start:stop]
-    return words.permute(2, 0, 1, 3), pairs.permute(3, 0, 1, 2)
+    return words.permute(2, 0, 1, 3), scale_words(scales)[:, :, :, start:stop].permute(3, 0, 1, 2)
 
 
 def _word(width: int) -> torch.dtype:
@@ -234,7 +236,7 @@ def _word(width: int) -> torch.dtype:
 
 def _filled(codes: Tensor, scales: Tensor) -> int:
     """How many tokens there are up to the last one that is not zero."""
-    used = codes.any(3).any(1).any(0) | (scales.view(torch.int32) != 0).squeeze(-1).any(2).any(1).any(0)
+    used = codes.any(3).any(1).any(0) | (scale_words(scales) != 0).any(2).any(1).any(0)
     places = used.nonzero()
     return int(places[-1]) + 1 if len(places) else 0
 

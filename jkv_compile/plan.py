@@ -19,6 +19,7 @@ from typing import get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS, packed_bytes
+from .kernels.quantizers import QUANTIZERS, grid_of
 from .plan_devices import Sharding, Traffic, offload_traffic, share_of, traffic
 from .plan_tables import BYTES_FULL, GIB, GPUS, MODELS, Gpu, Model
 
@@ -45,7 +46,9 @@ class Overhead:
     append_ms: float
 
 
-def attention_overhead(model: Model, gpu: Gpu, key_bits: int, value_bits: int, group_size: int) -> Overhead:
+def attention_overhead(
+    model: Model, gpu: Gpu, key_bits: int, value_bits: int, group_size: int, symmetric: bool = False
+) -> Overhead:
     """Roofline of one layer's attention over a full cache.
 
     The lower bound takes a kernel to be limited by matrix products or memory, whichever takes longer, with the
@@ -59,7 +62,8 @@ def attention_overhead(model: Model, gpu: Gpu, key_bits: int, value_bits: int, g
     plain = max(matrix, full)
     share = cached / keys  # of the keys that are packed
     packed = sum(
-        packed_bytes((1, model.kv_heads, cached, model.head_dim), bits, group_size) for bits in (key_bits, value_bits)
+        packed_bytes((1, model.kv_heads, cached, model.head_dim), bits, group_size, symmetric)
+        for bits in (key_bits, value_bits)
     )
     current = 2 * model.kv_heads * model.chunk * model.head_dim * BYTES_FULL
     corrected = matrix * (1 + share * CORRECTION_COLUMNS / (2 * model.head_dim))
@@ -85,9 +89,11 @@ def room_for_cache(model: Model, gpu: Gpu, weights_on: int = 1) -> float:
     return gpu.memory_gb * 1e9 * RESERVE - model.parameters * 1e9 * BYTES_FULL / weights_on
 
 
-def tokens_that_fit(model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1) -> int:
+def tokens_that_fit(
+    model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1, symmetric: bool = False
+) -> int:
     """Cached tokens that fit beside bfloat16 weights; bits None is the uncompressed cache. Never negative."""
-    per_token = replace(model, tokens=1).bytes_of(bits, group_size)
+    per_token = replace(model, tokens=1).bytes_of(bits, group_size, symmetric)
     return max(0, int(room_for_cache(model, gpu, weights_on) / per_token))
 
 
@@ -100,8 +106,8 @@ class Devices:
     weights: bool = False
 
 
-def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None) -> str:
-    """The plan as text."""
+def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, symmetric: bool = False) -> str:
+    """The plan as text; `symmetric` is of caches without zero points."""
     devices = devices or Devices()
     count = devices.count
     share, weights_on = share_of(model, count, devices.sharding), count if devices.weights else 1
@@ -110,7 +116,8 @@ def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = No
     several = "" if count == 1 else f"{count} x "
     lines = [
         f"{model.name} on {several}{gpu.name}: {model.layers} layers x {model.kv_heads} key/value heads x "
-        f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}",
+        f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}"
+        f"{' without zero points' if symmetric else ''}",
     ]
     if count > 1:
         held = {"heads": f"{share.kv_heads} heads", "tokens": f"{share.tokens:,} tokens", "none": "the whole cache"}
@@ -121,24 +128,25 @@ def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = No
         f"{which:>14} {'bits/elem':>10} {'GiB':>8} {'smaller':>8} {'fits':>5} {'tokens that fit':>16}",
     ]
     for bits in (None, *sorted(SUPPORTED_BITS, reverse=True)):
-        size = share.bytes_of(bits, group_size)
+        size = share.bytes_of(bits, group_size, symmetric)
         lines.append(
             f"{_name(bits):>14} {16 * size / share.full_bytes:10.2f} {size / GIB:8.2f} {share.full_bytes / size:7.2f}x "
             f"{'yes' if size <= room else 'no':>5} "
-            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on):16,}"
+            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on, symmetric):16,}"
         )
     if model.tokens_per_second:
-        lines += ["", *_lengths(model, group_size, devices, room)]
+        lines += ["", *_lengths(model, group_size, devices, room, symmetric)]
     if count > 1:
-        lines += ["", *_moved("a device receives, GiB", traffic(model, count, devices.sharding, 2, group_size))]
-    at_hand = [2 * share.bytes_of(bits, group_size) / share.layers / GIB for bits in (None, 2)]
+        received = traffic(model, count, devices.sharding, 2, group_size, symmetric)
+        lines += ["", *_moved("a device receives, GiB", received)]
+    at_hand = [2 * share.bytes_of(bits, group_size, symmetric) / share.layers / GIB for bits in (None, 2)]
     lines += [
         "",
-        *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size)),
+        *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, symmetric)),
         f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
     ]
-    overhead = attention_overhead(share, gpu, 2, 2, group_size) if share.chunk <= share.tokens else None
-    if overhead is not None:
+    if share.chunk <= share.tokens:
+        overhead = attention_overhead(share, gpu, 2, 2, group_size, symmetric)
         lines += [
             "",
             f"attention, one layer and chunk over the full cache: {overhead.plain_ms:.2f} ms plain (modelled)",
@@ -158,13 +166,13 @@ def _moved(title: str, rows: Sequence[Traffic]) -> list[str]:
     return lines
 
 
-def _lengths(model: Model, group_size: int, devices: Devices, room: float) -> list[str]:
+def _lengths(model: Model, group_size: int, devices: Devices, room: float, symmetric: bool) -> list[str]:
     """A table of videos all of whose tokens are kept."""
     lines = [f"{'all of a video':>14} {'tokens':>13} {'bfloat16, GiB':>15} {'fits':>5} {'2 bits, GiB':>13} {'fits':>5}"]
     for name, seconds in LENGTHS.items():
         long = replace(model, tokens=int(seconds * model.tokens_per_second))
         share = share_of(long, devices.count, devices.sharding)
-        sizes = [share.bytes_of(bits, group_size) for bits in (None, 2)]
+        sizes = [share.bytes_of(bits, group_size, symmetric) for bits in (None, 2)]
         full, packed = (f"{size / GIB:,.1f}" for size in sizes)
         fits = ["yes" if size <= room else "no" for size in sizes]
         lines.append(f"{name:>14} {long.tokens:13,} {full:>15} {fits[0]:>5} {packed:>13} {fits[1]:>5}")
@@ -204,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(MODELS), default="self-forcing")
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--quantizer", choices=QUANTIZERS, default="rtn", help="symmetric ones store no zero points")
     for name, kind in (
         ("parameters", float), ("layers", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("tokens", int),
         ("chunk", int), ("passes", int),
@@ -239,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sharding: Sharding = options.sharding or ("heads" if options.devices > 1 else "none")
     devices = Devices(options.devices, sharding, options.shard_weights)
     try:
-        print(report(model, GPUS[options.gpu], options.group_size, devices))
+        symmetric = grid_of(options.quantizer).symmetric
+        print(report(model, GPUS[options.gpu], options.group_size, devices, symmetric))
     except ConfigurationError as error:
         parser.error(str(error))
     return 0

@@ -39,7 +39,9 @@ class Traffic:
     packed: int
 
 
-def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_size: int) -> list[Traffic]:
+def traffic(
+    model: Model, devices: int, sharding: Sharding, bits: int, group_size: int, symmetric: bool = False
+) -> list[Traffic]:
     """What a chunk costs between devices, over all layers and passes; and what moving one device's cache costs, once.
 
     heads: the all-to-alls of queries, keys, values and results of the chunk, which are in full precision anyhow.
@@ -48,6 +50,7 @@ def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_siz
     caches are passed round instead (ring attention), those of every other device.
     """
     share, rounds = share_of(model, devices, sharding), model.layers * model.passes
+    sizes = share.full_bytes, share.bytes_of(bits, group_size, symmetric)
     others, result = devices - 1, []
     if sharding == "heads":
         rows = -(-model.chunk // devices) * others // devices  # of a device's tokens, what it gets from others
@@ -59,13 +62,13 @@ def traffic(model: Model, devices: int, sharding: Sharding, bits: int, group_siz
         result.append(Traffic("partial results, a chunk", rounds * others * partial, rounds * others * partial))
         own = -(-model.chunk // devices) * model.heads * (2 * model.head_dim * BYTES_FULL + BYTES_LSE)
         result.append(Traffic("queries passed round instead", rounds * others * own, rounds * others * own))
-        ring = (others * model.passes * size for size in (share.full_bytes, share.bytes_of(bits, group_size)))
+        ring = (others * model.passes * size for size in sizes)
         result.append(Traffic("caches passed round instead", *ring))
-    result.append(Traffic("its cache moved, once", share.full_bytes, share.bytes_of(bits, group_size)))
+    result.append(Traffic("its cache moved, once", *sizes))
     return result
 
 
-def offload_traffic(share: Model, bits: int, group_size: int) -> list[Traffic]:
+def offload_traffic(share: Model, bits: int, group_size: int, symmetric: bool = False) -> list[Traffic]:
     """What a chunk costs between host memory and a device, over all layers and passes, with caches in the former.
 
     Every pass brings the full cache of each layer, and what it writes of it, the chunk, goes back.
@@ -73,6 +76,6 @@ def offload_traffic(share: Model, bits: int, group_size: int) -> list[Traffic]:
     written = replace(share, tokens=min(share.chunk, share.tokens))
     parts = (("to the device, a chunk", share), ("back, a chunk", written))
     return [
-        Traffic(what, share.passes * part.full_bytes, share.passes * part.bytes_of(bits, group_size))
+        Traffic(what, share.passes * part.full_bytes, share.passes * part.bytes_of(bits, group_size, symmetric))
         for what, part in parts
     ]

@@ -34,14 +34,14 @@ class Model:
         """Bytes of the cache in bfloat16, keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * BYTES_FULL
 
-    def cache_bytes(self, key_bits: int, value_bits: int, group_size: int, tokens: int | None = None) -> int:
-        """Bytes of the packed cache: codes and scales."""
-        shape = (1, self.kv_heads, self.tokens if tokens is None else tokens, self.head_dim)
-        return self.layers * sum(packed_bytes(shape, bits, group_size) for bits in (key_bits, value_bits))
+    def cache_bytes(self, key_bits: int, value_bits: int, group_size: int, symmetric: bool = False) -> int:
+        """Bytes of the packed cache: codes and scales, which are steps alone where it is symmetric."""
+        shape = (1, self.kv_heads, self.tokens, self.head_dim)
+        return self.layers * sum(packed_bytes(shape, bits, group_size, symmetric) for bits in (key_bits, value_bits))
 
-    def bytes_of(self, bits: int | None, group_size: int) -> int:
+    def bytes_of(self, bits: int | None, group_size: int, symmetric: bool = False) -> int:
         """Bytes of the cache at so many bits for keys and values; None is bfloat16."""
-        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size)
+        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, symmetric)
 
 
 @dataclass(frozen=True)

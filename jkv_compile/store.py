@@ -82,7 +82,7 @@ class Store:
         shape: canonical shape.
         strides: strides, in canonical order, of the tensor that this replaces: views are located by them.
         dtype: what the cache reads as.
-        codes, scales: as `kernels.layout` describes.
+        codes, scales: as `kernels.layout` describes; symmetric ones where the quantizer is.
         quantizer: what a token goes through before it is quantized, as `kernels.quantizers.Grid` spells it.
 
     Boxes are told by their first index and their length per axis, (batch, head, token, channel). Packed data knows no
@@ -127,7 +127,8 @@ class Store:
             codes = torch.zeros(
                 batch, heads, tokens, layout.packed_width(head_dim, bits), dtype=torch.uint8, device=device
             )
-            scales = torch.zeros(batch, heads, head_dim // group_size, tokens, 2, dtype=torch.float16, device=device)
+            scale_shape = batch, heads, head_dim // group_size, tokens, grid_of(quantizer).scale_size
+            scales = torch.zeros(scale_shape, dtype=torch.float16, device=device)
         return cls(shape, strides, dtype, bits, codes, scales, quantizer)
 
     def of_this_kind(self, shape: Sequence[int], strides: Sequence[int], codes: Tensor, scales: Tensor) -> Store:
@@ -288,7 +289,7 @@ class Store:
             return host.codes, host.scales, host
         with torch.inference_mode(False):
             new_codes = codes.new_zeros(batch, heads, room, codes.shape[3])
-            new_scales = scales.new_zeros(batch, heads, scales.shape[2], room, 2)
+            new_scales = scales.new_zeros(batch, heads, scales.shape[2], room, scales.shape[4])
         new_codes[:, :, :tokens], new_scales[:, :, :, :tokens] = self.data()
         return new_codes, new_scales, None
 
@@ -503,12 +504,12 @@ class Store:
         """What is quantized of a tensor `[b, h, n, D]`, see `kernels.quantizers`."""
         grid = self._grid
         if grid.within:
-            if grid.quantizer == "unbiased":
+            if grid.unbiased:
                 x = _ops.to_grid(x.float(), self.quantizer, self.group_size)
-                return _ops.round_rotated(x, self.bits, self.group_size)
+                return _ops.round_rotated(x, self.bits, self.group_size, grid.symmetric)
             return _ops.to_grid(x, self.quantizer, self.group_size)
-        if grid.quantizer == "unbiased":
-            return _ops.round_unbiased(x, self.bits, self.group_size)
+        if grid.unbiased:
+            return _ops.round_unbiased(x, self.bits, self.group_size, grid.symmetric)
         return _ops.rotate(x) if grid.rotates else x
 
     def _check_meaning(self, other: Store) -> None:
@@ -522,13 +523,12 @@ class Store:
     def _constant(self, value: float) -> tuple[Tensor, Tensor]:
         """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
         value = self._storable(value)
-        width, groups = self._codes.shape[3], self._scales.shape[2]
-        codes, scales = self._codes.new_zeros(1, 1, 1, width), self._scales.new_zeros(1, 1, groups, 1, 2)
-        if value and self._grid.rotates:
-            fill = _ops.fill_within if self._grid.within else _ops.fill_rotated
-            fill(codes, scales, 0, 1, self.bits, value)
+        width, (_, _, groups, _, numbers) = self._codes.shape[3], self._scales.shape
+        codes, scales = self._codes.new_zeros(1, 1, 1, width), self._scales.new_zeros(1, 1, groups, 1, numbers)
+        if value and (name := self._grid.fill_operator) is not None:
+            getattr(_ops, name)(codes, scales, 0, 1, self.bits, value)
         else:
-            scales[..., 1] = value
+            _ops.fill(codes, scales, 0, 1, value)
         return codes, scales
 
     def _box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -585,10 +585,18 @@ class Store:
 
     def _storable(self, value: float) -> float:
         value = torch.tensor(value, dtype=self.dtype).double().item()
-        if abs(value) > reference.FLOAT16_MAX and value not in (float("inf"), float("-inf")):
+        if not self._grid.holds(value):
             raise PackedCacheError(
-                f"a fill of a packed cache with {value}: expected a number of at most {reference.FLOAT16_MAX:.0f}, "
-                "which float16 can hold; use jkv_compile.materialize(cache) to go back to a plain tensor"
+                f"a fill of a packed cache with {value}: expected 0, the only constant that quantizer "
+                f"{self.quantizer!r} holds, as it rotates tokens and its grids have no level at zero; choose a "
+                "quantizer with zero points, or go back to a plain tensor with jkv_compile.materialize(cache)"
+            )
+        symmetric = self._grid.symmetric
+        most = reference.symmetric_max(self.bits) if symmetric else reference.FLOAT16_MAX
+        if abs(value) > most and (symmetric or not math.isinf(value)):
+            raise PackedCacheError(
+                f"a fill of a packed cache with {value}: expected a number of at most {most:.0f}, which its float16 "
+                "scales can hold; use jkv_compile.materialize(cache) to go back to a plain tensor"
             )
         return value
 
@@ -616,7 +624,7 @@ def rebuild_store(
         and codes.dtype == torch.uint8
         and scales.dtype == torch.float16
         and tuple(codes.shape) == (batch, heads, tokens, layout.packed_width(head_dim, bits))
-        and tuple(scales.shape) == (batch, heads, groups, tokens, 2)
+        and tuple(scales.shape) == (batch, heads, groups, tokens, grid.scale_size)
         and groups > 0
         and head_dim % groups == 0
         and (not grid.pairs or grid_within(quantizer, head_dim, head_dim // groups, grid.pairs) == grid)

@@ -22,12 +22,16 @@ typedef int8_t i8;
 
 enum Dtype : i64 { FLOAT32, FLOAT16, BFLOAT16, BOOL };
 
-// A packed cache (layout.py); strides in elements; one pair of scales per dim / groups channels and `block` tokens.
+// A packed cache (layout.py); strides in elements; scales for each dim / groups channels and `block` tokens: a step and a
+// zero point, or, where it is symmetric, a step alone.
 struct Packed {
   u8* codes;
   i64 codes_b, codes_h, codes_s;
   u16* scales;
   i64 scales_b, scales_h, scales_g, scales_s, bits, groups, dim, block;
+  bool symmetric;
+  i64 per_scale() const { return symmetric ? 1 : 2; }  // numbers that a group and token stores
+  float implied_zero() const { return -float(3 * (1 << bits) - 1) / float(2 << bits); }  // of a symmetric cache, in steps
 };
 struct Plain {  // [B, H, L, D] in full precision, D contiguous
   const char* data;
@@ -75,7 +79,7 @@ struct MoveCall {
 struct FillCall {
   Packed cache;  // block == 1
   i64 batch, heads, start, stop;
-  u16 step, zero;
+  u16 zero;  // 0 where it is symmetric
 };
 struct RoundCall {
   Plain source, output;  // both [B, H, tokens, D]
@@ -84,6 +88,7 @@ struct RoundCall {
   i64 group_size;  // of the grids that values are rounded to, in float32; 0: none, and the output has the source's dtype
   i64 bits;
   float range;  // of a grid, in root mean squares
+  bool symmetric;
   i64 threads;
 };
 constexpr i64 MOST_CHANNELS = 1024;

@@ -113,13 +113,24 @@ void part_halves(const u16* pairs, int n, float* __restrict first, float* __rest
 void load_scales(const Packed& c, const u16* scales, i64 start, int n, float factor, float* step, float* zero, float* square) {
   for (i64 g = 0; g < c.groups; g++, step += PITCH, zero += PITCH) {
     const u16* s = scales + g * c.scales_g;
-    if (c.block == 1 && c.scales_s == 2) {
+    const bool contiguous = c.block == 1 && c.scales_s == c.per_scale();
+    if (contiguous && c.symmetric) {
+      s += start;
+      #pragma omp simd
+      for (int j = 0; j < n; j++) step[j] = half(s[j]);
+    } else if (contiguous) {
       part_halves(s + 2 * start, n, step, zero);
     } else {
       for (int j = 0; j < n; j++) {
         const u16* p = s + (start + j) / c.block * c.scales_s;
-        step[j] = half(p[0]), zero[j] = half(p[1]);
+        step[j] = half(p[0]);
+        if (!c.symmetric) zero[j] = half(p[1]);
       }
+    }
+    if (c.symmetric) {
+      const float implied = c.implied_zero();
+      #pragma omp simd
+      for (int j = 0; j < n; j++) zero[j] = step[j] * implied;
     }
     if (square) {
       float* q = square + g * PITCH;

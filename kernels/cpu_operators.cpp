@@ -39,10 +39,10 @@ bool pack(const Tensor& codes, const Tensor& scales, i64 bits, Packed& out) {
   const auto size = codes.sizes(), scales_size = scales.sizes(), stride = codes.strides(), scales_stride = scales.strides();
   const i64 dim = size[3] * 8 / bits, groups = scales_size[2], blocks = scales_size[3];
   const bool words = dim % (bits == 3 ? 32 : 32 / bits) == 0 && dim <= 1024 && size[3] * 8 == dim * bits;
-  const bool scaled = scales_size[0] == size[0] && scales_size[1] == size[1] && scales_size[4] == 2 && groups && dim % groups == 0 && blocks && size[2] % blocks == 0;
-  if (!words || !scaled || stride[3] != 1 || scales_stride[4] != 1) return false;
+  const bool scaled = scales_size[0] == size[0] && scales_size[1] == size[1] && (scales_size[4] == 1 || scales_size[4] == 2) && groups && dim % groups == 0 && blocks && size[2] % blocks == 0;
+  if (!words || !scaled || stride[3] != 1 || (scales_size[4] == 2 && scales_stride[4] != 1)) return false;
   out = {(u8*)codes.data_ptr(), stride[0], stride[1], stride[2], (u16*)scales.data_ptr(), scales_stride[0], scales_stride[1],
-         scales_stride[2], scales_stride[3], bits, groups, dim, size[2] / blocks};
+         scales_stride[2], scales_stride[3], bits, groups, dim, size[2] / blocks, scales_size[4] == 1};
   return true;
 }
 Plain plain(const Tensor& x) { return {(const char*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
@@ -90,8 +90,8 @@ bool fill(const IValue* a, Stack&) {
   FillCall call;
   if (!pack(codes, a[1].toTensor(), 8, call.cache) || call.cache.block != 1 || !within(a[2].toInt(), a[3].toInt(), codes)) return false;
   call.batch = codes.size(0), call.heads = codes.size(1), call.start = a[2].toInt(), call.stop = a[3].toInt();
-  call.step = 0, call.zero = to_half((float)a[4].toDouble());
-  return run(call);
+  call.zero = to_half((float)a[4].toDouble());
+  return !(call.cache.symmetric && a[4].toDouble() != 0) && run(call);
 }
 
 bool dequantize(const IValue* a, Stack& results) {
@@ -111,7 +111,7 @@ bool dequantize(const IValue* a, Stack& results) {
 }
 
 // What rotates (group_size 0) or rounds `[B, H, L, D]`.
-bool rounded(const Tensor& x, bool rotated, i64 group_size, i64 bits, float range, Stack& results) {
+bool rounded(const Tensor& x, bool rotated, i64 group_size, i64 bits, float range, bool symmetric, Stack& results) {
   if (x.dim() != 4 || !is_float(x)) return false;
   const i64 dim = x.size(3);
   if (dim < 1 || dim > MOST_CHANNELS || (group_size && dim % group_size)) return false;
@@ -120,20 +120,20 @@ bool rounded(const Tensor& x, bool rotated, i64 group_size, i64 bits, float rang
   const auto size = rows.sizes();
   const i64 in_order[] = {size[1] * size[2] * dim, size[2] * dim, dim, 1};
   const Tensor output = at::detail::empty_strided_cpu(size, group_size ? at::IntArrayRef(in_order) : rows.strides(), group_size ? at::kFloat : rows.scalar_type());
-  RoundCall call{plain(rows), plain(output), dtype_of(rows), size[0], size[1], size[2], dim, rotated ? 0 : dim & -dim, group_size, bits, range};
+  RoundCall call{plain(rows), plain(output), dtype_of(rows), size[0], size[1], size[2], dim, rotated ? 0 : dim & -dim, group_size, bits, range, symmetric};
   call.threads = threads_for(rows.numel());
   if (!run(call)) return false;
   results.emplace_back(output);
   return true;
 }
 
-bool rotate(const IValue* a, Stack& results) { return rounded(a[0].toTensor(), false, 0, 0, 0, results); }
+bool rotate(const IValue* a, Stack& results) { return rounded(a[0].toTensor(), false, 0, 0, 0, false, results); }
 
 template <bool ROTATED> bool round(const IValue* a, Stack& results) {
   const i64 bits = a[1].toInt();
   const float range = bits == 2 ? 1.494f : bits == 3 ? 2.051f : bits == 4 ? 2.514f : INF;  // quantizers.NORMAL_RANGE
   if ((bits != 2 && bits != 3 && bits != 4 && bits != 8) || a[2].toInt() < 1) return false;
-  return rounded(a[0].toTensor(), ROTATED, a[2].toInt(), bits, range, results);
+  return rounded(a[0].toTensor(), ROTATED, a[2].toInt(), bits, range, a[3].toBool(), results);
 }
 
 // The arguments from the keys on: key, value, mask, causal, scale, key_bits, value_bits, correction.
@@ -257,8 +257,8 @@ template <class F> void for_each(F f) {
   f("fill", Operator<5, fill>());
   f("dequantize", Operator<6, dequantize>());
   f("rotate", Operator<1, rotate>());
-  f("round_unbiased", Operator<3, round<false>>());
-  f("round_rotated", Operator<3, round<true>>());
+  f("round_unbiased", Operator<4, round<false>>());
+  f("round_rotated", Operator<4, round<true>>());
   f("attention", Operator<14, attention<false>>());
   f("attention_lse", Operator<14, attention<true>>());
   f("attention_active", Operator<19, attention_active<false>>());

@@ -70,7 +70,7 @@ Sums on_grid(const float* __restrict x, i64 size, Grid grid, float most, float* 
 }
 
 // As quantizers.round_rotated, of one group.
-void round_group(const float* __restrict x, i64 size, i64 bits, float range, float* wide, float* narrow, float* __restrict out) {
+void round_group(const float* __restrict x, i64 size, i64 bits, float range, bool symmetric, float* wide, float* narrow, float* __restrict out) {
   float low = INF, high = -INF, energy = 0;
   #pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : energy)
   for (i64 c = 0; c < size; c++) low = min(low, x[c]), high = max(high, x[c]), energy += x[c] * x[c];
@@ -78,6 +78,7 @@ void round_group(const float* __restrict x, i64 size, i64 bits, float range, flo
     std::fill(out, out + size, NAN);
     return;
   }
+  if (symmetric) high = max(high, -low), low = -high;
   const float most = (1 << bits) - 1;
   auto factor_of = [&](Sums s) { return s.product > 0 ? energy / s.product : 1; };
   const Sums sums = on_grid(x, size, {low, high}, most, wide);
@@ -113,7 +114,7 @@ bool run(const RoundCall& a) {
         }
         float* out = (float*)a.output.data + to;
         for (i64 g = 0; g < a.dim; g += a.group_size)
-          round_group(token.values + g, a.group_size, a.bits, a.range, token.wide, token.narrow, out + g);
+          round_group(token.values + g, a.group_size, a.bits, a.range, a.symmetric, token.wide, token.narrow, out + g);
       }
     });
   }, [] {});

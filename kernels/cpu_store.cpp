@@ -8,7 +8,7 @@ constexpr int BATCH = 4096;  // values quantized at a time
 struct Quantizer {
   float values[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];
   i32 low[BATCH], high[BATCH];
-  u32 pairs[BATCH];
+  u32 scales[BATCH];  // step, and zero point above it
   u8 codes[BATCH];
 };
 
@@ -105,20 +105,27 @@ void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed&
     }
     q.low[g] = low, q.high[g] = high;
   }
+  const bool symmetric = cache.symmetric;
+  const float ratio = (float)((symmetric ? 2 * levels : levels) / (levels - 1.)), implied = cache.implied_zero();
   #pragma omp simd
   for (i64 g = 0; g < tokens * groups; g++) {
-    const float low = as_float(in_order(q.low[g])), range = as_float(in_order(q.high[g])) - low;
+    const float low = as_float(in_order(q.low[g])), high = as_float(in_order(q.high[g]));
+    const float peak = std::fabs(high) < INF ? max(std::fabs(low), std::fabs(high)) : INF, range = symmetric ? peak : high - low;
     const bool finite = std::fabs(range) < INF;
-    const float product = range * (float)(levels / (levels - 1.)), step = half(small_half(product < 65504.f ? product : 65504.f));
+    const float product = range * ratio, step = half(small_half(product < 65504.f ? product : 65504.f));
     const float difference = low - step, above = difference < 65504.f ? difference : 65504.f;
     const u32 zero_bits = small_half(above > -65504.f ? above : -65504.f), step_bits = small_half(step);
-    q.pairs[g] = finite ? step_bits | zero_bits << 16 : 0x7e007e00;
+    q.scales[g] = finite ? step_bits | zero_bits << 16 : 0x7e007e00;
     const bool some = finite && step > 0;
     q.delta[g] = some ? step / levels : NAN;  // of which nothing is a multiple: codes are 0
-    q.origin[g] = some ? half(zero_bits) + step : 0;
+    q.origin[g] = some ? (symmetric ? implied * step : half(zero_bits)) + step : 0;
     q.inverse[g] = some ? 1 / (step / levels) : 0;
   }
-  for (i64 g = 0; g < tokens * groups; g++) memcpy(scales + g % groups * cache.scales_g + g / groups * cache.scales_s, q.pairs + g, 4);
+  for (i64 g = 0; g < tokens * groups; g++) {
+    u16* p = scales + g % groups * cache.scales_g + g / groups * cache.scales_s;
+    p[0] = q.scales[g];
+    if (!symmetric) p[1] = q.scales[g] >> 16;
+  }
   by_bits(cache.bits, [&](auto bits) {
     for (i64 t = 0; t < tokens; t++) {
       u32 codes[1024];
@@ -148,7 +155,7 @@ template <int BITS> void dequantize_token(const Packed& c, const u8* codes, cons
   const i64 size = c.dim / c.groups;
   for (i64 g = 0; g < c.groups; g++) {
     const u16* p = scales + g * c.scales_g + token / c.block * c.scales_s;
-    const float step = half(p[0]), zero = half(p[1]);
+    const float step = half(p[0]), zero = c.symmetric ? c.implied_zero() * step : half(p[1]);
     #pragma omp simd
     for (i64 i = g * size; i < (g + 1) * size; i++) values[i] = zero + one_plus<BITS>(row[i], 0) * step;
   }
@@ -212,12 +219,13 @@ bool run(const MoveCall& a) {
     }
     for (i64 g = 0; g < c.groups; g++) {
       u16* scales = c.scales + b * c.scales_b + h * c.scales_h + g * c.scales_g;
-      if (c.scales_s == 2) {
-        memmove(scales + 2 * a.destination, scales + 2 * a.source, a.tokens * 4);
+      const i64 n = c.per_scale();
+      if (c.scales_s == n) {
+        memmove(scales + n * a.destination, scales + n * a.source, a.tokens * n * sizeof(u16));
       } else {
         for (i64 t = 0; t < a.tokens; t++) {
           const i64 i = a.destination < a.source ? t : a.tokens - 1 - t;
-          memmove(scales + (a.destination + i) * c.scales_s, scales + (a.source + i) * c.scales_s, 4);
+          memmove(scales + (a.destination + i) * c.scales_s, scales + (a.source + i) * c.scales_s, n * sizeof(u16));
         }
       }
     }
@@ -232,7 +240,10 @@ bool run(const FillCall& a) {
       for (i64 t = a.start; t < a.stop; t++) memset(c.codes + b * c.codes_b + h * c.codes_h + t * c.codes_s, 0, width);
       for (i64 g = 0; g < c.groups; g++) {
         u16* p = c.scales + b * c.scales_b + h * c.scales_h + g * c.scales_g;
-        for (i64 t = a.start; t < a.stop; t++) p[t * c.scales_s] = a.step, p[t * c.scales_s + 1] = a.zero;
+        for (i64 t = a.start; t < a.stop; t++) {
+          p[t * c.scales_s] = 0;
+          if (!c.symmetric) p[t * c.scales_s + 1] = a.zero;
+        }
       }
     }
   return true;

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .layout import PLANES, in_blocks, token_block
+from .layout import PLANES, in_blocks, is_symmetric, step_and_zero, token_block
 
 BLOCK = 2048
 
@@ -21,7 +21,8 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
     stop = start + source.shape[2]
     first, last = in_blocks(codes, scales, start, stop)
     block = token_block(codes, scales)
-    new_codes, new_scales = reference.quantize(source, bits, source.shape[3] // scales.shape[2], block)
+    group_size = source.shape[3] // scales.shape[2]
+    new_codes, new_scales = reference.quantize(source, bits, group_size, block, is_symmetric(scales))
     codes[:, :, start:stop] = new_codes
     scales[:, :, :, first:last] = new_scales
 
@@ -33,7 +34,7 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
 
 
 def _scales_between(codes: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
-    """One pair of scales for each token from `start` to `stop - 1`: `[B, H, G, n, 2]`."""
+    """Scales for each token from `start` to `stop - 1`: `[B, H, G, n, 2]` or `[B, H, G, n, 1]`."""
     block = token_block(codes, scales)
     first, last = start // block, -(-stop // block)
     per_token = reference.per_token(scales[:, :, :, first:last], (last - first) * block)
@@ -61,8 +62,8 @@ def _codes_as_floats(codes: Tensor, bits: int) -> Tensor:
 
 
 def _expand(codes: Tensor, scales: Tensor, bits: int, factor: float) -> Tensor:
-    """`reference.dequantize` times a factor, up to rounding; one pair of scales per token."""
-    step, zero = (scales.float() * factor).transpose(2, 3).unsqueeze(-2).unbind(-1)  # [B, H, n, G, 1]
+    """`reference.dequantize` times a factor, up to rounding; scales for each token."""
+    step, zero = (t.unsqueeze(-1) * factor for t in step_and_zero(scales.transpose(2, 3), bits))  # [B, H, n, G, 1]
     floats = _codes_as_floats(codes, bits).unflatten(-1, (step.shape[3], -1))
     return floats.mul_(step * 2.0**-bits).add_(zero + step).flatten(-2)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .layout import in_blocks, token_block
+from .layout import in_blocks, scale_words, token_block
 from .triton_append import append_kernel
 from .triton_attention import Meta, attention_kernel
 from .triton_config import (
@@ -74,11 +74,12 @@ def _append(key_codes, key_scales, key, value_codes, value_scales, value, start,
         in_blocks(codes, scales, start, length)
     if length == 0 or batch * heads == 0:
         return
+    key_words, value_words = _words(key_scales), _words(value_scales)
     least = min(APPEND_BLOCK if block == 1 else block for block in blocks)
     append_kernel[(_ceil_div(length, least), batch * heads, stores)](
-        key_codes, key_scales, key, value_codes, value_scales, value,
-        _code_strides(key_codes), _word_strides(key_scales), key.stride(),
-        _code_strides(value_codes), _word_strides(value_scales), value.stride(),
+        key_codes, key_words, key, value_codes, value_words, value,
+        _code_strides(key_codes), key_words.stride()[:3], key.stride(),
+        _code_strides(value_codes), value_words.stride()[:3], value.stride(),
         heads, length, start, APPEND_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
         value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]), *blocks,
@@ -96,9 +97,9 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
         scales[:, :, :, to : to + count] = scales[:, :, :, first : first + count].clone()
         return
     batch, heads, _, width = codes.shape
-    groups = scales.shape[2]
+    words, groups = _words(scales), scales.shape[2]
     move_kernel[(_ceil_div(distance, MOVE_BLOCK), batch * heads, 2)](
-        codes, scales, _code_strides(codes), _word_strides(scales), heads, source, destination, length, distance,
+        codes, words, _code_strides(codes), words.stride()[:3], heads, source, destination, length, distance,
         width, _power_of_2(width), groups, _power_of_2(groups), token_block(codes, scales), MOVE_BLOCK,
     )  # fmt: skip
 
@@ -115,10 +116,11 @@ def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, 
 def _dequantize(key_codes, key_scales, key, value_codes, value_scales, value, columns, start, stop, first, key_bits,
                 value_bits, stores, n_columns) -> None:  # fmt: skip
     batch, heads, total, head_dim = key.shape
+    key_words, value_words = _words(key_scales), _words(value_scales)
     dequantize_kernel[(_ceil_div(stop - start, DEQUANTIZE_BLOCK), batch * heads, stores)](
-        key_codes, key_scales, key, columns, value_codes, value_scales, value,
-        _code_strides(key_codes), _word_strides(key_scales), key.stride()[:3],
-        _code_strides(value_codes), _word_strides(value_scales), value.stride()[:3],
+        key_codes, key_words, key, columns, value_codes, value_words, value,
+        _code_strides(key_codes), key_words.stride()[:3], key.stride()[:3],
+        _code_strides(value_codes), value_words.stride()[:3], value.stride()[:3],
         heads, start, stop - start, first, total, DEQUANTIZE_BLOCK,
         key_bits, key_scales.shape[2], head_dim, eighth_lanes(head_dim),
         value_bits, value_scales.shape[2], value.shape[3], eighth_lanes(value.shape[3]),
@@ -315,12 +317,14 @@ def _launch(meta: Meta, query, key, value, mask, output, lse, scale, options, st
         shifts += [start - column, column + stop - start]
         column += stop - start
     shifts = (shifts + [0] * 7)[:7]
-    words = _word_strides if meta.CACHED == "packed" else _code_strides
+    if meta.CACHED == "packed":
+        key_scales, value_scales = _words(key_scales), _words(value_scales)
     attention_kernel[(grid_rows, batch * grid_heads, splits)](
         query, key_store, key_scales, value_store, value_scales, prepared, bias, key, value,
         query if mask is None else mask, target, target_lse,
-        query.stride()[:3], prepared.stride()[:2], _code_strides(key_store), words(key_scales),
-        _code_strides(value_store), words(value_scales), bias.stride()[:3], key.stride()[:3], value.stride()[:3],
+        query.stride()[:3], prepared.stride()[:2], _code_strides(key_store), _code_strides(key_scales),
+        _code_strides(value_store), _code_strides(value_scales),
+        bias.stride()[:3], key.stride()[:3], value.stride()[:3],
         (0, 0, 0, 0) if mask is None else mask.stride(), output_strides, lse_strides,
         grid_heads, heads // kv_heads, rows, length, key.shape[2], n_cached, *shifts, per_split, scale, meta, **options,
     )  # fmt: skip
@@ -377,9 +381,10 @@ def _code_strides(codes: Tensor) -> tuple[int, ...]:
     return codes.stride()[:3]
 
 
-def _word_strides(scales: Tensor) -> tuple[int, ...]:
-    """Strides of (batch, head, group) in pairs; the kernels address a token's pair as one 32-bit word."""
-    strides = scales.stride()
-    if strides[3:] != (2, 1) or any(s % 2 for s in strides[:3]) or scales.storage_offset() % 2:
-        raise ValueError(f"scales [B, H, G, S, 2] are stored token by token as pairs; found strides {strides}")
-    return tuple(s // 2 for s in strides[:3])
+def _words(scales: Tensor) -> Tensor:
+    """Scales as words, see `triton_tiles`: `[B, H, G, T]`, token by token."""
+    numbers, strides = scales.shape[4], scales.stride()
+    together = strides[3] == numbers and (numbers == 1 or strides[4] == 1)
+    if not together or any(s % numbers for s in (*strides[:3], scales.storage_offset())):
+        raise ValueError(f"scales {list(scales.shape)} are stored token by token; found strides {strides}")
+    return scale_words(scales)

@@ -15,20 +15,20 @@ from .triton_rotate import rotate_kernel
 def rotate(x: Tensor) -> Tensor:
     """As `quantizers.rotate`."""
     output = torch.empty_like(x)
-    return output if _launch(x, output, 0, 1) else quantizers.rotate(x)
+    return output if _launch(x, output, 0, 1, False) else quantizers.rotate(x)
 
 
-def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
+def round_unbiased(x: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
     """As `quantizers.round_unbiased`; where sums are added in another order, some channels go to the next level."""
     head_dim = x.shape[-1]
     if head_dim % group_size == 0 and group_size & (group_size - 1) == 0:
         output = x.new_empty(x.shape, dtype=torch.float32)
-        if _launch(x, output, bits, group_size):
+        if _launch(x, output, bits, group_size, symmetric):
             return output
-    return quantizers.round_unbiased(x, bits, group_size)
+    return quantizers.round_unbiased(x, bits, group_size, symmetric)
 
 
-def _launch(x: Tensor, output: Tensor, bits: int, group_size: int) -> bool:
+def _launch(x: Tensor, output: Tensor, bits: int, group_size: int, symmetric: bool) -> bool:
     """Whether the kernel takes `x`: tokens `[B, H, n, D]`, and runs of 16 to 512 channels."""
     head_dim = x.shape[-1]
     order = head_dim & -head_dim
@@ -41,6 +41,6 @@ def _launch(x: Tensor, output: Tensor, bits: int, group_size: int) -> bool:
         limit = quantizers.NORMAL_RANGE[bits] if bits else 0.0
         rotate_kernel[(-(-length // block), batch * heads)](
             x, output, x.stride(), output.stride(), heads, length, block, head_dim, lanes, order, bits, group_size,
-            0.0 if math.isinf(limit) else limit,
+            0.0 if math.isinf(limit) else limit, symmetric,
         )  # fmt: skip
     return True

@@ -12,7 +12,10 @@ for _name, _kernel in (("to_grid", to_grid), ("from_grid", from_grid)):
     library.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"jkv::{_name}", lambda x, *_: x.new_empty(x.shape), lib=library)
 
-library.define("round_rotated(Tensor x, int bits, int group_size) -> Tensor", tags=(torch.Tag.flexible_layout,))
+library.define(
+    "round_rotated(Tensor x, int bits, int group_size, bool symmetric=False) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
 library.impl("round_rotated", _without_autocast(round_rotated), "CompositeExplicitAutograd")
 torch.library.register_fake("jkv::round_rotated", lambda x, *_: x.new_empty(x.shape, dtype=torch.float32), lib=library)
 

@@ -21,7 +21,7 @@ def append_at(codes: Tensor, scales: Tensor, source: Tensor, positions: Tensor, 
     """Quantize token i of `source` `[B, H, n, D]` into token `positions[i]` of a packed cache, in place.
 
     Args:
-        codes, scales: as for `ops.append`, mutated; one pair of scales per token.
+        codes, scales: as for `ops.append`, mutated; scales for each token.
         source: float32, float16 or bfloat16, any strides.
         positions: int64 or int32 `[n]`, each different, on the cache's device.
         bits: 2, 3, 4 or 8.
@@ -32,7 +32,7 @@ def append_at(codes: Tensor, scales: Tensor, source: Tensor, positions: Tensor, 
     batch, heads, _, width = codes.shape
     tokens = source.shape[2]
     new_codes = codes.new_empty(batch, heads, tokens, width)
-    new_scales = scales.new_empty(batch, heads, scales.shape[2], tokens, 2)
+    new_scales = scales.new_empty(batch, heads, scales.shape[2], tokens, scales.shape[4])
     torch.ops.jkv.append(new_codes, new_scales, source, 0, bits)
     positions = positions.long()
     codes.index_copy_(2, positions, new_codes)
@@ -80,7 +80,8 @@ def _extend_fake(codes, scales, ranges, source, bits):
     for start, stop in zip(ranges[::2], ranges[1::2]):
         tokens = tokens + stop - start
     batch, heads, _, width = codes.shape
-    return codes.new_empty(batch, heads, tokens, width), scales.new_empty(batch, heads, scales.shape[2], tokens, 2)
+    _, _, groups, _, numbers = scales.shape
+    return codes.new_empty(batch, heads, tokens, width), scales.new_empty(batch, heads, groups, tokens, numbers)
 
 
 for _key in ("CPU", "CUDA"):

@@ -222,7 +222,13 @@ def _signature(kernel: Any, **types: Any) -> dict[str, Any]:
 
 
 def _compile_attention(
-    target: str, rows: int = 8192, head_dim: int = 128, group: int = 32, dtype: str = "*bf16", **meta: Any
+    target: str,
+    rows: int = 8192,
+    head_dim: int = 128,
+    group: int = 32,
+    dtype: str = "*bf16",
+    words: str = "*i32",
+    **meta: Any,
 ):
     table, options = tile(target, head_dim, head_dim, rows, dtype == "*fp32")
     groups = head_dim // group
@@ -230,16 +236,18 @@ def _compile_attention(
         KEY_GROUPS=groups, VALUE_GROUPS=groups, COLUMNS=max(16, 2 * triton.next_power_of_2(groups)), **meta
     )
     table = table._replace(PREPARED=ARCHITECTURES[target].prepared and table.CACHED != "none" and table.BLOCK_M >= 64)
-    store = "*fp16" if table.CACHED == "dense" else "*u8"
+    store, scales = ("*fp16", "*fp16") if table.CACHED == "dense" else ("*u8", words)
     signature = _signature(
         attention_kernel, p_query=dtype, p_key=dtype, p_value=dtype,
-        p_key_store=store, p_value_store=store, p_key_scales="*fp16", p_value_scales="*fp16",
+        p_key_store=store, p_value_store=store, p_key_scales=scales, p_value_scales=scales,
         p_prepared="*fp16", p_bias="*fp32", p_mask="*u8", p_output="*fp32" if table.SPLIT else dtype, p_lse="*fp32",
     )  # fmt: skip
     return compile_for(TARGETS[target], attention_kernel, signature, {"META": table}, **options)
 
 
-def _compile_append(target: str, kernel: Any = append_kernel, head_dim: int = 128, **constants: int):
+def _compile_append(
+    target: str, kernel: Any = append_kernel, head_dim: int = 128, words: str = "*i32", **constants: int
+):
     constants = {
         "BLOCK": APPEND_BLOCK if kernel is append_kernel else DEQUANTIZE_BLOCK, "KEY_BITS": 2,
         "KEY_GROUPS": head_dim // 32, "HEAD_DIM": head_dim,
@@ -247,7 +255,7 @@ def _compile_append(target: str, kernel: Any = append_kernel, head_dim: int = 12
         "VALUE_EIGHTH": eighth_lanes(head_dim), "KEY_TOKEN_BLOCK": 1, "VALUE_TOKEN_BLOCK": 1, **constants,
     }  # fmt: skip
     types: dict[str, Any] = dict.fromkeys(("p_key_codes", "p_value_codes"), "*u8")
-    types |= dict.fromkeys(("p_key_scales", "p_value_scales"), "*fp16")
+    types |= dict.fromkeys(("p_key_scales", "p_value_scales"), words)
     if kernel is append_kernel:
         types |= dict.fromkeys(("key_strides", "value_strides"), ("i32",) * 4)
     else:
@@ -273,17 +281,20 @@ def _compile_merge(target: str):
 
 
 def _compile_move(target: str):
-    signature = _signature(move_kernel, p_codes="*u8", p_scales="*fp16")
+    signature = _signature(move_kernel, p_codes="*u8", p_scales="*i32")
     constants = {"WIDTH": 32, "WIDTH_PADDED": 32, "GROUPS": 4, "GROUPS_PADDED": 4, "TOKEN_BLOCK": 1}
     constants["BLOCK"] = MOVE_BLOCK
     return compile_for(TARGETS[target], move_kernel, signature, constants, num_warps=4)
 
 
-def _compile_rotate(target: str, head_dim: int = 128, group: int = 64, dtype: str = "*bf16", BITS: int = 2):
+def _compile_rotate(
+    target: str, head_dim: int = 128, group: int = 64, dtype: str = "*bf16", BITS: int = 2, symmetric: bool = False
+):
     lanes = triton.next_power_of_2(head_dim)
     constants = {
         "BLOCK": ROTATE_LANES // lanes, "HEAD_DIM": head_dim, "LANES": lanes,
         "ORDER": head_dim & -head_dim, "BITS": BITS, "GROUP": group, "LIMIT": 1.494 if BITS else 0.0,
+        "SYMMETRIC": symmetric,
     }  # fmt: skip
     signature = _signature(rotate_kernel, p_source=dtype, p_target="*fp32" if BITS else dtype)
     return compile_for(TARGETS[target], rotate_kernel, signature, constants, num_warps=4)
@@ -313,6 +324,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused_8_bits": (_compile_attention, {**_FUSED, "KEY_BITS": 8, "VALUE_BITS": 8}),
     "fused_group_64": (_compile_attention, {**_FUSED, "group": 64}),
     "fused_group_128": (_compile_attention, {**_FUSED, "group": 128}),
+    "fused_symmetric": (_compile_attention, {**_FUSED, "group": 64, "words": "*i16"}),
     "fused_head_dim_64": (_compile_attention, {**_FUSED, "head_dim": 64}),
     "fused_head_dim_96": (_compile_attention, {**_FUSED, "head_dim": 96}),
     "fused_head_dim_256": (_compile_attention, {**_FUSED, "head_dim": 256}),
@@ -331,6 +343,8 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "round_unbiased_head_dim_256": (_compile_rotate, {"head_dim": 256}),
     "append_kv_3_bits": (_compile_append, {"KEY_BITS": 3}),
     "append_kv_head_dim_96": (_compile_append, {"head_dim": 96}),
+    "append_kv_symmetric": (_compile_append, {"words": "*i16"}),
+    "round_unbiased_symmetric": (_compile_rotate, {"symmetric": True}),
 }
 """Shown with `--all`."""
 

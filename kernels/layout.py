@@ -14,6 +14,13 @@ A packed cache of logical shape `[B, H, S, D]` (batch, key/value heads, tokens, 
   (1 + c/2^bits is a float16 whose mantissa *is* the code.) Scales are token-contiguous: kernels load them as vectors.
   In general scales are `[B, H, G, T, 2]` with one pair per `D / G` channels and `S / T` tokens: T = S above;
   per-channel steps over blocks of tokens (KIVI) have G = D and T = S / block.
+
+A *symmetric* cache stores no zero points: its scales are `[B, H, G, T, 1]`, step' alone, and that last dimension is how
+everything tells it from the others. Its 2^bits levels lie around 0, which is none of them:
+
+      x̂ = Δ · (c - (2^bits - 1) / 2),       that is, zero' = -(3 · 2^bits - 1) / (2 · 2^bits) · step'
+
+Both are exact in float32. A step of 0 is how it holds zeros.
 """
 
 from __future__ import annotations
@@ -57,8 +64,34 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return codes
 
 
+def is_symmetric(scales: Tensor) -> bool:
+    """Whether scales are steps alone, and zero points are implied."""
+    return scales.shape[-1] == 1
+
+
+def step_and_zero(scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """step' and zero' of scales `[…, 2]` or `[…, 1]`, float32 `[…]`."""
+    step = scales[..., 0].float()
+    return step, step * implied_zero(bits) if is_symmetric(scales) else scales[..., 1].float()
+
+
+def implied_zero(bits: int) -> float:
+    """zero' of a symmetric cache, in units of step'."""
+    return -(3 * 2**bits - 1) / (2 * 2**bits)
+
+
+def scale_word(scales: Tensor) -> torch.dtype:
+    """The integer that takes as many bytes as a group's scales: int32, or int16 of a symmetric cache."""
+    return torch.int16 if is_symmetric(scales) else torch.int32
+
+
+def scale_words(scales: Tensor) -> Tensor:
+    """Scales as such integers `[B, H, G, T]`; a view."""
+    return scales.view(scale_word(scales)).squeeze(-1)
+
+
 def token_block(codes: Tensor, scales: Tensor) -> int:
-    """How many tokens share a pair of scales: 1, or more where steps are those of channels."""
+    """How many tokens share their scales: 1, or more where steps are those of channels."""
     return codes.shape[2] // scales.shape[3] if scales.shape[3] else 1
 
 
@@ -74,7 +107,8 @@ def in_blocks(codes: Tensor, scales: Tensor, *tokens: int) -> list[int]:
     return [token // block for token in tokens]
 
 
-def packed_bytes(shape: tuple[int, int, int, int], bits: int, group_size: int) -> int:
+def packed_bytes(shape: tuple[int, int, int, int], bits: int, group_size: int, symmetric: bool = False) -> int:
     """Bytes of a packed cache of logical shape `[B, H, S, D]`: codes and scales."""
     batch, heads, tokens, head_dim = shape
-    return batch * heads * tokens * (packed_width(head_dim, bits) + 4 * (head_dim // group_size))
+    scale_bytes = 2 if symmetric else 4
+    return batch * heads * tokens * (packed_width(head_dim, bits) + scale_bytes * (head_dim // group_size))

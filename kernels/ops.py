@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, quantizers
-from .layout import in_blocks
+from .layout import in_blocks, is_symmetric
 
 library = torch.library.Library("jkv", "DEF")
 _TAGS = (torch.Tag.flexible_layout,)  # kernels take any strides: Inductor need not copy inputs into a layout
@@ -73,11 +73,12 @@ library.define(
 )
 
 library.define("rotate(Tensor x) -> Tensor", tags=_TAGS)
-library.define("round_unbiased(Tensor x, int bits, int group_size) -> Tensor", tags=_TAGS)
-library.define(
-    "fill_rotated(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, int bits, float value) -> ()",
-    tags=_TAGS,
-)
+library.define("round_unbiased(Tensor x, int bits, int group_size, bool symmetric=False) -> Tensor", tags=_TAGS)
+for _name in ("fill_rotated", "fill_symmetric"):
+    library.define(
+        f"{_name}(Tensor(a!) codes, Tensor(b!) scales, SymInt start, SymInt stop, int bits, float value) -> ()",
+        tags=_TAGS,
+    )
 
 
 def _kernels(device: torch.device):
@@ -97,7 +98,8 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
     Args:
         codes: uint8 `[B, H, S, D · bits / 8]`, mutated.
         scales: float16 `[B, H, G, S, 2]`, mutated; or `[B, H, G, S / block, 2]`, where a block of tokens shares its
-            steps (with G = D, per-channel steps: KIVI, arXiv 2402.02750).
+            steps (with G = D, per-channel steps: KIVI, arXiv 2402.02750). With a last dimension of 1, the grid is
+            symmetric (`layout`); so for all operators.
         source: float32, float16 or bfloat16, any strides; must not alias the cache.
         start: first token written.
         bits: 2, 3, 4 or 8.
@@ -155,13 +157,20 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
 
 
 def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
-    """Set tokens `start … stop - 1` to a number that float16 holds exactly (zero, as a rule)."""
+    """Set tokens `start … stop - 1` to a number that float16 holds exactly (zero, as a rule).
+
+    Raises:
+        RuntimeError: the range does not lie within the cache, or is not made of whole blocks; or the cache is
+            symmetric, and the number is not zero (`quantizers.fill_symmetric` takes it).
+    """
     if not 0 <= start <= stop <= codes.shape[2]:
         raise RuntimeError(f"jkv::fill: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens")
+    if is_symmetric(scales) and value:
+        raise RuntimeError(f"jkv::fill: {value} in a symmetric cache; jkv::fill_symmetric takes other numbers than 0")
     first, last = in_blocks(codes, scales, start, stop)
     codes[:, :, start:stop] = 0
     scales[:, :, :, first:last, 0] = 0
-    scales[:, :, :, first:last, 1] = value
+    scales[:, :, :, first:last, 1:] = value
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -173,13 +182,13 @@ def rotate(x: Tensor) -> Tensor:
     return quantizers.rotate(x)
 
 
-def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
+def round_unbiased(x: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
     """See `quantizers.round_unbiased`."""
     if x.is_cuda:
         from . import gpu_rotate
 
-        return gpu_rotate.round_unbiased(x, bits, group_size)
-    return quantizers.round_unbiased(x, bits, group_size)
+        return gpu_rotate.round_unbiased(x, bits, group_size, symmetric)
+    return quantizers.round_unbiased(x, bits, group_size, symmetric)
 
 
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -445,6 +454,7 @@ for _name, _kernel, _fake in (
     ("rotate", rotate, torch.empty_like),
     ("round_unbiased", round_unbiased, lambda x, *_: x.new_empty(x.shape, dtype=torch.float32)),
     ("fill_rotated", quantizers.fill_rotated, lambda *_: None),
+    ("fill_symmetric", quantizers.fill_symmetric, lambda *_: None),
 ):
     # For every device; where there are kernels in C++ (`cpu_cpp`), they take precedence once they are installed.
     library.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")

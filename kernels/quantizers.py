@@ -10,6 +10,11 @@ the one that rounds normal numbers best (Max, 1960) instead of reaching to the e
 that its error is orthogonal to it, as in RaBitQ (arXiv 2405.12497): what is read, projected on what was written, is
 what was written, and a query along a key sees that key's score without error.
 
+`symmetric`, `symmetric_quarot` and `symmetric_unbiased` are the same three on grids around zero, which need no zero
+points: half the bytes beside the codes, 2.25 bits per channel in all at 2 bits and groups of 64. Rotated channels have
+no preferred sign, so that there is little to lose. But such a grid has no level at zero. A group of zeros is a step of
+0; a single channel among zeros, as a constant token is when it is rotated, has no close code at few bits.
+
 The correction needs each channel's step where scores are made, and some models turn or join cached keys before that
 (rotary embeddings after the read). What is dequantized has the errors' variances group by group, and rotary embeddings
 leave them alone, as long as (a) a rotation has not mixed groups of different steps, and (b) a group holds both channels
@@ -22,14 +27,15 @@ from __future__ import annotations
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .layout import pack
+from .layout import in_blocks, is_symmetric, pack
+from .reference import FLOAT16_MAX
 
-QUANTIZERS = ("rtn", "quarot", "unbiased")
+QUANTIZERS = ("rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased")
 _STORED = re.compile(f"({'|'.join(QUANTIZERS)})(/groups|/pairs([1-9][0-9]{{0,5}}))?")
 
 # Greatest level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error for normal
@@ -53,7 +59,33 @@ class Grid:
     @property
     def rotates(self) -> bool:
         """Whether what is stored are rotated channels."""
-        return self.quantizer != "rtn"
+        return self.quantizer not in ("rtn", "symmetric")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether scales are steps without zero points."""
+        return self.quantizer.startswith("symmetric")
+
+    @property
+    def scale_size(self) -> int:
+        """Numbers in a group's scales, their last dimension."""
+        return 1 if self.symmetric else 2
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether what is written goes through `round_unbiased`."""
+        return self.quantizer.endswith("unbiased")
+
+    @property
+    def fill_operator(self) -> str | None:
+        """What sets tokens to a number other than zero, by a token's bits; None, where `jkv::fill` takes any number."""
+        if self.rotates:
+            return "fill_within" if self.within else "fill_rotated"
+        return "fill_symmetric" if self.symmetric else None
+
+    def holds(self, value: float) -> bool:
+        """Whether tokens can be set to a number: not where they are rotated, and the grid has no level at zero."""
+        return value == 0 or not (self.rotates and self.symmetric)
 
     def __str__(self) -> str:
         return self.quantizer + (f"/pairs{self.pairs}" if self.pairs else "/groups" if self.within else "")
@@ -70,9 +102,9 @@ def grid_of(quantizer: str) -> Grid:
 
 def grid_within(quantizer: str, head_dim: int, group_size: int, pairs: int) -> Grid:
     """The grid for keys that are changed after they are read, `pairs` as they are turned; the plainest that will do."""
-    quantizer = grid_of(quantizer).quantizer
+    grid = Grid(grid_of(quantizer).quantizer)
     apart = pairs > group_size and pairs % group_size == 0 and head_dim % pairs == 0
-    return Grid(quantizer, apart or (quantizer != "rtn" and head_dim != group_size), pairs if apart else 0)
+    return replace(grid, within=apart or (grid.rotates and head_dim != group_size), pairs=pairs if apart else 0)
 
 
 def rotates(quantizer: str) -> bool:
@@ -116,25 +148,31 @@ def rotate(x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(_rotated(x))
 
 
-def round_unbiased(x: Tensor, bits: int, group_size: int) -> Tensor:
+def round_unbiased(x: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
     """What the quantizer `unbiased` stores of `x` `[…, D]`: rotated, on a grid of 2^bits levels per group.
 
     Both ends of a group's grid occur in it, so that `jkv::append`, which quantizes between extremes, finds this very
     grid. Its range is ± `NORMAL_RANGE` root mean squares, or from extreme to extreme where that comes closer (a group
     with an outlier, or all of one number). Then x̂ is rescaled by ‖x‖² / (x·x̂), which makes the error orthogonal to x.
 
+    `symmetric`: the extremes are plus and minus the greatest magnitude, so that the grid lies around zero; one end of
+    it occurs in the group, which is what `jkv::append` finds a symmetric grid by.
+
     Returns:
         float32, contiguous, of x's shape.
     """
-    return round_rotated(_rotated(x), bits, group_size)
+    return round_rotated(_rotated(x), bits, group_size, symmetric)
 
 
-def round_rotated(x: Tensor, bits: int, group_size: int) -> Tensor:
+def round_rotated(x: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
     """What `round_unbiased` makes of channels `[…, D]` that have been rotated already."""
     if x.shape[-1] % group_size:
         raise RuntimeError(f"groups of {group_size} channels do not divide a head of {x.shape[-1]}")
     groups = x.float().reshape(-1, group_size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     energy = groups.square().sum(-1, keepdim=True)
     limit = NORMAL_RANGE[bits] * (energy / group_size).sqrt()
     wide = _on_grid(groups, low, high, energy, bits)
@@ -167,18 +205,36 @@ def fill_rotated(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int
     """Set tokens `start … stop - 1` of a rotated cache so that, rotated back, all channels are `value`.
 
     A constant token, rotated, is value · √order in the first channel of each block and zero elsewhere: the grid's two
-    ends, and the zero is exact.
+    ends, and the zero is exact. A symmetric grid has no level at zero: only zeros can be filled in.
     """
-    if not 0 <= start <= stop <= codes.shape[2]:
-        raise RuntimeError(f"jkv::fill_rotated: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+    _check_fill("fill_rotated", codes, scales, start, stop, value)
     _fill_runs(codes, scales, start, stop, bits, value, _order(codes.shape[-1] * 8 // bits))
 
 
 def fill_within(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float) -> None:
     """`fill_rotated` of a cache whose rotation stays within each group."""
-    if not 0 <= start <= stop <= codes.shape[2]:
-        raise RuntimeError(f"jkv::fill_within: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+    _check_fill("fill_within", codes, scales, start, stop, value)
     _fill_runs(codes, scales, start, stop, bits, value, _order(codes.shape[-1] * 8 // bits // scales.shape[2]))
+
+
+def fill_symmetric(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float) -> None:
+    """Set tokens of a symmetric cache, whose channels are not rotated, to a number, as if it had been written there."""
+    _check_range("fill_symmetric", codes, start, stop)
+    first, last = in_blocks(codes, scales, start, stop)
+    codes[:, :, start:stop] = 255 if value > 0 else 0  # the greatest code, of any number of bits, or the least
+    step = min(abs(value) * 2 * 2**bits / (2**bits - 1), FLOAT16_MAX)
+    scales[:, :, :, first:last] = step if math.isfinite(value) else math.nan
+
+
+def _check_range(name: str, codes: Tensor, start: int, stop: int) -> None:
+    if not 0 <= start <= stop <= codes.shape[2]:
+        raise RuntimeError(f"jkv::{name}: tokens {start}:{stop} of a cache of {codes.shape[2]} tokens")
+
+
+def _check_fill(name: str, codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
+    _check_range(name, codes, start, stop)
+    if is_symmetric(scales) and value:
+        raise RuntimeError(f"jkv::{name}: {value} in tokens of a symmetric cache, which can be filled with zeros only")
 
 
 def _fill_runs(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float, order: int) -> None:
@@ -187,7 +243,8 @@ def _fill_runs(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, 
     token[::order] = levels - 1
     codes[:, :, start:stop] = pack(token, bits)
     step = (token.view(scales.shape[2], -1).amax(-1) > 0) * (value * order**0.5 * levels / (levels - 1))  # [G]
-    scales[:, :, :, start:stop] = torch.stack((step, -step), -1).unsqueeze(1).to(scales.dtype)
+    pairs = torch.stack((step, -step), -1)[:, : scales.shape[4]]  # zeros of a symmetric cache have a step of 0
+    scales[:, :, :, start:stop] = pairs.unsqueeze(1).to(scales.dtype)
 
 
 def _order(head_dim: int) -> int:

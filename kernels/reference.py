@@ -1,6 +1,7 @@
 """What every kernel computes, in plain float32 torch that a reader can check by eye.
 
-Quantization: asymmetric min-max per token and channel group (arXiv 2605.26266, "RTN"), on the grid of `layout`.
+Quantization: asymmetric min-max per token and channel group (arXiv 2605.26266, "RTN"), on the grid of `layout`; or
+symmetric, between plus and minus a group's greatest magnitude, where only steps are stored.
 Attention: softmax over cached keys, whose scores are corrected for the Jensen bias, and full-precision keys, whose
 scores are not (arXiv 2605.26266, Taylor and exact forms).
 """
@@ -12,45 +13,55 @@ import math
 import torch
 from torch import Tensor
 
-from .layout import pack, unpack
+from .layout import pack, step_and_zero, unpack
 
 FLOAT16_MAX = 65504.0
 
 
-def quantize(x: Tensor, bits: int, group_size: int, block: int = 1) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group_size: int, block: int = 1, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize `x` `[B, H, S, D]` (any float dtype) to `(codes, scales)` as `layout` describes them.
 
-    One pair of scales per `group_size` channels and `block` tokens: `block` 1 is per-token quantization, `group_size` 1
-    with blocks of tokens is per-channel quantization (KIVI, arXiv 2402.02750, keys). S must be a multiple of `block`.
+    One scale per `group_size` channels and `block` tokens: `block` 1 is per-token quantization, `group_size` 1 with
+    blocks of tokens is per-channel quantization (KIVI, arXiv 2402.02750, keys). S must be a multiple of `block`.
+    `symmetric`: the grid lies around zero, and scales are steps alone.
 
     Step and zero point are rounded to what is stored before the codes are computed, by true division and rounding half
-    to even, so that dequantization inverts exactly the grid the codes were chosen on. Ranges beyond float16 saturate.
+    to even, so that dequantization inverts exactly the grid the codes were chosen on. Ranges beyond float16 saturate,
+    and where `symmetric` magnitudes beyond `symmetric_max` (24564 at 2 bits, 32624 at 8).
     A group with a NaN or an infinity gets NaN scales: the damage is visible, and stays in that token's group.
     """
     groups = x.float().unflatten(-1, (-1, group_size)).unflatten(2, (-1, block))  # [B, H, T, block, G, group_size]
-    low, high = groups.amin((3, 5)), groups.amax((3, 5))  # [B, H, T, G]
     levels = 2**bits
-    step = ((high - low) * (levels / (levels - 1))).clamp(max=FLOAT16_MAX).to(torch.float16)
-    zero = (low - step.float()).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
-    finite = torch.isfinite(high - low)
-    step, zero = (t.masked_fill(~finite, float("nan")) for t in (step, zero))
-    delta = (step.float() / levels)[:, :, :, None, :, None]
-    origin = (zero.float() + step.float())[:, :, :, None, :, None]
-    codes = ((groups - origin) / delta).round().clamp(0, levels - 1)
+    if symmetric:
+        peak = groups.abs().amax((3, 5))  # [B, H, T, G]
+        step, finite = peak * (2 * levels / (levels - 1)), torch.isfinite(peak)
+    else:
+        low, high = groups.amin((3, 5)), groups.amax((3, 5))
+        step, finite = (high - low) * (levels / (levels - 1)), torch.isfinite(high - low)
+    step = step.clamp(max=FLOAT16_MAX).to(torch.float16)
+    stored = [step] if symmetric else [step, (low - step.float()).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)]
+    scales = torch.stack(stored, -1).masked_fill(~finite.unsqueeze(-1), float("nan"))  # [B, H, T, G, 2], or 1
+    step, zero = (t[:, :, :, None, :, None] for t in step_and_zero(scales, bits))
+    delta = step / levels
+    codes = ((groups - (zero + step)) / delta).round().clamp(0, levels - 1)
     codes = torch.where(delta > 0, codes, 0).to(torch.uint8)  # constant and non-finite groups: code 0
-    scales = torch.stack((step, zero), -1).transpose(2, 3)  # [B, H, G, T, 2]
-    return pack(codes.flatten(-2).flatten(2, 3), bits), scales.contiguous()
+    return pack(codes.flatten(-2).flatten(2, 3), bits), scales.transpose(2, 3).contiguous()
+
+
+def symmetric_max(bits: int) -> float:
+    """The greatest magnitude that a symmetric cache holds: steps are float16."""
+    return FLOAT16_MAX * (2**bits - 1) / (2 * 2**bits)
 
 
 def per_token(scales: Tensor, tokens: int) -> Tensor:
-    """Scales `[B, H, G, T, 2]` of a cache of `tokens` tokens, as one pair for each of them `[B, H, G, S, 2]`."""
+    """Scales `[B, H, G, T, 2]` of a cache of `tokens` tokens, repeated for each of them `[B, H, G, S, 2]`."""
     blocks = scales.shape[3]
     return scales if blocks == tokens else scales.repeat_interleave(tokens // blocks, 3)
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     """`(codes, scales)` back to float32 `[B, H, S, D]`."""
-    step, zero = per_token(scales, codes.shape[2]).float().transpose(2, 3).unbind(-1)  # [B, H, S, G]
+    step, zero = step_and_zero(per_token(scales, codes.shape[2]).transpose(2, 3), bits)  # [B, H, S, G]
     c = unpack(codes, bits).float().unflatten(-1, (step.shape[-1], -1))
     return (zero.unsqueeze(-1) + (1 + c / 2**bits) * step.unsqueeze(-1)).flatten(-2)
 

@@ -5,6 +5,10 @@ Per token and group of channels, as `reference.quantize`, whose bits it reproduc
     step'  = float16((max - min) · 2^b / (2^b - 1)),   zero' = float16(min - step')       rounded before the codes
     code   = round_half_even((x - zero' - step') / (step' / 2^b)), clamped to 0 … 2^b - 1
 
+Of a symmetric cache, whose scales are steps alone,
+
+    step'  = float16(max |x| · 2^(b+1) / (2^b - 1)),       zero' = -(3 · 2^b - 1) / 2^(b+1) · step'
+
 A group that holds a NaN or an infinity, or spans more than float32 can hold, gets NaN scales and codes 0.
 
 Where a block of tokens shares its steps (KIVI, arXiv 2402.02750, has one per channel and block), min and max are taken
@@ -18,24 +22,28 @@ import triton.language as tl
 
 FLOAT16_MAX = tl.constexpr(65504.0)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-NAN_WORD = tl.constexpr(0x7E007E00)  # a pair of float16 NaN
+NAN_STEP, NAN_PAIR = tl.constexpr(0x7E00), tl.constexpr(0x7E007E00)  # one float16 NaN, and two
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even
 
 
 @triton.jit
-def _scales_of(b_low, b_high, m_finite, BITS: tl.constexpr):
+def _scales_of(b_low, b_high, m_finite, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Stored step' and zero' of groups with the given range, their word, and whether codes may be other than 0."""
     LEVELS: tl.constexpr = 2**BITS
-    RATIO: tl.constexpr = LEVELS / (LEVELS - 1)
-    b_range = b_high - b_low
+    RATIO: tl.constexpr = (2 * LEVELS if SYMMETRIC else LEVELS) / (LEVELS - 1)
+    b_range = tl.maximum(b_high, -b_low) if SYMMETRIC else b_high - b_low
     m_finite = m_finite & (b_range <= FLOAT32_MAX)
     b_range = tl.where(m_finite, b_range, 0.0)
-    b_low = tl.where(m_finite, b_low, 0.0)
     b_step = tl.minimum(b_range * RATIO, FLOAT16_MAX).to(tl.float16)
-    b_zero = tl.minimum(tl.maximum(b_low - b_step.to(tl.float32), -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
-    b_word = b_step.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    b_word |= b_zero.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    b_word = tl.where(m_finite, b_word, NAN_WORD)
+    b_word = b_step.to(tl.int16, bitcast=True)
+    if SYMMETRIC:
+        b_zero = b_step.to(tl.float32) * (-(3 * LEVELS - 1) / (2 * LEVELS))
+        b_word = tl.where(m_finite, b_word, tl.full(b_word.shape, NAN_STEP, tl.int16))
+    else:
+        b_low = tl.where(m_finite, b_low, 0.0)
+        b_zero = tl.minimum(tl.maximum(b_low - b_step.to(tl.float32), -FLOAT16_MAX), FLOAT16_MAX).to(tl.float16)
+        b_word = (b_word.to(tl.int32) & 0xFFFF) | (b_zero.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        b_word = tl.where(m_finite, b_word, NAN_PAIR)
     return b_step.to(tl.float32), b_zero.to(tl.float32), b_word, m_finite & (b_step.to(tl.float32) > 0)
 
 
@@ -82,6 +90,7 @@ def _append_block(p_codes, p_scales, p_source, code_strides, scale_strides, sour
     N: tl.constexpr = i_token.shape[0]
     EIGHTH: tl.constexpr = HEAD_DIM // 8
     GROUP: tl.constexpr = HEAD_DIM // GROUPS
+    SYMMETRIC: tl.constexpr = p_scales.dtype.element_ty == tl.int16
     i_eighth = tl.arange(0, 8)
     i_rest = tl.arange(0, EIGHTH_PADDED)
     i_channel = i_eighth[:, None] * EIGHTH + i_rest[None, :]  # [8, EIGHTH_PADDED]
@@ -91,12 +100,14 @@ def _append_block(p_codes, p_scales, p_source, code_strides, scale_strides, sour
     b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)  # [N, 8, EIGHTH_PADDED]
     b_bad = (tl.abs(b_x) <= FLOAT32_MAX).to(tl.int32) ^ 1  # NaN compares false
 
-    p_words = p_scales.to(tl.pointer_type(tl.int32)) + i_batch * scale_strides[0] + i_head * scale_strides[1]
+    p_words = p_scales + i_batch * scale_strides[0] + i_head * scale_strides[1]
     p_words += start + i_token
     if EIGHTH == EIGHTH_PADDED:
         b_groups = tl.reshape(b_x, (N, GROUPS, GROUP))
         m_finite = tl.max(tl.reshape(b_bad, (N, GROUPS, GROUP)), 2) == 0
-        b_step, b_zero, b_word, m_coded = _scales_of(tl.min(b_groups, 2), tl.max(b_groups, 2), m_finite, BITS)
+        b_step, b_zero, b_word, m_coded = _scales_of(
+            tl.min(b_groups, 2), tl.max(b_groups, 2), m_finite, BITS, SYMMETRIC
+        )
         b_codes = _codes_of(b_groups, b_step[:, :, None], b_zero[:, :, None], m_coded[:, :, None], BITS)
         b_codes = tl.reshape(b_codes, (N, 8, EIGHTH_PADDED))
         i_group = tl.arange(0, GROUPS)
@@ -109,7 +120,7 @@ def _append_block(p_codes, p_scales, p_source, code_strides, scale_strides, sour
             b_low = tl.min(tl.min(tl.where(m_group, b_x, float("inf")), 2), 1)
             b_high = tl.max(tl.max(tl.where(m_group, b_x, -float("inf")), 2), 1)
             m_finite = tl.max(tl.max(tl.where(m_group, b_bad, 0), 2), 1) == 0
-            b_step, b_zero, b_word, m_coded = _scales_of(b_low, b_high, m_finite, BITS)
+            b_step, b_zero, b_word, m_coded = _scales_of(b_low, b_high, m_finite, BITS, SYMMETRIC)
             b_group_codes = _codes_of(b_x, b_step[:, None, None], b_zero[:, None, None], m_coded[:, None, None], BITS)
             b_codes = tl.where(m_group, b_group_codes, b_codes)
             tl.store(p_words + g * scale_strides[2], b_word, mask=m_token)
@@ -129,6 +140,7 @@ def _append_shared_steps(p_codes, p_scales, p_source, code_strides, scale_stride
     """
     EIGHTH: tl.constexpr = HEAD_DIM // 8
     GROUP: tl.constexpr = HEAD_DIM // GROUPS
+    SYMMETRIC: tl.constexpr = p_scales.dtype.element_ty == tl.int16
     i_rest = tl.arange(0, EIGHTH_PADDED)
     m_lane = tl.broadcast_to((i_rest < EIGHTH)[None, :], (8, EIGHTH_PADDED))
     i_channel = tl.arange(0, 8)[:, None] * EIGHTH + i_rest[None, :]  # [8, EIGHTH_PADDED]
@@ -153,10 +165,10 @@ def _append_shared_steps(p_codes, p_scales, p_source, code_strides, scale_stride
             b_low = tl.where(m_group, tl.min(tl.min(tl.where(m_group, b_low, float("inf")), 1), 0), b_low)
             b_high = tl.where(m_group, tl.max(tl.max(tl.where(m_group, b_high, -float("inf")), 1), 0), b_high)
             b_bad = tl.where(m_group, tl.max(tl.max(tl.where(m_group, b_bad, 0), 1), 0), b_bad)
-    b_step, b_zero, b_word, m_coded = _scales_of(b_low, b_high, b_bad == 0, BITS)
+    b_step, b_zero, b_word, m_coded = _scales_of(b_low, b_high, b_bad == 0, BITS, SYMMETRIC)
 
     i_token = start + i_block * TOKEN_BLOCK
-    p_words = p_scales.to(tl.pointer_type(tl.int32)) + i_batch * scale_strides[0] + i_head * scale_strides[1]
+    p_words = p_scales + i_batch * scale_strides[0] + i_head * scale_strides[1]
     p_words += i_channel // GROUP * scale_strides[2] + i_token // TOKEN_BLOCK
     tl.store(p_words, b_word, mask=m_lane & (i_channel % GROUP == 0))
     p_plane = p_codes + i_batch * code_strides[0] + i_head * code_strides[1]

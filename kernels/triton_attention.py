@@ -207,7 +207,7 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid: (row blocks, batch · heads, splits of the keys); with `GROUPED` they are the keys' heads.
 
-    Strides count elements, of scales their 32-bit words. With `SPLIT`, outputs are float32 partial results, which
+    Scales come as words (`triton_tiles`). With `SPLIT`, outputs are float32 partial results, which
     `merge_kernel` joins by their log-sum-exp.
     """
     i_batch = (tl.program_id(1) // grid_heads).to(tl.int64)
@@ -237,13 +237,10 @@ def attention_kernel(
         key_store = (p_keys, p_keys, key_store_strides[2], 0)
         value_store = (p_values, p_values, value_store_strides[2], 0)
         if META.CACHED == "packed" or META.CORRECTION != "none":
-            WORDS: tl.constexpr = tl.float16 if META.CACHED == "dense" and META.CORRECTION == "taylor" else tl.int32
-            p_scales = p_key_scales.to(tl.pointer_type(WORDS))
-            p_scales += i_batch * key_scale_strides[0] + i_kv_head * key_scale_strides[1]
+            p_scales = p_key_scales + i_batch * key_scale_strides[0] + i_kv_head * key_scale_strides[1]
             key_store = (p_keys, p_scales, key_store_strides[2], key_scale_strides[2])
         if META.CACHED == "packed":
-            p_scales = p_value_scales.to(tl.pointer_type(tl.int32))
-            p_scales += i_batch * value_scale_strides[0] + i_kv_head * value_scale_strides[1]
+            p_scales = p_value_scales + i_batch * value_scale_strides[0] + i_kv_head * value_scale_strides[1]
             value_store = (p_values, p_scales, value_store_strides[2], value_scale_strides[2])
         if META.PREPARED:
             p_rows = p_prepared + i_batch * prepared_strides[0] + i_head * prepared_strides[1]

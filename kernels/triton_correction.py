@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import channel_of_lane, concatenate, lane_is_used, load_dense, narrow, split_scales
+from .triton_tiles import channel_of_lane, concatenate, lane_is_used, load_dense, narrow, steps_of
 
 
 @triton.jit
@@ -65,8 +65,7 @@ def exact_bias(p_query_rows, m_row, p_scales, i_token, m_token, stride_group, so
     for i_channel in range(HEAD_DIM):
         b_q = tl.load(p_query_rows + i_channel, mask=m_row, other=0.0).to(tl.float32)
         b_words = tl.load(p_scales + i_token + i_channel // (HEAD_DIM // GROUPS) * stride_group, mask=m_token, other=0)
-        b_step, _ = split_scales(b_words)
-        b_half = b_step.to(tl.float32) * (0.5 / 2**BITS) * softmax_scale
+        b_half = steps_of(b_words).to(tl.float32) * (0.5 / 2**BITS) * softmax_scale
         b_bias += _log_sinhc(b_q[:, None] * b_half[None, :])
     return b_bias
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import channel_of_lane, lane_is_used, narrow, split_scales
+from .triton_tiles import channel_of_lane, lane_is_used, narrow, scale_up, steps_of
 
 
 @triton.jit
@@ -38,13 +38,11 @@ def _dequantize_block(p_codes, p_scales, p_output, p_columns, code_strides, scal
     else:
         b_codes = _plane(p_token, m_x, i_channel, 0, BITS, HEAD_DIM)
 
-    p_words = p_scales.to(tl.pointer_type(tl.int32)) + i_batch * scale_strides[0] + i_head * scale_strides[1]
+    p_words = p_scales + i_batch * scale_strides[0] + i_head * scale_strides[1]
     p_words += (start + i_token) // TOKEN_BLOCK
     i_group = i_channel // (HEAD_DIM // GROUPS)
     b_words = tl.load(p_words[:, None] + i_group[None, :] * scale_strides[2], mask=m_x, other=0)
-    b_step, b_zero = split_scales(b_words)
-    b_u = 1.0 + b_codes.to(tl.float32) * (1.0 / 2**BITS)
-    b_x = b_zero.to(tl.float32) + b_u * b_step.to(tl.float32)
+    b_x = scale_up(1.0 + b_codes.to(tl.float32) * (1.0 / 2**BITS), b_words, BITS)
     p_out = p_output + i_batch * output_strides[0] + i_head * output_strides[1]
     p_out += i_token.to(tl.int64) * output_strides[2]
     tl.store(p_out[:, None] + i_channel[None, :], narrow(b_x, p_output.dtype.element_ty), mask=m_x)
@@ -52,7 +50,7 @@ def _dequantize_block(p_codes, p_scales, p_output, p_columns, code_strides, scal
         GROUPS_PADDED: tl.constexpr = triton.next_power_of_2(GROUPS)
         i_column = tl.arange(0, COLUMNS)
         p_steps = p_words[:, None] + (i_column % GROUPS_PADDED % GROUPS)[None, :] * scale_strides[2]
-        b_step, _ = split_scales(tl.load(p_steps, mask=m_token[:, None], other=0))
+        b_step = steps_of(tl.load(p_steps, mask=m_token[:, None], other=0))
         b_delta = b_step.to(tl.float32) * (1.0 / 2**BITS)
         b_square = tl.minimum(b_delta * b_delta, 65504.0).to(tl.float16)
         p_out = p_columns + (i_batch_head * length + i_token) * COLUMNS

@@ -42,7 +42,7 @@ def move_kernel(p_codes, p_scales, code_strides, scale_strides, heads, source, d
         _walk(p_bytes, m_bytes, i_row, code_strides[2], source, destination, length, distance)
     else:
         i_group = tl.arange(0, GROUPS_PADDED)[None, :]
-        p_words = p_scales.to(tl.pointer_type(tl.int32)) + i_batch * scale_strides[0] + i_head * scale_strides[1]
+        p_words = p_scales + i_batch * scale_strides[0] + i_head * scale_strides[1]
         p_words = p_words + i_row + i_group * scale_strides[2]
         m_words = (i_row < distance // TOKEN_BLOCK) & (i_group < GROUPS)
         _walk(

@@ -73,8 +73,11 @@ def _on_grid(b_x, b_low, b_high, b_energy, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _round_unbiased(b_x, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
+def _round_unbiased(b_x, LEVELS: tl.constexpr, LIMIT: tl.constexpr, SYMMETRIC: tl.constexpr):
     b_low, b_high, b_energy = tl.min(b_x, 1), tl.max(b_x, 1), tl.sum(b_x * b_x, 1)
+    if SYMMETRIC:
+        b_high = tl.maximum(b_high, -b_low)
+        b_low = -b_high
     b_rounded = _on_grid(b_x, b_low, b_high, b_energy, LEVELS)
     if LIMIT > 0:
         b_limit = LIMIT * tl.sqrt(b_energy / b_x.shape[1])
@@ -88,10 +91,10 @@ def _round_unbiased(b_x, LEVELS: tl.constexpr, LIMIT: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "length"])
 def rotate_kernel(p_source, p_target, source_strides, target_strides, heads, length, BLOCK: tl.constexpr,
                   HEAD_DIM: tl.constexpr, LANES: tl.constexpr, ORDER: tl.constexpr, BITS: tl.constexpr,
-                  GROUP: tl.constexpr, LIMIT: tl.constexpr):  # fmt: skip
+                  GROUP: tl.constexpr, LIMIT: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
     """Tokens `[B, H, n, D]` to a tensor of the same shape; BITS 0 only rotates. Grid: (blocks of tokens, B · H).
 
-    LANES is D, padded to a power of two; LIMIT 0 leaves out the inner grid.
+    LANES is D, padded to a power of two; LIMIT 0 leaves out the inner grid; SYMMETRIC puts grids around zero.
     """
     i_batch = (tl.program_id(1) // heads).to(tl.int64)
     i_head = (tl.program_id(1) % heads).to(tl.int64)
@@ -102,7 +105,7 @@ def rotate_kernel(p_source, p_target, source_strides, target_strides, heads, len
     b_x = tl.load(p_rows[:, None] + (i_lane * source_strides[3])[None, :], mask=m_x, other=0.0)
     b_x = _rotated(b_x, ORDER)
     if BITS:
-        b_x = _round_unbiased(tl.reshape(b_x, (BLOCK * LANES // GROUP, GROUP)), 2**BITS, LIMIT)
+        b_x = _round_unbiased(tl.reshape(b_x, (BLOCK * LANES // GROUP, GROUP)), 2**BITS, LIMIT, SYMMETRIC)
         b_x = tl.reshape(b_x, (BLOCK, LANES))
     p_rows = p_target + i_batch * target_strides[0] + i_head * target_strides[1] + i_token * target_strides[2]
     p_out = p_rows[:, None] + (i_lane * target_strides[3])[None, :]

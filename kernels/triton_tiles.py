@@ -9,6 +9,9 @@ the identity; head_dim 96 runs as 128 lanes of which 96 are used.
 
 **Codes become float16 by bits alone**: `(c << (10 - bits)) | 0x3C00` is the float16 `1 + c / 2^bits`, and one
 multiply-add with the stored pair `(step', zero')` gives x̂. (The same in bfloat16 would cost 2-5 % error.)
+
+**Scales are words**, one per group and token: int32, a float16 pair, or of a symmetric cache int16, the step alone
+(`layout.scale_words`). Kernels tell which by the pointer's type.
 """
 
 from __future__ import annotations
@@ -193,20 +196,23 @@ def load_bytes(p_token, m_token, FIRST: tl.constexpr, PLANE_BITS: tl.constexpr, 
 
 
 @triton.jit
-def split_scales(b_words):
-    """Stored words to the float16 pair (step', zero')."""
-    b_step = (b_words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    b_zero = (b_words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return b_step, b_zero
+def steps_of(b_words):
+    """Stored words to float16 step'."""
+    return b_words.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def multiply_add(b_u, b_step, b_zero):
-    """float16 `u · step' + zero'`, rounded once."""
-    if INTERPRETED:
-        b_x = (b_u.to(tl.float32) * b_step.to(tl.float32) + b_zero.to(tl.float32)).to(tl.float16)
+def scale_up(b_u, b_words, BITS: tl.constexpr):
+    """Codes as `u = 1 + c / 2^BITS`, float16 or float32, to x̂ in the same dtype, rounded once."""
+    b_step = steps_of(b_words).to(b_u.dtype)
+    if b_words.dtype == tl.int16:  # symmetric: u + zero' / step' is a half-odd number of steps, which float16 holds
+        b_x = (b_u - (3 * 2**BITS - 1) / (2 * 2**BITS)) * b_step
     else:
-        b_x = b_u * b_step + b_zero
+        b_zero = (b_words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        if INTERPRETED:
+            b_x = (b_u.to(tl.float32) * b_step.to(tl.float32) + b_zero.to(tl.float32)).to(b_u.dtype)
+        else:
+            b_x = b_u * b_step + b_zero.to(b_u.dtype)
     return b_x
 
 
@@ -265,18 +271,18 @@ def dequantize_tile(p_codes, p_scales, i_token, m_token, stride_token, stride_gr
     i_group = tl.arange(0, GROUPS_PADDED)
     p_words = p_scales + i_token[:, None] + (i_group % GROUPS)[None, :] * stride_group
     b_words = tl.load(p_words, mask=m_token[:, None], other=0) if MASKED else tl.load(p_words)  # [N, GROUPS_PADDED]
-    b_step, b_zero = split_scales(b_words)
+    b_step = steps_of(b_words)
     b_steps = b_step
     if GROUPS == GROUPS_PADDED and EIGHTH == EIGHTH_PADDED:
         SHAPE: tl.constexpr = (N, GROUPS, HEAD_DIM // GROUPS)
         b_u = tl.reshape(b_u, SHAPE)
         if COLUMNS > GROUPS:
             b_steps = _steps_beside(b_u, b_step[:, :, None], COLUMNS)
-        b_x = multiply_add(b_u, b_step[:, :, None], b_zero[:, :, None])
+        b_x = scale_up(b_u, b_words[:, :, None], BITS)
         b_x = tl.reshape(b_x, (N, HEAD_DIM))
     elif GROUPS == 1:
-        b_x = multiply_add(b_u, b_step, b_zero)
-    else:  # groups that do not tile the padded lanes: choose each lane's pair
+        b_x = scale_up(b_u, b_words, BITS)
+    else:  # groups that do not tile the padded lanes: choose each lane's scales
         i_lane = tl.arange(0, 8 * EIGHTH_PADDED)
         i_lane_group = channel_of_lane(i_lane, EIGHTH, EIGHTH_PADDED) // (HEAD_DIM // GROUPS)
         b_lane_words = tl.load(
@@ -284,8 +290,7 @@ def dequantize_tile(p_codes, p_scales, i_token, m_token, stride_token, stride_gr
             mask=m_token[:, None],
             other=0,
         )
-        b_step, b_zero = split_scales(b_lane_words)
-        b_x = multiply_add(b_u, b_step, b_zero)
+        b_x = scale_up(b_u, b_lane_words, BITS)
     if FENCE:
         b_x = keep_here(b_x)
     return b_x, b_steps

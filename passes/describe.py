@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..kernels.layout import packed_width
+from ..kernels.layout import packed_bytes
+from ..kernels.quantizers import grid_of
 from ..report import CacheUse, Match, Rejected
 from .actions import Append, Attend, Dense, Holder, Move, Scatter, Tracking
 from .nodes import CONCATENATIONS, copied, example
@@ -17,7 +18,6 @@ from .pieces import CachePlan
 from .segments import Fresh
 
 _TORCH = str(Path(torch.__file__).parent)  # functions of torch that Dynamo looks into are not the model's
-_BYTES_PER_SCALE = 4  # a step and a zero point in float16
 
 
 def describe(
@@ -119,7 +119,9 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
         bits=plan.bits,
         group_size=plan.group_size,
         full_precision_bytes=math.prod(numbers) * holder.dtype.itemsize,
-        packed_bytes=tokens * (packed_width(head_dim, plan.bits) + head_dim // plan.group_size * _BYTES_PER_SCALE),
+        packed_bytes=packed_bytes(
+            (1, 1, tokens, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric
+        ),
     )
 
 

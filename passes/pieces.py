@@ -141,12 +141,13 @@ class Pieces:
         """What is quantized of a tensor `[B, H, n, D]` that is written to a cache, see `kernels.quantizers`."""
         plan = self.plans[holder]
         grid = grid_of(plan.quantizer)
-        if grid.quantizer != "unbiased":
+        if not grid.unbiased:
             return self.to_grid(value, holder)
+        settings = (plan.bits, plan.group_size, *([True] if grid.symmetric else []))
         if grid.within:
             value = self.to_grid(self.method("float", value), holder)
-            return self.call(ops.round_rotated.default, value, plan.bits, plan.group_size)
-        return self.call(ops.round_unbiased.default, value, plan.bits, plan.group_size)
+            return self.call(ops.round_rotated.default, value, *settings)
+        return self.call(ops.round_unbiased.default, value, *settings)
 
     def roles(self, holder: Holder) -> tuple[int, ...]:
         """The canonical axis of each of a cache's own axes."""

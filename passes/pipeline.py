@@ -16,9 +16,10 @@ from ..config import Config
 from ..geometry import same
 from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
+from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
 from ..report import GraphReport, Rejected
-from .actions import Append, Attend, Dense, Holder, Returned, Tracking
+from .actions import Append, Attend, Dense, Fill, Holder, Returned, Tracking
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
@@ -277,8 +278,16 @@ class _View:
         stores = {h.node: id(self.argument(h)._store.owner) for h in packed}
         changed = {stores[h.node] for h in packed if h.writes}
         aliased = any(list(stores.values()).count(store) > 1 for store in changed)
-        blocked = [f"{h.node.name}: {reason}" for h in packed for reason in h.blockers]
+        unheld = {h: self.not_held(h, example(h.node)._store.quantizer) for h in packed}
+        reasons = ((h, reason) for h in packed for reason in (*h.blockers, unheld[h]))
+        blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
+
+    def not_held(self, holder: Holder, quantizer: str) -> str | None:
+        """Why a cache cannot be of a quantizer: it is set to a number that this does not hold."""
+        fills = (w.value for w in self.tracking.writes if isinstance(w, Fill) and w.holder.node is holder.node)
+        value = next((v for v in fills if not grid_of(quantizer).holds(v)), None)
+        return None if value is None else f"it is filled with {value}, which quantizer={quantizer!r} cannot hold"
 
     def not_lowered(self, plans: dict[Holder, CachePlan]) -> frozenset[str]:
         """Attention that was brought into one form, and is not going to be rewritten: what it was called."""
@@ -407,6 +416,7 @@ def _adoptable(
             if isinstance(value, torch.nn.Parameter):
                 break  # learned keys: no near miss
             reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
+            reason = reason or view.not_held(holder, config.quantizer)
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))

@@ -262,10 +262,9 @@ class _Rewriter:
             elif isinstance(write, Move):
                 args = number(write.source), number(write.destination), number(write.length)
                 self.pieces.call(ops.move.default, codes, scales, *args)
-            elif write.value and grid_of(plan.quantizer).rotates:
-                fill = ops.fill_within if grid_of(plan.quantizer).within else ops.fill_rotated
+            elif write.value and (fill := grid_of(plan.quantizer).fill_operator) is not None:
                 tokens = number(write.start), number(write.stop)
-                self.pieces.call(fill.default, codes, scales, *tokens, plan.bits, float(write.value))
+                self.pieces.call(getattr(ops, fill).default, codes, scales, *tokens, plan.bits, float(write.value))
             else:
                 tokens = number(write.start), number(write.stop)
                 self.pieces.call(ops.fill.default, codes, scales, *tokens, float(write.value))

@@ -38,12 +38,16 @@ def error_bound(x: Tensor, bits: int, quantizer: str = "rtn") -> Tensor:
 
     Rounding to the grid costs Δ/2. The grid itself is off by the float16 rounding of the zero point, and its far end by
     that of the step as well: u·|low - step'| and u·range, with u = 2^-11 and step' = range · 2^b / (2^b - 1).
+    A symmetric range is from minus to plus the greatest magnitude.
     """
     order = torch.arange(x.shape[-1])  # of the stored channels
     if pairs := grid_of(quantizer).pairs:
         order = order.view(-1, 2, pairs // GROUP, GROUP // 2).transpose(1, 2).flatten()
     groups = x.double()[..., order].unflatten(-1, (-1, GROUP))
-    low, extent = groups.amin(-1), groups.amax(-1) - groups.amin(-1)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if grid_of(quantizer).symmetric:
+        low, high = -groups.abs().amax(-1), groups.abs().amax(-1)
+    extent = high - low
     step = extent * 2**bits / (2**bits - 1)
     delta = step / 2**bits * (1 + ROUNDING)
     bound = delta / 2 + ROUNDING * ((low - step).abs() + extent) + 2.0**-24
@@ -62,7 +66,7 @@ def assert_agrees(cache: Tensor, plain: Tensor, bits: int = 8) -> None:
 
 
 def packed_data(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of a packed view's codes `[b, h, n, W]` and scales `[b, h, G, n, 2]`."""
+    """Copies of a packed view's codes `[b, h, n, W]` and scales `[b, h, G, n, 2]`, or `[b, h, G, n, 1]`."""
     assert isinstance(cache, PackedKV)
     window = cache.window()
     codes, scales = cache._store._whole_box(window.starts, window.lengths)

@@ -8,6 +8,7 @@ import pytest
 
 from jkv_compile import Config, ConfigurationError, JKVError, jkv_backend
 from jkv_compile.config import PRESETS
+from jkv_compile.kernels.quantizers import grid_of
 
 BAD = {
     "width that is not packed": ({"bits": 5}, r"bits=5: expected one of \(2, 3, 4, 8\), or a pair"),
@@ -34,7 +35,7 @@ BAD = {
     "unknown inner compiler": ({"inner": "nvfuser"}, r"inner='nvfuser': expected one of .*'inductor'"),
     "unknown quantizer": (
         {"quantizer": "quarrot"},
-        r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased'\)",
+        r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased', 'symmetric', .*\)",
     ),
     "offload to where there is no memory": ({"offload": "disk"}, r"offload=.disk.: expected one of .None, .cpu.."),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
@@ -93,9 +94,10 @@ def test_preset_sets_what_is_not_given(preset):
 def test_presets_are_ordered_by_what_they_cost():
     def bits(preset):
         config = jkv_backend(preset=preset).config
-        return (config.key_bits + config.value_bits) / 2 + 32 / config.group_size
+        scales = 16 * grid_of(config.quantizer).scale_size / config.group_size
+        return (config.key_bits + config.value_bits) / 2 + scales
 
-    assert [bits(name) for name in ("quality", "balanced", "memory")] == [4.0, 3.0, 2.5]
+    assert [bits(name) for name in PRESETS] == [4.0, 3.0, 2.5, 2.25]
 
 
 def test_without_a_preset_nothing_changes():
@@ -104,5 +106,7 @@ def test_without_a_preset_nothing_changes():
 
 
 def test_unknown_preset_is_named():
-    with pytest.raises(ConfigurationError, match=r"preset='best': expected one of \('quality', 'balanced', 'memory'\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"preset='best': expected one of \('quality', 'balanced', 'memory', 'smallest'\)"
+    ):
         jkv_backend(preset="best")

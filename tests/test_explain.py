@@ -144,10 +144,11 @@ def test_settings_and_the_models_own_keywords_are_told_apart() -> None:
         explain(model, chunk(), model.new_cache(1, 64), 8, bits=5)
 
 
-def test_bytes_are_those_that_packing_takes() -> None:
-    model, backend = SelfAttention(), fresh_backend(bits=2)
+@pytest.mark.parametrize("settings", [{"bits": 2}, {"preset": "memory"}, {"preset": "smallest"}], ids=str)
+def test_bytes_are_those_that_packing_takes(settings: dict[str, Any]) -> None:
+    model, backend = SelfAttention(), fresh_backend(**{"bits": 2, **settings})
     cache = model.new_cache(1, 64)
-    caches = explain(model, chunk(), cache, 8, bits=2).caches
+    caches = explain(model, chunk(), cache, 8, **settings).caches
     with torch.no_grad():
         torch.compile(model, backend=backend)(chunk(), cache, 8)
     memory = backend.memory()

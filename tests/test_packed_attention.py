@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from jkv_compile import PackedReadWarning, is_packed, materialize, quantization_step
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import rotate
+from jkv_compile.kernels.quantizers import grid_of, rotate
 
 from .harness import fresh_backend, relative_error
 from .models import SelfAttention
@@ -29,7 +29,7 @@ def packed_cache(**settings: object) -> dict[str, torch.Tensor]:
     return cache
 
 
-@pytest.mark.parametrize("quantizer", ["rtn", "quarot", "unbiased"])
+@pytest.mark.parametrize("quantizer", ["rtn", "quarot", "unbiased", "symmetric", "symmetric_unbiased"])
 @pytest.mark.parametrize("correction", ["taylor", "none"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_is_corrected_as_its_configuration_says(quantizer: str, correction: str, inference: bool) -> None:
@@ -38,7 +38,7 @@ def test_is_corrected_as_its_configuration_says(quantizer: str, correction: str,
     query = 3 * torch.randn(2, 4, 5, 64)
     mask = torch.rand(5, 40) > 0.2
     delta = quantization_step(key)
-    keys, turned = materialize(key), query if quantizer == "rtn" else rotate(query)
+    keys, turned = materialize(key), rotate(query) if grid_of(quantizer).rotates else query
     scores = query @ keys.mT / 8 - reference.correction_bias(turned, delta, 1 / 8, correction)
     want = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ materialize(value)
     with torch.inference_mode(inference):

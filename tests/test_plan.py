@@ -21,17 +21,19 @@ def test_full_precision_sizes_are_the_published_ones(name, gib):
     assert plan.MODELS[name].full_bytes / plan.GIB == pytest.approx(gib, rel=0.01)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 64), (4, 128), (8, 32)])
-def test_packed_sizes_are_those_of_real_tensors(bits, group_size):
+def test_packed_sizes_are_those_of_real_tensors(bits, group_size, symmetric):
     model = plan.Model("tiny", 0, 3, 4, 2, 128, 50, 10)
-    codes, scales = reference.quantize(torch.randn(1, 2, 50, 128), bits, group_size)
-    assert model.cache_bytes(bits, bits, group_size) == 3 * 2 * (codes.nbytes + scales.nbytes)
+    codes, scales = reference.quantize(torch.randn(1, 2, 50, 128), bits, group_size, symmetric=symmetric)
+    assert model.cache_bytes(bits, bits, group_size, symmetric) == 3 * 2 * (codes.nbytes + scales.nbytes)
 
 
 def test_two_bits_in_groups_of_32_are_three_effective_bits():
     model = plan.MODELS["self-forcing"]
     assert 16 * model.cache_bytes(2, 2, 32) / model.full_bytes == 3.0
     assert 16 * model.cache_bytes(4, 2, 64) / model.full_bytes == 3.5
+    assert 16 * model.cache_bytes(2, 2, 64, symmetric=True) / model.full_bytes == 2.25
 
 
 @pytest.mark.parametrize("gpu", plan.GPUS)
@@ -63,6 +65,11 @@ def test_command_line_reports_sizes_and_assumptions(capsys):
     assert re.search(r"2 bits +3\.00 +1\.05 +5\.33x +yes", text)
     assert "modelled" in text and "Nothing here was measured" in text
     assert re.search(r"to the device, a chunk +28\.12 +5\.27 +5\.33x", text)
+    assert plan.main(["--group-size", "64", "--quantizer", "symmetric_unbiased"]) == 0
+    text = capsys.readouterr().out
+    assert "groups of 64 without zero points" in text
+    assert re.search(r"2 bits +2\.25 +0\.79 +7\.11x", text)
+    assert re.search(r"to the device, a chunk +28\.12 +3\.95 +7\.11x", text)
     assert plan.main(["--list"]) == 0
     assert "krea-14b" in capsys.readouterr().out
 

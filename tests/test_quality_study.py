@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from examples.quality_layers import jensen_shannon
 from examples.quality_report import interval, statements
 from examples.quality_settings import Setting, corrections, full, quick
-from examples.simulated import CORRECTIONS, Clustered, MinMax, Quantized, Symmetric, bias, nearest_centroids
+from examples.simulated import CORRECTIONS, Clustered, MinMax, Quantized, Ternary, bias, nearest_centroids
 from jkv_compile import Config, materialize, quantization_step
 from jkv_compile.adopt import adopt
 from jkv_compile.kernels.quantizers import rotate
@@ -25,12 +25,15 @@ def chunk(tokens: int = 48) -> torch.Tensor:
 @pytest.mark.parametrize(
     "quantizer, how", [("rtn", {}), ("quarot", {"rotated": True}), ("unbiased", {"rotated": True, "unbiased": True})]
 )
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 64), (4, 64)])
-def test_the_simulation_is_what_the_package_stores(quantizer, how, bits, group_size):
+def test_the_simulation_is_what_the_package_stores(quantizer, how, symmetric, bits, group_size):
+    if symmetric:
+        quantizer = {"rtn": "symmetric"}.get(quantizer, f"symmetric_{quantizer}")
     x = chunk()
     cache = x.clone()
     store = adopt(cache, (0, 1, 2, 3), bits, Config(bits, group_size, quantizer=quantizer))
-    quantized = MinMax(bits, group_size, **how)(x)
+    quantized = MinMax(bits, group_size, symmetric=symmetric, **how)(x)
     torch.testing.assert_close(quantized.values, materialize(cache))
     torch.testing.assert_close(quantized.step[..., ::group_size], quantization_step(cache))
     assert quantized.bits == 8 * store.packed_bytes
@@ -48,17 +51,17 @@ def test_every_setting_comes_closer_than_its_mean_and_counts_its_bits(setting):
 def test_bits_by_hand():
     assert MinMax(2, 64)(chunk()).effective_bits == 2.5
     assert MinMax(2, 1, block=48)(chunk()).effective_bits == pytest.approx(2 + 32 / 48)
-    assert Symmetric(2, 64)(chunk()).effective_bits == 2.25
+    assert MinMax(2, 64, symmetric=True)(chunk()).effective_bits == 2.25
     # two centroids of 16-bit channels for 48 tokens, an index of 8 bits for each token's 64 channels, an FP8 step
-    qvg = Clustered(Symmetric(2, 64, ternary=True, scale_bits=8), centroids=2)
+    qvg = Clustered(Ternary(64, scale_bits=8), centroids=2)
     assert qvg(chunk()).effective_bits == pytest.approx(2 + 2 * 16 / 48 + 8 / 64 + 8 / 64)
 
 
 def test_grids_by_hand():
     x = torch.tensor([-1.0, -0.2, 0.1, 0.7]).view(1, 1, 1, 4)
-    ternary = Symmetric(2, 4, ternary=True)(x).values.flatten()
+    ternary = Ternary(4)(x).values.flatten()
     torch.testing.assert_close(ternary, torch.tensor([-1.0, 0.0, 0.0, 1.0]))
-    symmetric = Symmetric(2, 4)(x).values.flatten()  # ±1/3, ±1
+    symmetric = MinMax(2, 4, symmetric=True)(x).values.flatten()  # ±1/3, ±1
     torch.testing.assert_close(symmetric, torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0]), rtol=1e-3, atol=0)
 
 

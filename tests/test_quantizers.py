@@ -12,7 +12,7 @@ from torch import Tensor
 from jkv_compile import Config, PackedCacheError, PackedKV, materialize, quantization_step
 from jkv_compile.adopt import adopt
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import rotate, round_unbiased
+from jkv_compile.kernels.quantizers import grid_of, rotate, round_unbiased
 from jkv_compile.store import rebuild_store
 
 from .caches import AXES, GROUP, assert_same_bits, packed_data
@@ -140,9 +140,59 @@ def test_caches_of_different_quantizers_never_exchange_codes():
         rotated._store.move(other._store, (0, 0, 0, 0), (0, 0, 0, 0), (2, 3, 4, 64))  # type: ignore[attr-defined]
 
 
+# ---- without zero points ----
+
+
+@pytest.mark.parametrize("quantizer", ["symmetric", "symmetric_quarot", "symmetric_unbiased"])
+def test_half_of_the_bytes_beside_the_codes_are_gone(quantizer):
+    caches = [new_cache(name)[0] for name in ("rtn", quantizer)]
+    codes, scales = zip(*(packed_data(cache) for cache in caches))
+    assert codes[0].shape == codes[1].shape and scales[0].shape[:4] == scales[1].shape[:4]
+    assert (scales[0].shape[4], scales[1].shape[4]) == (2, 1)
+    assert caches[0]._store.packed_bytes - caches[1]._store.packed_bytes == scales[1].nbytes
+    assert f"quantizer='{quantizer}'" in repr(caches[1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_symmetric_caches_hold_every_constant_that_their_steps_do(bits):
+    cache, _ = new_cache("symmetric", bits)
+    most = reference.symmetric_max(bits)
+    for value in (1.0, -2.5, 100.0, 0.0, most):
+        cache[:, 2:5].fill_(value)
+        torch.testing.assert_close(materialize(cache[:, 2:5]), torch.full((2, 3, 3, 64), value), rtol=2**-11, atol=0)
+    before = packed_data(cache)
+    for value in (1.01 * most, float("-inf")):
+        with pytest.raises(PackedCacheError, match=f"expected a number of at most {most:.0f}"):
+            cache.fill_(value)
+    assert_same_bits(packed_data(cache), before)
+
+
+@pytest.mark.parametrize("quantizer", ["symmetric_quarot", "symmetric_unbiased", "symmetric_unbiased/groups"])
+def test_rotated_symmetric_caches_refuse_constants_and_take_zeros(quantizer):
+    cache, _ = within(quantizer)
+    before = packed_data(cache)
+    for write in (lambda: cache.fill_(1.5), lambda: cache[:, 2:4].masked_fill_(torch.ones(1, 2, 1, 1).bool(), -1)):
+        with pytest.raises(PackedCacheError, match="expected 0, the only constant that quantizer 'symmetric_"):
+            write()
+    assert_same_bits(packed_data(cache), before)
+    cache[:, 3:6].zero_()
+    assert not materialize(cache[:, 3:6]).any()
+    assert torch.equal(packed_data(cache[:, 6:])[0], before[0][:, :, 6:])
+
+
+@pytest.mark.parametrize("mine, others", [("rtn", "symmetric"), ("symmetric", "rtn")])
+def test_a_file_whose_zero_points_are_missing_or_too_many_is_refused(mine, others):
+    store = new_cache(mine)[0]._store  # type: ignore[attr-defined]
+    with pytest.raises(PackedCacheError, match="does not fit its data"):
+        rebuild_store(store.shape, store.strides, store.dtype, 2, store.codes, store.scales, None, others)
+
+
 # ---- grids within groups, for keys that are turned after the read ----
 
-GRIDS = ["rtn/pairs64", "quarot/groups", "quarot/pairs64", "unbiased/groups", "unbiased/pairs64"]
+GRIDS = [
+    "rtn/pairs64", "quarot/groups", "quarot/pairs64", "unbiased/groups", "unbiased/pairs64",
+    "symmetric/pairs64", "symmetric_quarot/groups", "symmetric_unbiased/groups", "symmetric_unbiased/pairs64",
+]  # fmt: skip
 
 
 def within(quantizer: str, bits: int = 2) -> tuple[Tensor, Tensor]:
@@ -154,17 +204,17 @@ def within(quantizer: str, bits: int = 2) -> tuple[Tensor, Tensor]:
 
 def on_grid(plain: Tensor, quantizer: str, bits: int = 2) -> Tensor:
     """What a cache of `[B, S, H, 128]` reads as, group by group: channels told by hand, rotated, quantized, and back."""
-    name, _, grid = quantizer.partition("/")
+    stored, (_, _, grid) = grid_of(quantizer), quantizer.partition("/")
     out = torch.empty_like(plain)
     for group in range(4):
         first = 64 * (group // 2) + 16 * (group % 2)
         channels = [*range(first, first + 16), *range(first + 32, first + 48)]
         channels = channels if grid.startswith("pairs") else list(range(32 * group, 32 * group + 32))
         x = plain[..., channels].transpose(1, 2)
-        y = x if name == "rtn" else rotate(x)
-        y = round_unbiased(x, bits, GROUP) if name == "unbiased" else y
-        y = reference.dequantize(*reference.quantize(y, bits, GROUP), bits)
-        out[..., channels] = (y if name == "rtn" else rotate(y)).transpose(1, 2)
+        y = rotate(x) if stored.rotates else x
+        y = round_unbiased(x, bits, GROUP, stored.symmetric) if stored.unbiased else y
+        y = reference.dequantize(*reference.quantize(y, bits, GROUP, symmetric=stored.symmetric), bits)
+        out[..., channels] = (rotate(y) if stored.rotates else y).transpose(1, 2)
     return out
 
 
@@ -179,8 +229,9 @@ def test_a_group_holds_what_it_is_to_hold_and_nothing_leaves_it(quantizer):
     torch.testing.assert_close(materialize(cache)[:, [9, 1]], on_grid(new[:, :2], quantizer))
     torch.testing.assert_close(materialize(cache)[:, 4:8], on_grid(new, quantizer))
     torch.testing.assert_close(materialize(cache[..., 60:70])[:, 10:], on_grid(plain, quantizer)[:, 10:, :, 60:70])
-    cache[:, 2:4].fill_(-2.5)
-    torch.testing.assert_close(materialize(cache[:, 2:4]), torch.full((2, 2, 3, 128), -2.5), rtol=1e-3, atol=0)
+    value = -2.5 if grid_of(quantizer).holds(-2.5) else 0.0
+    cache[:, 2:4].fill_(value)
+    torch.testing.assert_close(materialize(cache[:, 2:4]), torch.full((2, 2, 3, 128), value), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("quantizer", GRIDS)
@@ -203,14 +254,19 @@ def test_a_file_with_a_grid_that_does_not_fit_is_refused(quantizer):
         rebuild_store(store.shape, store.strides, store.dtype, 2, store.codes, store.scales, None, quantizer)
 
 
-@pytest.mark.parametrize("bits, bound", [(2, 0.36), (4, 0.085), (8, 0.005)])
-def test_unbiased_caches_read_back_in_their_own_basis(bits, bound):
-    cache, plain = new_cache("unbiased", bits)
+@pytest.mark.parametrize("quantizer, bits, bound", [
+    ("unbiased", 2, 0.36), ("unbiased", 4, 0.085), ("unbiased", 8, 0.005),
+    ("symmetric_unbiased", 2, 0.36), ("symmetric_unbiased", 4, 0.093), ("symmetric_unbiased", 8, 0.0055),
+])  # fmt: skip
+def test_unbiased_caches_read_back_in_their_own_basis(quantizer, bits, bound):
+    symmetric = grid_of(quantizer).symmetric
+    cache, plain = new_cache(quantizer, bits)
     assert (materialize(cache) - plain).norm() < bound * plain.norm()
     cache[:, 4:8] = plain[:, :4]
     cache[:, 7:8] = 0
-    rounded = reference.quantize(round_unbiased(plain[:, :3].transpose(1, 2), bits, GROUP), bits, GROUP)
-    want = rotate(reference.dequantize(*rounded, bits)).transpose(1, 2)
+    rounded = round_unbiased(plain[:, :3].transpose(1, 2), bits, GROUP, symmetric)
+    rounded = reference.dequantize(*reference.quantize(rounded, bits, GROUP, symmetric=symmetric), bits)
+    want = rotate(rounded).transpose(1, 2)
     torch.testing.assert_close(materialize(cache[:, 4:7]), want)
     assert torch.equal(materialize(cache[:, 7:8]), torch.zeros(2, 1, 3, 64))
 

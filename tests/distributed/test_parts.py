@@ -72,7 +72,7 @@ def test_merge_refuses_log_sum_exps_of_other_results(shape):
 
 
 @pytest.mark.parametrize("spelling", ["this package's attention", "ATen's flash attention", "after a graph break"])
-@pytest.mark.parametrize("quantizer", ["rtn", "quarot"])
+@pytest.mark.parametrize("quantizer", ["rtn", "quarot", "symmetric_unbiased"])
 def test_attention_that_hands_out_its_log_sum_exp_is_packed(spelling, quantizer):
     def forward(x: Tensor, cache: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor]:
         end = start + x.shape[1]
@@ -124,8 +124,9 @@ def test_log_sum_exp_over_keys_that_are_changed_after_the_read_is_not_corrected_
 @pytest.mark.parametrize("layout", AXES)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_the_cache_bit_for_bit(layout, bits, dtype):
-    cache, _ = new_cache(layout, bits, dtype=dtype)
+@pytest.mark.parametrize("quantizer", ["rtn", "symmetric", "symmetric_unbiased/groups"])
+def test_bytes_are_the_cache_bit_for_bit(layout, bits, dtype, quantizer):
+    cache, _ = new_cache(layout, bits, dtype=dtype, quantizer=quantizer)
     back = parallel.unpack_bytes(parallel.pack_bytes(cache))
     assert isinstance(back, PackedKV) and back._store is not cache._store
     assert_same_bits(packed_data(back), packed_data(cache))
@@ -145,12 +146,13 @@ def test_what_is_held_in_full_precision_comes_along_and_writes_go_on():
     assert torch.equal(materialize(back), materialize(cache))
 
 
-def test_bytes_of_caches_of_one_shape_are_equally_many_and_few():
-    caches = [new_cache("bshd", 2, 1, 1024, 4, 128, torch.bfloat16)[0] for _ in range(2)]
+@pytest.mark.parametrize("quantizer, bits", [("rtn", 3.0), ("symmetric_unbiased", 2.5)])
+def test_bytes_of_caches_of_one_shape_are_equally_many_and_few(quantizer, bits):
+    caches = [new_cache("bshd", 2, 1, 1024, 4, 128, torch.bfloat16, quantizer)[0] for _ in range(2)]
     caches[1].zero_()
     sizes = {parallel.pack_bytes(cache).numel() for cache in caches}
     assert len(sizes) == 1
-    assert caches[0].numel() * 2 / sizes.pop() == pytest.approx(16 / 3, rel=0.01)
+    assert caches[0].numel() * 2 / sizes.pop() == pytest.approx(16 / bits, rel=0.01)
 
 
 def test_safetensors_can_hold_the_bytes(tmp_path):

@@ -103,9 +103,10 @@ class Simulated(nn.Module):
             return torch.zeros(head_dim, *cache.shape)
         basis = _basis(quantizer, head_dim, self.group_size)  # [channel, stored channel], orthogonal
         stored = (cache.detach() @ basis).reshape(1, 1, -1, head_dim)
-        if quantizer.startswith("unbiased"):
-            stored = quantizers.round_rotated(stored, self.bits, self.group_size)
-        codes, scales = reference.quantize(stored, self.bits, self.group_size)
+        grid = quantizers.grid_of(quantizer)
+        if grid.unbiased:
+            stored = quantizers.round_rotated(stored, self.bits, self.group_size, grid.symmetric)
+        codes, scales = reference.quantize(stored, self.bits, self.group_size, symmetric=grid.symmetric)
         read = reference.dequantize(codes, scales, self.bits).view(cache.shape) @ basis.mT
         step = reference.quantization_step(scales, self.bits).repeat_interleave(self.group_size, -1).view(cache.shape)
         old = torch.zeros(cache.shape, dtype=torch.bool)
@@ -119,7 +120,8 @@ class Simulated(nn.Module):
 def _basis(quantizer: str, head_dim: int, group_size: int) -> Tensor:
     if "/" in quantizer:
         return quantizers.to_grid(torch.eye(head_dim), quantizer, group_size)
-    return torch.eye(head_dim) if quantizer == "rtn" else quantizers.rotate(torch.eye(head_dim))
+    basis = torch.eye(head_dim)
+    return quantizers.rotate(basis) if quantizers.grid_of(quantizer).rotates else basis
 
 
 def _attended_keys(model: nn.Module, args: Any, change: Callable[[list[Tensor]], None]) -> list[Tensor]:

@@ -70,6 +70,7 @@ def test_every_kernel_fits_the_shared_memory_of_its_target(records):
         ("sm_80", ("fused_head_dim_256", "fused_float32", "append_kv_head_dim_96")),
         ("sm_90", ("round_unbiased_float32", "round_unbiased_head_dim_96", "round_unbiased_head_dim_256")),
         ("gfx942", ("fused_head_dim_256",)),
+        ("sm_90", ("fused_symmetric", "append_kv_symmetric", "round_unbiased_symmetric")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

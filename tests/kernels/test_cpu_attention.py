@@ -45,6 +45,7 @@ def make(
     causal=False,
     correction="taylor",
     block=None,
+    symmetric=False,
     seed=0,
 ) -> list:
     """Arguments of `ops.attention`."""
@@ -54,9 +55,11 @@ def make(
         return torch.randn(*shape, generator=generator)
 
     kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
-    key_groups = (group_size, 1) if block is None else (1, block)  # channels, tokens
+    key_groups = (group_size, 1, symmetric) if block is None else (1, block, symmetric)  # channels, tokens
     key_cache = reference.quantize(1.5 * randn(batch, kv_heads, tokens, head_dim) + 0.3, key_bits, *key_groups)
-    value_cache = reference.quantize(randn(batch, kv_heads, tokens, value_dim), value_bits, group_size)
+    value_cache = reference.quantize(
+        randn(batch, kv_heads, tokens, value_dim), value_bits, group_size, symmetric=symmetric
+    )
     query = randn(batch, heads, length, head_dim).to(dtype)
     key, value = (randn(batch, kv_heads, current, d).to(dtype) for d in (head_dim, value_dim))
     ranges = [0, tokens] if ranges is None else ranges
@@ -126,6 +129,11 @@ CASES = {
     "per-channel key steps": {"block": 30, "head_dim": 128},
     "per-channel key steps, one query": {"block": 20, "length": 1, "ranges": [7, 131, 200, 280]},
     "uncorrected": {"correction": "none"},
+    "symmetric": {"symmetric": True, "group_size": 64},
+    "symmetric, one query": {"symmetric": True, "length": 1, "tokens": 700, "head_dim": 128, "group_size": 64},
+    "symmetric, keys 3 bits, values 8": {"symmetric": True, "key_bits": 3, "value_bits": 8, "head_dim": 96},
+    "symmetric per-channel key steps": {"symmetric": True, "block": 20, "length": 7, "ranges": [7, 131, 200, 280]},
+    "symmetric, exact correction": {"symmetric": True, "correction": "exact", "length": 7, "tokens": 40},
     "exact correction": {"correction": "exact", "length": 7, "tokens": 40},
 }
 
@@ -194,17 +202,19 @@ def test_keys_are_split_over_threads_that_would_idle(kernels, threads, length):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("length", [1, 33])
-def test_any_strides(kernels, length):
+def test_any_strides(kernels, length, symmetric):
     query, key_codes, key_scales, value_codes, value_scales, _, key, value, *rest = make(
-        batch=2, length=length, head_dim=128, mask="boolean"
+        batch=2, length=length, head_dim=128, mask="boolean", symmetric=symmetric
     )
 
     def tokens_first(x: Tensor) -> Tensor:  # [B, S, H, …] in memory
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
     batch_view = torch.cat((key_codes, key_codes))[1:3]
-    later = (value_codes[:, :, 5:], value_scales[:, :, :, 5:], [0, 200, 250, 290])
+    groups_apart = value_scales.transpose(2, 3).contiguous().transpose(2, 3)
+    later = (value_codes[:, :, 5:], groups_apart[:, :, :, 5:], [0, 200, 250, 290])
     full = (tokens_first(key), tokens_first(value), rest[0][..., 10 : 10 + 273])
     check(kernels, [tokens_first(query), batch_view, key_scales, *later, *full, *rest[1:]])
 
@@ -252,22 +262,25 @@ def test_scores_of_any_size(kernels):
     check(kernels, arguments, bound=1e-3)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
 @pytest.mark.parametrize("head_dim,group_size", [(64, 64), (96, 32), (128, 64), (256, 128)])
-def test_append_and_dequantize_are_the_reference_bit_for_bit(kernels, head_dim, group_size, bits, dtype):
+def test_append_and_dequantize_are_the_reference_bit_for_bit(kernels, head_dim, group_size, bits, dtype, symmetric):
     source = torch.randn(2, 3, 37, head_dim, generator=torch.Generator().manual_seed(0))
     source *= torch.rand(2, 3, 37, 1, generator=torch.Generator().manual_seed(1)) * 5
     source[0, 0, 0] = 1  # constant
     source[0, 1, 2, 3] = math.nan
     source[1, 1, 3, 40] = math.inf
+    source[1, 1, 4, 40] = -math.inf
     source[0, 2, 2] = 0
     source[0, 2, 3] *= 1e-5
     source = source.to(dtype)
     source[0, 2, 4, ::2] = torch.finfo(dtype).max  # saturates
-    codes, scales = reference.quantize(source, bits, group_size)
+    source[0, 2, 5, :2] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min])  # the range may be infinite
+    codes, scales = reference.quantize(source, bits, group_size, symmetric=symmetric)
     my_codes = torch.full((2, 3, 50, codes.shape[3]), 7, dtype=torch.uint8)
-    my_scales = torch.full((2, 3, head_dim // group_size, 50, 2), 7, dtype=torch.float16)
+    my_scales = torch.full((2, 3, head_dim // group_size, 50, 2 - symmetric), 7, dtype=torch.float16)
     kernels.append(my_codes, my_scales, source.transpose(1, 2).contiguous().transpose(1, 2), 7, bits)
     assert torch.equal(my_codes[:, :, 7:44], codes)
     torch.testing.assert_close(my_scales[:, :, :, 7:44], scales, rtol=0, atol=0, equal_nan=True)
@@ -278,8 +291,9 @@ def test_append_and_dequantize_are_the_reference_bit_for_bit(kernels, head_dim, 
     torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
-def test_ties_round_to_even_and_their_neighbours_do_not(kernels, bits):
+def test_ties_round_to_even_and_their_neighbours_do_not(kernels, bits, symmetric):
     levels = 2**bits
     grid = torch.arange(2 * levels - 1) / 2  # every level and every tie, at a step of 1
     ties = torch.stack((grid, grid.nextafter(grid + 1), grid.nextafter(grid - 1))).clamp(0, levels - 1)
@@ -287,8 +301,9 @@ def test_ties_round_to_even_and_their_neighbours_do_not(kernels, bits):
     source = torch.zeros(1, 1, len(rows), 64)
     for row, values in zip(source[0, 0], rows):
         row[: len(values)], row[-1] = values, levels - 1
+    source = source - (levels - 1) / 2 if symmetric else source
     source = torch.cat((source, 0.7 * source - 0.3), 2)
-    codes, scales = reference.quantize(source, bits, 64)
+    codes, scales = reference.quantize(source, bits, 64, symmetric=symmetric)
     mine, my_scales = torch.zeros_like(codes), torch.zeros_like(scales)
     kernels.append(mine, my_scales, source, 0, bits)
     assert torch.equal(mine, codes) and torch.equal(my_scales, scales)
@@ -307,9 +322,10 @@ def test_scores_that_grow_from_block_to_block(kernels, factor):
     assert error < 5e-2, f"relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("source,destination,length", [(7, 3, 30), (3, 7, 30), (0, 40, 10), (5, 5, 5), (0, 1, 0)])
-def test_move_copies_bits(kernels, source, destination, length):
-    codes, scales = reference.quantize(torch.randn(2, 3, 50, 64), 2, 32)
+def test_move_copies_bits(kernels, source, destination, length, symmetric):
+    codes, scales = reference.quantize(torch.randn(2, 3, 50, 64), 2, 32, symmetric=symmetric)
     for view in (lambda x, token: x, lambda x, token: x.transpose(1, token).contiguous().transpose(1, token)):
         mine, my_scales = view(codes.clone(), 2), view(scales.clone(), 3)
         kernels.move(mine, my_scales, source, destination, length)
@@ -336,11 +352,12 @@ def test_ranges_outside_the_cache_are_errors():
         ops.attention(*arguments)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("bits", layout.SUPPORTED_BITS)
-def test_per_channel_steps_round_to_the_nearest_level(bits):
+def test_per_channel_steps_round_to_the_nearest_level(bits, symmetric):
     x = torch.randn(1, 2, 60, 64, generator=torch.Generator().manual_seed(0))
-    codes, scales = reference.quantize(x, bits, 1, block=20)
-    assert scales.shape == (1, 2, 64, 3, 2)
+    codes, scales = reference.quantize(x, bits, 1, block=20, symmetric=symmetric)
+    assert scales.shape == (1, 2, 64, 3, 2 - symmetric)
     delta = reference.quantization_step(reference.per_token(scales, 60), bits)
     assert ((reference.dequantize(codes, scales, bits) - x).abs() <= 0.52 * delta).all()
     same = torch.zeros_like(codes), torch.zeros_like(scales)

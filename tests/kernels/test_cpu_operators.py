@@ -26,9 +26,9 @@ def installed() -> None:
 
 
 def packed(
-    tokens: int = 40, bits: int = 2, batch: int = 1, heads: int = 2, head_dim: int = 64
+    tokens: int = 40, bits: int = 2, batch: int = 1, heads: int = 2, head_dim: int = 64, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return reference.quantize(torch.randn(batch, heads, tokens, head_dim), bits, 32)
+    return reference.quantize(torch.randn(batch, heads, tokens, head_dim), bits, 32, symmetric=symmetric)
 
 
 def python_functions(call) -> set[str]:
@@ -82,12 +82,15 @@ CALLS = {
     "append": (jkv.append, lambda: (*packed(), torch.randn(1, 2, 5, 64), 3, 2)),
     "append from [B, L, H, D]": (jkv.append, lambda: (*packed(), torch.randn(1, 5, 2, 64).transpose(1, 2), 3, 2)),
     "append_kv": (jkv.append_kv, lambda: (*packed(), *packed(), *torch.randn(2, 1, 2, 5, 64), 3, 2, 2)),
+    "append, symmetric": (jkv.append, lambda: (*packed(symmetric=True), torch.randn(1, 2, 5, 64), 3, 2)),
     "move": (jkv.move, lambda: (*packed(), 2, 4, 6)),
     "fill": (jkv.fill, lambda: (*packed(), 2, 4, 0.0)),
+    "fill, symmetric": (jkv.fill, lambda: (*packed(symmetric=True), 2, 4, 0.0)),
     "dequantize": (jkv.dequantize, lambda: (*packed(), 2, 9, 2, torch.bfloat16)),
     "rotate": (jkv.rotate, lambda: (torch.randn(1, 2, 5, 96),)),
     "rotate from [B, L, H, D]": (jkv.rotate, lambda: (torch.randn(1, 5, 2, 64).bfloat16().transpose(1, 2),)),
     "round_unbiased": (jkv.round_unbiased, lambda: (torch.randn(1, 2, 5, 64).bfloat16(), 2, 32)),
+    "round_unbiased, symmetric": (jkv.round_unbiased, lambda: (torch.randn(1, 2, 5, 64), 2, 32, True)),
     "round_rotated from [B, L, H, D]": (jkv.round_rotated, lambda: (torch.randn(1, 5, 2, 64).transpose(1, 2), 3, 16)),
     "attention": (jkv.attention, attention_arguments),
     "attention from [B, L, H, D]": (jkv.attention, lambda: attention_arguments(strided=True)),
@@ -131,16 +134,17 @@ def test_inductor_calls_the_operators_without_python():
     assert python_functions(lambda: step(query, key)) == set()
 
 
+@pytest.mark.parametrize("value, symmetric", [(1.5, False), (0.0, True)], ids=["a number", "zero, symmetric"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_fill_is_the_reference(bits):
-    codes, scales = packed(bits=bits)
+def test_fill_is_the_reference(bits, value, symmetric):
+    codes, scales = packed(bits=bits, symmetric=symmetric)
     expected_codes, expected_scales = codes.clone(), scales.clone()
-    ops.fill(expected_codes, expected_scales, 3, 30, 1.5)
+    ops.fill(expected_codes, expected_scales, 3, 30, value)
     for view in (lambda x, token: x, lambda x, token: x.transpose(1, token).contiguous().transpose(1, token)):
         mine, my_scales = view(codes.clone(), 2), view(scales.clone(), 3)
-        jkv.fill(mine, my_scales, 3, 30, 1.5)
+        jkv.fill(mine, my_scales, 3, 30, value)
         assert torch.equal(mine, expected_codes) and torch.equal(my_scales, expected_scales)
-    assert (reference.dequantize(mine, my_scales, bits)[:, :, 3:30] == 1.5).all()
+    assert (reference.dequantize(mine, my_scales, bits)[:, :, 3:30] == value).all()
 
 
 ROUNDED = {
@@ -158,9 +162,10 @@ ROUNDED = {
 }
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("head_dim", [8, 64, 96, 256])
 @pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED.keys())
-def test_rotation_and_rounding_are_those_in_torch(make, head_dim):
+def test_rotation_and_rounding_are_those_in_torch(make, head_dim, symmetric):
     x = make(torch.randn(2, 3, 17, head_dim, generator=torch.Generator().manual_seed(0)))
     last_place = 4e-2 if x.dtype == torch.bfloat16 else 4e-3 if x.dtype == torch.float16 else 1e-5
     rotated, expected = jkv.rotate(x), quantizers.rotate(x)
@@ -171,8 +176,11 @@ def test_rotation_and_rounding_are_those_in_torch(make, head_dim):
             (jkv.round_unbiased, quantizers.round_unbiased),
             (jkv.round_rotated, quantizers.round_rotated),
         ):
-            got, want = operator(x, bits, min(head_dim, 32)), function(x, bits, min(head_dim, 32))
+            got, want = (f(x, bits, min(head_dim, 32), symmetric) for f in (operator, function))
             assert got.dtype == torch.float32 and got.is_contiguous()
+            if symmetric:  # zeros lie between two levels, and what is left of sums that cancel tells which
+                basis = expected if operator is jkv.round_unbiased else x
+                got, want = (torch.where(basis.abs() < 1e-5, t.abs(), t) for t in (got, want))
             away = (got - want).abs() > 1e-3 * want.abs() + 1e-4  # at a tie they may choose neighbouring levels
             assert torch.equal(got.isnan(), want.isnan()) and away.sum() <= 5e-3 * away.numel()
 

@@ -11,27 +11,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.layout import SUPPORTED_BITS, pack, packed_bytes, packed_width, unpack
+from jkv_compile.kernels.layout import SUPPORTED_BITS, pack, packed_bytes, packed_width, step_and_zero, unpack
 
 ops = torch.ops.jkv
 CORRECTIONS = ["none", "taylor", "exact"]
 
 
-def packed(tokens: int = 12, heads: int = 2, head_dim: int = 64, bits: int = 2, group_size: int = 32):
-    return reference.quantize(torch.randn(1, heads, tokens, head_dim), bits, group_size)
+def packed(
+    tokens: int = 12, heads: int = 2, head_dim: int = 64, bits: int = 2, group_size: int = 32, symmetric: bool = False
+):
+    source = torch.randn(1, heads, tokens, head_dim)
+    return reference.quantize(source, bits, group_size, symmetric=symmetric)
 
 
-def per_channel(tokens: int = 32, block: int = 8):
+def per_channel(tokens: int = 32, block: int = 8, symmetric: bool = False):
     """One step per channel and block of tokens (KIVI)."""
-    return reference.quantize(torch.randn(1, 2, tokens, 64), 2, 1, block)
+    return reference.quantize(torch.randn(1, 2, tokens, 64), 2, 1, block, symmetric)
 
 
 def attention_arguments(
-    length: int = 3, current: int = 4, ranges=(0, 4, 6, 9), mask=None, causal=False, heads: int = 4
+    length: int = 3, current: int = 4, ranges=(0, 4, 6, 9), mask=None, causal=False, heads: int = 4, symmetric=False
 ):
     """Grouped queries over two key/value heads; values with another head_dim than keys."""
+    stores = *packed(bits=3, symmetric=symmetric), *packed(head_dim=32, bits=2, symmetric=symmetric)
     return (
-        torch.randn(1, heads, length, 64), *packed(bits=3), *packed(head_dim=32, bits=2), list(ranges),
+        torch.randn(1, heads, length, 64), *stores, list(ranges),
         torch.randn(1, 2, current, 64), torch.randn(1, 2, current, 32), mask, causal, 0.125, 3, 2, "taylor",
     )  # fmt: skip
 
@@ -57,13 +61,20 @@ CALLS = {
     "append of another dtype": lambda: (*packed(bits=8), torch.randn(1, 5, 2, 64).bfloat16().transpose(1, 2), 3, 8),
     "append_kv": lambda: (*packed(), *packed(bits=4), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64), 3, 2, 4),
     "append of blocks of tokens": lambda: (*per_channel(), torch.randn(1, 2, 16, 64), 8, 2),
+    "append, symmetric": lambda: (*packed(symmetric=True), torch.randn(1, 2, 5, 64), 3, 2),
+    "append of blocks of tokens, symmetric": lambda: (*per_channel(symmetric=True), torch.randn(1, 2, 16, 64), 8, 2),
     "move": lambda: (*packed(), 2, 4, 6),
+    "move, symmetric": lambda: (*packed(symmetric=True), 2, 4, 6),
     "move of blocks of tokens": lambda: (*per_channel(), 8, 0, 16),
     "fill": lambda: (*packed(), 2, 4, 0.0),
+    "fill, symmetric": lambda: (*packed(symmetric=True), 2, 4, 0.0),
+    "fill_symmetric": lambda: (*packed(symmetric=True), 2, 4, 2, -1.5),
     "dequantize": lambda: (*packed(bits=3), 2, 9, 3, torch.bfloat16),
+    "dequantize, symmetric": lambda: (*packed(bits=3, symmetric=True), 2, 9, 3, torch.bfloat16),
     "dequantize of nothing": lambda: (*packed(bits=3), 2, 2, 3, torch.bfloat16),
     "dequantize_active": lambda: (*packed(), torch.randn(1, 2, 3, 64), torch.tensor([4, 7]), 2, 9, 2, torch.float32),
     "attention": attention_arguments,
+    "attention, symmetric": lambda: attention_arguments(symmetric=True),
     "attention without a cached range": lambda: attention_arguments(ranges=()),
     "attention with a mask": lambda: attention_arguments(mask=torch.rand(1, 1, 3, 11) < 0.8),
     "attention, causal": lambda: attention_arguments(causal=True),
@@ -80,12 +91,16 @@ CALLS = {
     "score_terms, halves": lambda: (torch.randn(2, 4, 3, 64), torch.rand(2, 2, 9, 2), 0.2, 64),
     "append_at": lambda: (*packed(), torch.randn(1, 2, 3, 64), torch.tensor([1, 7, 4]), 2),
     "extend": lambda: (*packed(), [0, 4, 6, 8], torch.randn(1, 2, 3, 64), 2),
+    "append_at, symmetric": lambda: (*packed(symmetric=True), torch.randn(1, 2, 3, 64), torch.tensor([1, 7, 4]), 2),
+    "extend, symmetric": lambda: (*packed(symmetric=True), [0, 4, 6, 8], torch.randn(1, 2, 3, 64), 2),
     "extend by nothing": lambda: (*packed(), [0, 4], torch.randn(1, 2, 0, 64), 2),
     "round_unbiased": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48),
     "round_unbiased of part of a tensor": lambda: (torch.randn(1, 5, 2, 192)[..., :64], 2, 64),
+    "round_unbiased, symmetric": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48, True),
     "fill_rotated": lambda: (*packed(), 2, 4, 2, 1.5),
     "fill_within": lambda: (*packed(), 2, 4, 2, 1.5),
     "round_rotated": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2), 2, 48),
+    "round_rotated, symmetric": lambda: (torch.randn(1, 5, 2, 96), 2, 48, True),
     "to_grid": lambda: (torch.randn(1, 5, 2, 128).bfloat16().transpose(1, 2), "quarot/pairs128", 32),
     "from_grid": lambda: (torch.randn(1, 5, 2, 128).bfloat16().transpose(1, 2), "rtn/pairs128", 32),
     "rotate": lambda: (torch.randn(1, 5, 2, 96).bfloat16().transpose(1, 2),),
@@ -233,6 +248,40 @@ def test_rounding_goes_to_the_nearest_code():
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_levels_of_a_symmetric_grid(bits):
+    """Half-odd multiples of Δ = 1: step' = 2^bits is all that is stored, and zero' = -(3 · 2^bits - 1) / 2."""
+    levels = torch.arange(2**bits) - (2**bits - 1) / 2
+    x = levels.repeat(max(1, 8 // len(levels))).view(1, 1, 1, -1)
+    codes = torch.zeros(1, 1, 1, packed_width(x.shape[3], bits), dtype=torch.uint8)
+    scales = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float16)
+    ops.append(codes, scales, x, 0, bits)
+    assert scales.item() == 2**bits and reference.quantization_step(scales, bits).item() == 1
+    assert torch.equal(unpack(codes, bits).long().flatten(), torch.arange(2**bits).repeat(max(1, 8 // len(levels))))
+    assert torch.equal(ops.dequantize(codes, scales, 0, 1, bits, torch.float32), x)
+    step, zero = step_and_zero(scales, bits)
+    assert (step.item(), zero.item()) == (2**bits, -(3 * 2**bits - 1) / 2)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_symmetric_groups_of_zeros_are_exact_and_constant_ones_to_float16(bits):
+    x = torch.tensor([0.0, 1.5, -320.0]).view(1, 1, 3, 1).expand(1, 1, 3, 32)
+    read = reference.dequantize(*reference.quantize(x, bits, 32, symmetric=True), bits)
+    assert torch.equal(read[:, :, 0], x[:, :, 0])
+    torch.testing.assert_close(read, x, rtol=2.0**-11, atol=0)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_symmetric_magnitudes_saturate_and_what_is_not_finite_becomes_nan(bits):
+    x = torch.ones(1, 1, 5, 32)
+    most = reference.symmetric_max(bits)
+    assert round(most) == {2: 24564, 3: 28658, 4: 30705, 8: 32624}[bits]
+    x[0, 0, :, 7] = torch.tensor([most, 60000.0, -3e38, math.inf, math.nan])
+    read = reference.dequantize(*reference.quantize(x, bits, 32, symmetric=True), bits)
+    assert read[0, 0, :3, 7].tolist() == [most, most, -most]
+    assert read[0, 0, 3:].isnan().all() and read[0, 0, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_constant_groups_are_exact_and_have_no_step(bits):
     x = torch.tensor([0.0, 1.5, -320.0]).view(1, 1, 3, 1).expand(1, 1, 3, 32)
     codes, scales = reference.quantize(x, bits, 32)
@@ -240,23 +289,55 @@ def test_constant_groups_are_exact_and_have_no_step(bits):
     assert not reference.quantization_step(scales, bits).any()
 
 
-def test_packed_bytes_are_those_of_the_tensors():
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_packed_bytes_are_those_of_the_tensors(symmetric):
     for bits in SUPPORTED_BITS:
-        codes, scales = packed(bits=bits, group_size=64)
-        assert packed_bytes((1, 2, 12, 64), bits, 64) == codes.nbytes + scales.nbytes
+        codes, scales = packed(bits=bits, group_size=64, symmetric=symmetric)
+        assert packed_bytes((1, 2, 12, 64), bits, 64, symmetric) == codes.nbytes + scales.nbytes
 
 
+def test_two_bits_without_zero_points_are_seven_times_smaller_than_sixteen():
+    assert 2 * 128 * 1000 / packed_bytes((1, 1, 1000, 128), 2, 64, symmetric=True) == 16 / 2.25 > 7.1
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_append_then_dequantize_is_the_reference(bits):
+def test_append_then_dequantize_is_the_reference(bits, symmetric):
     source = torch.randn(1, 2, 5, 64)
-    codes, scales = packed(bits=bits)
+    codes, scales = packed(bits=bits, symmetric=symmetric)
     before = codes.clone(), scales.clone()
     ops.append(codes, scales, source, 4, bits)
-    want = reference.dequantize(*reference.quantize(source, bits, 32), bits)
+    want = reference.dequantize(*reference.quantize(source, bits, 32, symmetric=symmetric), bits)
     assert torch.equal(ops.dequantize(codes, scales, 4, 9, bits, torch.float32), want)
     outside = [*range(4), *range(9, 12)]
     assert torch.equal(codes[:, :, outside], before[0][:, :, outside])
     assert torch.equal(scales[:, :, :, outside], before[1][:, :, :, outside])
+
+
+@pytest.mark.parametrize("value", [1.5, -2.5, 0.0, 3e5])
+def test_symmetric_caches_are_filled_as_if_they_were_written(value):
+    for bits in SUPPORTED_BITS:
+        filled, written = packed(bits=bits, symmetric=True), packed(bits=bits, symmetric=True)
+        ops.fill_symmetric(*filled, 3, 7, bits, value)
+        ops.append(*written, torch.full((1, 2, 4, 64), value), 3, bits)
+        assert torch.equal(*(ops.dequantize(*t, 3, 7, bits, torch.float32) for t in (filled, written)))
+
+
+def test_other_numbers_than_zero_take_the_operator_that_knows_of_bits():
+    codes, scales = packed(symmetric=True)
+    before = codes.clone(), scales.clone()
+    for call, message in (
+        (lambda: ops.fill(codes, scales, 0, 2, 1.5), "jkv::fill_symmetric takes"),
+        (lambda: ops.fill_rotated(codes, scales, 0, 2, 2, 1.5), "can be filled with zeros only"),
+        (lambda: ops.fill_within(codes, scales, 0, 2, 2, 1.5), "can be filled with zeros only"),
+        (lambda: ops.fill_symmetric(codes, scales, 11, 13, 2, 1.5), "tokens 11:13 of a cache of 12"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert torch.equal(codes, before[0]) and torch.equal(scales, before[1])
+    for fill, bits in ((ops.fill, ()), (ops.fill_rotated, (2,)), (ops.fill_within, (2,))):
+        fill(codes, scales, 2, 5, *bits, 0.0)
+        assert not ops.dequantize(codes, scales, 2, 5, 2, torch.float32).any()
 
 
 def test_active_range_reads_as_it_was_written():
@@ -343,11 +424,15 @@ def test_without_a_cached_range_it_is_plain_attention(correction):
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("case", ["plain", "mask", "additive mask", "causal", "one query", "no current tokens"])
+@pytest.mark.parametrize(
+    "case", ["plain", "mask", "additive mask", "causal", "one query", "no current tokens", "symmetric"]
+)
 def test_attention_is_the_reference(case, correction):
     mask = {"mask": torch.rand(1, 1, 3, 11) < 0.7, "additive mask": torch.randn(1, 4, 3, 11)}.get(case)
     length, current = (1 if case == "one query" else 3), (0 if case == "no current tokens" else 4)
-    arguments = attention_arguments(length, current, mask=mask, causal=case == "causal")[:-1]
+    arguments = attention_arguments(length, current, mask=mask, causal=case == "causal", symmetric=case == "symmetric")[
+        :-1
+    ]
     want, _ = reference.attention(*arguments, correction)
     torch.testing.assert_close(ops.attention(*arguments, correction), want, rtol=2e-4, atol=2e-4)
 

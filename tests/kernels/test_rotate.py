@@ -67,34 +67,43 @@ def test_a_large_channel_costs_less_after_rotation():
 # ---- round_unbiased ----
 
 
-def errors(x, bits, group_size):
+def errors(x, bits, group_size, symmetric=False):
     """Relative squared error of what `append` stores of x, with `unbiased` and with `quarot`."""
     rotated = rotate(x)
 
     def error(source):
-        read = reference.dequantize(*reference.quantize(source, bits, group_size), bits)
+        read = reference.dequantize(*reference.quantize(source, bits, group_size, symmetric=symmetric), bits)
         return ((read - rotated).square().sum() / rotated.square().sum()).item()
 
-    return error(round_unbiased(x, bits, group_size)), error(rotated)
+    return error(round_unbiased(x, bits, group_size, symmetric)), error(rotated)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
-def test_append_finds_the_grid_and_its_error_is_orthogonal(bits, group_size):
+def test_append_finds_the_grid_and_its_error_is_orthogonal(bits, group_size, symmetric):
     torch.manual_seed(0)
     x = torch.randn(1, 2, 50, 64)
-    stored = round_unbiased(x, bits, group_size)
-    read = reference.dequantize(*reference.quantize(stored, bits, group_size), bits)
+    stored = round_unbiased(x, bits, group_size, symmetric)
+    read = reference.dequantize(*reference.quantize(stored, bits, group_size, symmetric=symmetric), bits)
     torch.testing.assert_close(read, stored, rtol=0, atol=1e-2)  # float16 steps and zero points
     groups, rounded = (t.unflatten(-1, (-1, group_size)) for t in (rotate(x), stored))
     torch.testing.assert_close((groups * rounded).sum(-1), groups.square().sum(-1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("bits, share", [(2, 0.75), (3, 0.95), (4, 1.0), (8, 1.2)])
-def test_it_comes_closer_than_rounding_between_extremes(bits, share):
+def test_it_comes_closer_than_rounding_between_extremes(bits, share, symmetric):
     torch.manual_seed(0)
-    ours, theirs = errors(torch.randn(1, 2, 200, 64), bits, 64)
+    ours, theirs = errors(torch.randn(1, 2, 200, 64), bits, 64, symmetric)
     assert ours < share * theirs
+
+
+def test_zero_points_are_worth_little_at_two_bits_and_more_at_more():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 400, 64)
+    without, with_zeros = ([errors(x, bits, 64, symmetric)[0] for bits in (2, 4)] for symmetric in (True, False))
+    assert without[0] < 1.01 * with_zeros[0] and without[1] > 1.1 * with_zeros[1]
 
 
 def test_outliers_keep_their_size():

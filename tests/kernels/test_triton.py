@@ -28,8 +28,9 @@ FLOORS = {torch.bfloat16: 2e-3, torch.float16: 4e-4, torch.float32: 6e-4}  # rel
 TOKENS = 200
 
 
-def quantized(batch: int, heads: int, head_dim: int, bits: int, group_size: int):
-    codes, scales = reference.quantize(torch.randn(batch, heads, TOKENS, head_dim), bits, group_size)
+def quantized(batch: int, heads: int, head_dim: int, bits: int, group_size: int, symmetric: bool = False):
+    source = torch.randn(batch, heads, TOKENS, head_dim)
+    codes, scales = reference.quantize(source, bits, group_size, symmetric=symmetric)
     return codes.to(DEVICE), scales.to(DEVICE)
 
 
@@ -40,6 +41,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def check(
     batch=1, heads=1, kv_heads=1, queries=40, current=40, ranges=(5, 135), head_dim=64, value_dim=None, group=32,
     key_bits=2, value_bits=2, dtype=torch.bfloat16, mask=None, causal=False, correction="taylor", scale=None,
+    symmetric=False,
 ):  # fmt: skip
     """Attention of `gpu` against the float32 reference on the same packed data."""
     torch.manual_seed(0)
@@ -49,8 +51,8 @@ def check(
     key = torch.randn(batch, kv_heads, current, head_dim).to(DEVICE, dtype)
     value = torch.randn(batch, current, kv_heads, value_dim).to(DEVICE, dtype).transpose(1, 2)
     store = (
-        *quantized(batch, kv_heads, head_dim, key_bits, group),
-        *quantized(batch, kv_heads, value_dim, value_bits, min(group, value_dim)),
+        *quantized(batch, kv_heads, head_dim, key_bits, group, symmetric),
+        *quantized(batch, kv_heads, value_dim, value_bits, min(group, value_dim), symmetric),
     )
     columns = sum(b - a for a, b in zip(ranges[::2], ranges[1::2])) + current
     if mask == "boolean":
@@ -78,6 +80,7 @@ def architecture(monkeypatch):
     return change
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
 @pytest.mark.parametrize(
     "head_dim, group, bits, dtype",
@@ -88,7 +91,7 @@ def architecture(monkeypatch):
         (128, 64, 8, torch.bfloat16), (256, 32, 3, torch.bfloat16), (256, 256, 2, torch.float32),
     ],
 )  # fmt: skip
-def test_append_writes_the_references_bits_and_dequantize_reads_them(head_dim, group, bits, dtype, layout):
+def test_append_writes_the_references_bits_and_dequantize_reads_them(head_dim, group, bits, dtype, layout, symmetric):
     torch.manual_seed(0)
     batch, heads, tokens, start, length = 2, 2, 40, 7, 21
     source = torch.randn(batch, length, heads, head_dim) if layout == "BSHD" else None
@@ -97,9 +100,9 @@ def test_append_writes_the_references_bits_and_dequantize_reads_them(head_dim, g
     source[0, 0, 2] = 3.0  # constant groups
     source[0, 1, 3] = 0.0
     codes = torch.zeros(batch, heads, tokens, packed_width(head_dim, bits), dtype=torch.uint8, device=DEVICE)
-    scales = torch.zeros(batch, heads, head_dim // group, tokens, 2, dtype=torch.float16, device=DEVICE)
+    scales = torch.zeros(batch, heads, head_dim // group, tokens, 2 - symmetric, dtype=torch.float16, device=DEVICE)
     gpu.append(codes, scales, source, start, bits)
-    expected_codes, expected_scales = reference.quantize(source, bits, group)
+    expected_codes, expected_scales = reference.quantize(source, bits, group, symmetric=symmetric)
     written = slice(start, start + length)
     assert torch.equal(codes[:, :, written], expected_codes)
     assert torch.equal(scales[:, :, :, written], expected_scales)
@@ -119,20 +122,21 @@ def test_append_takes_a_source_whose_channels_are_not_contiguous():
     assert torch.equal(codes, reference.quantize(source, 2, 32)[0])
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("head_dim", [64, 96])
-def test_append_confines_non_finite_numbers_to_their_group(head_dim):
+def test_append_confines_non_finite_numbers_to_their_group(head_dim, symmetric):
     torch.manual_seed(0)
     source = torch.randn(1, 1, 8, head_dim, device=DEVICE)
     source[0, 0, 1, 3], source[0, 0, 2, 40], source[0, 0, 3, 40] = float("nan"), float("inf"), -float("inf")
     source[0, 0, 4, :2] = torch.tensor([3e38, -3e38])  # finite, but the range is not
     source[0, 0, 5, :2] = torch.tensor([6e4, -6e4])  # the step saturates
     codes = torch.zeros(1, 1, 8, head_dim // 4, dtype=torch.uint8, device=DEVICE)
-    scales = torch.zeros(1, 1, head_dim // 32, 8, 2, dtype=torch.float16, device=DEVICE)
+    scales = torch.zeros(1, 1, head_dim // 32, 8, 2 - symmetric, dtype=torch.float16, device=DEVICE)
     gpu.append(codes, scales, source, 0, 2)
-    expected_codes, expected_scales = reference.quantize(source, 2, 32)
+    expected_codes, expected_scales = reference.quantize(source, 2, 32, symmetric=symmetric)
     assert torch.equal(codes, expected_codes)
-    assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
-    assert scales.isnan().sum() == 2 * 4
+    assert torch.equal(scales.view(torch.int16), expected_scales.view(torch.int16))
+    assert scales.isnan().sum() == (3 if symmetric else 2 * 4)  # of steps alone the range may be infinite
 
 
 class _Launches:
@@ -168,6 +172,7 @@ def test_append_kv_is_two_appends_in_one_launch(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(joint, apart))
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize(
     "head_dim, group, block, bits, dtype",
     [
@@ -175,22 +180,22 @@ def test_append_kv_is_two_appends_in_one_launch(monkeypatch):
         (96, 32, 16, 2, torch.float32),
     ],
 )  # fmt: skip
-def test_append_of_blocks_of_tokens_that_share_steps(head_dim, group, block, bits, dtype):
+def test_append_of_blocks_of_tokens_that_share_steps(head_dim, group, block, bits, dtype, symmetric):
     """KIVI's keys (one step per channel and block) beside per-token values, in one launch; and by themselves."""
     torch.manual_seed(0)
     key, value = torch.randn(2, 1, 2, 2 * block, head_dim).to(DEVICE, dtype)
     key[0, 0, 3, 5], key[0, 1, 2, head_dim - 1], key[0, 0, block:, 7] = float("nan"), float("inf"), 2.0
     key_codes = torch.zeros(1, 2, 4 * block, packed_width(head_dim, bits), dtype=torch.uint8, device=DEVICE)
-    key_scales = torch.zeros(1, 2, head_dim // group, 4, 2, dtype=torch.float16, device=DEVICE)
+    key_scales = torch.zeros(1, 2, head_dim // group, 4, 2 - symmetric, dtype=torch.float16, device=DEVICE)
     value_codes = torch.zeros(1, 2, 4 * block, packed_width(head_dim, 2), dtype=torch.uint8, device=DEVICE)
     value_scales = torch.zeros(1, 2, 1, 4 * block, 2, dtype=torch.float16, device=DEVICE)
     alone = key_codes.clone(), key_scales.clone()
     gpu.append_kv(key_codes, key_scales, value_codes, value_scales, key, value, block, bits, 2)
     gpu.append(*alone, key, block, bits)
-    codes, scales = reference.quantize(key, bits, group, block)
+    codes, scales = reference.quantize(key, bits, group, block, symmetric)
     assert torch.equal(key_codes[:, :, block : 3 * block], codes)
-    assert torch.equal(key_scales[:, :, :, 1:3].contiguous().view(torch.int32), scales.view(torch.int32))
-    assert scales.isnan().sum() == 4  # of two groups in one block each
+    assert torch.equal(key_scales[:, :, :, 1:3].contiguous().view(torch.int16), scales.view(torch.int16))
+    assert scales.isnan().sum() == 2 * (2 - symmetric)  # of two groups in one block each
     assert torch.equal(alone[0], key_codes) and torch.equal(alone[1].view(torch.int16), key_scales.view(torch.int16))
     assert not key_codes[:, :, :block].any() and not key_scales[:, :, :, 3].any()
     codes, scales = reference.quantize(value, 2, head_dim)
@@ -216,11 +221,12 @@ MOVES = {
 }
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("name", MOVES)
-def test_move_copies_packed_tokens_bit_for_bit(name):
+def test_move_copies_packed_tokens_bit_for_bit(name, symmetric):
     torch.manual_seed(0)
     source, destination, length = MOVES[name]
-    codes, scales = quantized(2, 2, 96, 3, 32)
+    codes, scales = quantized(2, 2, 96, 3, 32, symmetric)
     expected = codes.clone(), scales.clone()
     expected[0][:, :, destination : destination + length] = codes[:, :, source : source + length]
     expected[1][:, :, :, destination : destination + length] = scales[:, :, :, source : source + length]
@@ -253,6 +259,7 @@ def test_rotation_is_a_hadamard_matrix_times_each_run_of_channels(head_dim, dtyp
     assert relative_error(rotated.cpu(), expected) < {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize(
     "head_dim, group, bits, dtype",
     [
@@ -260,11 +267,11 @@ def test_rotation_is_a_hadamard_matrix_times_each_run_of_channels(head_dim, dtyp
         (256, 256, 8, torch.float32),
     ],
 )  # fmt: skip
-def test_rounding_on_the_unbiased_grid(head_dim, group, bits, dtype):
+def test_rounding_on_the_unbiased_grid(head_dim, group, bits, dtype, symmetric):
     torch.manual_seed(0)
     x = torch.randn(1, 21, 2, head_dim).to(DEVICE, dtype).transpose(1, 2)
     x[0, 0, 2], x[0, 1, 3], x[0, 0, 4, 7] = 2.5, 0.0, 40.0
-    rounded, expected = gpu_rotate.round_unbiased(x, bits, group), quantizers.round_unbiased(x, bits, group)
+    rounded, expected = (f.round_unbiased(x, bits, group, symmetric) for f in (gpu_rotate, quantizers))
     assert rounded.dtype == torch.float32 and rounded.is_contiguous()
     assert relative_error(rounded, expected) < 3e-3 / 2**bits  # a code or two on the other side of a tie
     rotated = quantizers.rotate(x.float()).unflatten(-1, (-1, group))
@@ -303,6 +310,12 @@ def test_attention_at_every_head_dim_and_group_size(head_dim, group):
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_attention_with_bits_of_keys_and_values_apart(head_dim, key_bits, value_bits):
     check(head_dim=head_dim, key_bits=key_bits, value_bits=value_bits, queries=20, current=20)
+
+
+@pytest.mark.parametrize("head_dim, group", [(64, 64), (128, 64), (96, 32), (64, 32)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_attention_without_zero_points(head_dim, group, bits):
+    check(head_dim=head_dim, group=group, key_bits=bits, value_bits=bits, queries=20, current=20, symmetric=True)
 
 
 def test_attention_with_other_head_dims_for_values():
@@ -412,9 +425,10 @@ def test_attention_beside_a_cache_of_no_tokens():
     assert relative_error(output, expected) < FLOORS[torch.float32]
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("correction", ["none", "exact"])
-def test_attention_with_other_corrections(correction):
-    check(correction=correction, queries=16, head_dim=64)
+def test_attention_with_other_corrections(correction, symmetric):
+    check(correction=correction, queries=16, head_dim=64, symmetric=symmetric)
 
 
 def test_attention_with_a_negative_and_a_zero_scale():
@@ -429,10 +443,11 @@ def test_decode_splits_the_keys_and_merges_by_log_sum_exp(queries, heads, kv_hea
     check(queries=queries, current=70, heads=heads, kv_heads=kv_heads, ranges=(0, 100), mask="boolean", batch=2)
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["with zero points", "symmetric"])
 @pytest.mark.parametrize("head_dim, key_bits", [(64, 2), (96, 3), (128, 4)])
-def test_unpack_once_computes_the_same(head_dim, key_bits, architecture):
+def test_unpack_once_computes_the_same(head_dim, key_bits, symmetric, architecture):
     architecture(unpack_once_rows=1)
-    check(head_dim=head_dim, key_bits=key_bits, ranges=(5, 60, 100, 170))
+    check(head_dim=head_dim, key_bits=key_bits, ranges=(5, 60, 100, 170), symmetric=symmetric)
 
 
 def test_ten_thousand_queries(monkeypatch):
@@ -463,6 +478,7 @@ def test_unpack_once_works_through_the_heads_in_slabs(architecture, monkeypatch)
 def test_queries_prepared_ahead_compute_the_same(architecture):
     architecture(prepared=True)
     check(batch=2, heads=2, queries=40)
+    check(heads=2, queries=40, group=64, symmetric=True)
     check(head_dim=96, heads=2, kv_heads=1, queries=40)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from jkv_compile import NotRewrittenWarning, PackedCacheError
 from jkv_compile.kernels import reference
-from jkv_compile.kernels.quantizers import rotate, round_unbiased
+from jkv_compile.kernels.quantizers import grid_of, rotate, round_unbiased
 
+from ..caches import assert_same_bits, packed_data
 from ..harness import fresh_backend, relative_error, rewritten, run_beside, twins
 from ..idioms.test_idioms import CASES as IDIOMS
 from ..models import BrokenAttention, SelfAttention
@@ -37,7 +39,7 @@ def test_caches_in_slices_are_attended_closely(name: str) -> None:
     assert backend.memory().adopted
 
 
-@pytest.mark.parametrize("quantizer", ["quarot", "unbiased"])
+@pytest.mark.parametrize("quantizer", ["quarot", "unbiased", "symmetric_unbiased"])
 @pytest.mark.parametrize("name", IDIOMS)
 def test_other_ways_of_holding_a_cache_are_attended_closely(name: str, quantizer: str) -> None:
     steps, stable_from = IDIOMS[name]
@@ -52,12 +54,14 @@ def test_other_ways_of_holding_a_cache_are_attended_closely(name: str, quantizer
     assert backend.memory().adopted
 
 
-@pytest.mark.parametrize("quantizer", ["quarot", "unbiased"])
+@pytest.mark.parametrize("quantizer", ["quarot", "unbiased", "symmetric", "symmetric_unbiased"])
 @pytest.mark.parametrize("correction", ["none", "taylor", "exact"])
 @pytest.mark.parametrize("bits", [2, (4, 2)], ids=str)
 def test_output_is_what_the_reference_computes(bits: Any, correction: str, quantizer: str) -> None:
     """The correction is that of the rotated query and the rotated key's steps; the current chunk has none."""
     torch.manual_seed(0)
+    grid = grid_of(quantizer)
+    turned = rotate if grid.rotates else lambda x: x
     backend = fresh_backend(bits=bits, correction=correction, quantizer=quantizer)
     model = SelfAttention(kv_heads=2)
     compiled = torch.compile(model, backend=backend)
@@ -67,19 +71,18 @@ def test_output_is_what_the_reference_computes(bits: Any, correction: str, quant
     with torch.no_grad():
         for start in range(0, 40, CHUNK):
             x = 3 * torch.randn(1, CHUNK, 256)
-            q, k, v = (rotate(t.transpose(1, 2)) for t in model.project(x))
+            q, k, v = (turned(t.transpose(1, 2)) for t in model.project(x))
             got = compiled(x, cache, start)
             if history:
                 old_k, old_v = (torch.cat(t, 2) for t in zip(*history))
-                if quantizer == "unbiased":
-                    old_k, old_v = (
-                        round_unbiased(rotate(x), b, 32) for x, b in ((old_k, key_bits), (old_v, value_bits))
-                    )
-                packed = *reference.quantize(old_k, key_bits, 32), *reference.quantize(old_v, value_bits, 32)
+                packed: list[Tensor] = []
+                for x, b in ((old_k, key_bits), (old_v, value_bits)):
+                    x = round_unbiased(rotate(x), b, 32, grid.symmetric) if grid.unbiased else x
+                    packed += reference.quantize(x, b, 32, symmetric=grid.symmetric)
                 o, _ = reference.attention(
                     q, *packed, [0, start], k, v, None, False, 1 / 8, key_bits, value_bits, correction
                 )
-                assert relative_error(got, model.out(rotate(o).transpose(1, 2).flatten(2))) < 1e-4
+                assert relative_error(got, model.out(turned(o).transpose(1, 2).flatten(2))) < 1e-4
             history.append((k, v))
 
 
@@ -92,16 +95,45 @@ class Filled(SelfAttention):
         return super().forward(x, cache, start)
 
 
-def test_a_fill_in_the_graph_reads_as_the_constant() -> None:
-    backend = fresh_backend(bits=2, quantizer="quarot")
+@pytest.mark.parametrize("quantizer", ["rtn", "quarot", "symmetric"])
+def test_a_fill_in_the_graph_reads_as_the_constant(quantizer: str) -> None:
+    backend = fresh_backend(bits=2, quantizer=quantizer)
     model = Filled()
     compiled = torch.compile(model, backend=backend)
     cache = model.new_cache(1, 48)
     with torch.no_grad():
         for start in (0, CHUNK, 2 * CHUNK):
             compiled(torch.randn(1, CHUNK, 256), cache, start)
-    assert cache["k"]._store.quantizer == "quarot"
+    assert cache["k"]._store.quantizer == quantizer
     torch.testing.assert_close(cache["k"][:, 24:32].contiguous() + 0, torch.full((1, 8, 4, 64), 1.5), rtol=1e-3, atol=0)
+
+
+def test_a_cache_that_is_filled_with_what_its_quantizer_cannot_hold_stays_as_it_is() -> None:
+    backend = fresh_backend(bits=2, quantizer="symmetric_unbiased")
+    compiled, eager = twins(Filled(), backend)
+    caches = [eager.new_cache(1, 48) for _ in range(2)]
+    why = "filled with 1.5, which quantizer='symmetric_unbiased' cannot hold"
+    with torch.no_grad(), pytest.warns(NotRewrittenWarning, match=why):
+        for start in (0, CHUNK, 2 * CHUNK):
+            x = torch.randn(1, CHUNK, 256)
+            torch.testing.assert_close(compiled(x, caches[0], start), eager(x, caches[1], start))
+    assert not backend.memory().adopted
+
+
+def test_a_packed_cache_is_not_filled_with_what_its_quantizer_cannot_hold() -> None:
+    backend = fresh_backend(bits=2, quantizer="symmetric_unbiased")
+    model = SelfAttention()
+    cache, filled = model.new_cache(1, 48), Filled()
+    compiled = [torch.compile(m, backend=backend) for m in (model, filled)]
+    with torch.no_grad():
+        for start in (0, CHUNK):
+            compiled[0](torch.randn(1, CHUNK, 256), cache, start)
+        before = packed_data(cache["k"])
+        told = pytest.warns(NotRewrittenWarning, match="which quantizer='symmetric_unbiased' cannot hold")
+        with told, pytest.raises(PackedCacheError, match="expected 0, the only constant"):
+            compiled[1](torch.randn(1, CHUNK, 256), cache, 2 * CHUNK)
+    assert_same_bits(packed_data(cache["k"]), before)
+    assert backend.reports[-1].outcome == "eager"
 
 
 class TestGraphs(expecttest.TestCase):

@@ -230,6 +230,6 @@ def draw(rng: random.Random) -> Program:
         breaks_at=rng.randrange(len(steps)) if rng.random() < 0.15 else -1,
         dynamic=rng.choice((None, None, None, None, True, False)),
         inference=rng.random() < 0.2,
-        quantizer=rng.choice(("rtn", "rtn", "rtn", "quarot", "unbiased")),
+        quantizer=rng.choice(("rtn", "rtn", "rtn", "quarot", "unbiased", "symmetric", "symmetric_unbiased")),
         packed=rng.random() < 0.7,
     )

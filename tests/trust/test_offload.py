@@ -210,15 +210,18 @@ def test_bytes_are_counted_exactly() -> None:
     assert now.full_from_device - before.full_from_device == 2 * LAYERS * CHUNK * FULL
 
 
-@pytest.mark.parametrize("group_size, preset, ratio", [(32, None, 5 + 1 / 3), (64, None, 6.4), (64, "memory", 6.4)])
-def test_as_much_less_moves_as_is_stored(group_size: int, preset: str | None, ratio: float) -> None:
-    backend = fresh_backend(bits=2, preset=preset, group_size=group_size, offload="cpu")
+@pytest.mark.parametrize("settings, ratio", [
+    ({"group_size": 32}, 5 + 1 / 3), ({"group_size": 64}, 6.4), ({"group_size": 64, "preset": "memory"}, 6.4),
+    ({"group_size": 64, "preset": "smallest"}, 16 / 2.25),
+], ids=str)  # fmt: skip
+def test_as_much_less_moves_as_is_stored(settings: dict[str, Any], ratio: float) -> None:
+    backend = fresh_backend(bits=2, offload="cpu", **settings)
     backend._state.stores.offload = Offload()
-    model = SelfAttention(heads=2).bfloat16().requires_grad_(False)
+    model = SelfAttention(heads=4).bfloat16().requires_grad_(False)  # steps of a token then take 8 bytes, as rows do
     compiled, caches = torch.compile(model, backend=backend), [model.new_cache(1, TOKENS, torch.bfloat16) for _ in "ab"]
     for start in range(0, 4 * CHUNK, CHUNK):
         for cache in caches:
-            compiled(torch.randn(1, CHUNK, DIM).bfloat16(), cache, start)
+            compiled(torch.randn(1, CHUNK, 2 * DIM).bfloat16(), cache, start)
     assert traffic(backend).ratio == pytest.approx(ratio)
     assert "moved to the device" in str(backend.memory())
     assert backend.memory().to_dict()["traffic"]["to_device"] == traffic(backend).to_device
@@ -313,7 +316,7 @@ class OffloadedMachine(PackedCacheMachine):
         layout=st.sampled_from(sorted(AXES)),
         batch=st.integers(1, 2),
         seed=st.integers(0, 2**16),
-        quantizer=st.sampled_from(["rtn", "rtn/pairs64"]),
+        quantizer=st.sampled_from(["rtn", "rtn/pairs64", "symmetric", "symmetric/pairs64"]),
     )
     def allocate(self, layout: str, batch: int, seed: int, quantizer: str) -> None:
         super().allocate(layout, batch, seed, quantizer)
@@ -682,9 +685,13 @@ def test_by_name() -> None:
 
 @pytest.mark.parametrize("page", [1, 200, 2**24], ids=["a token a page", "a few tokens a page", "one page"])
 @pytest.mark.parametrize("bits, heads, head_dim", [(2, 1, 32), (3, 2, 64), (8, 3, 96), (4, 1, 160)])
-def test_rows_hold_any_range(page: int, bits: int, heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantizer", ["rtn", "symmetric"])
+def test_rows_hold_any_range(
+    page: int, bits: int, heads: int, head_dim: int, quantizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jkv_compile.host_memory.PAGE", page)
-    store = Store.empty((2, heads, 20, head_dim), (1, 1, 1, 1), torch.float32, bits, 32, torch.device("cpu"))
+    shape, strides = (2, heads, 20, head_dim), (1, 1, 1, 1)
+    store = Store.empty(shape, strides, torch.float32, bits, 32, torch.device("cpu"), quantizer)
     store.write(torch.randn(2, heads, 16, head_dim), (0, 0, 0, 0), keep_active=False)
     codes, scales = (t.clone() for t in store.data())
     store.join(Family("none", Offload()))
