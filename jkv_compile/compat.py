@@ -42,6 +42,13 @@ def current_fake_mode() -> FakeTensorMode | None:
     return None if context is None else context.fake_mode
 
 
+def never_traced(function: Callable[..., Any]) -> None:
+    """Have Dynamo leave a function of ours alone where its guards, rather than the model, are what calls it."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+
+
 def mark_static(tensor: Tensor) -> None:
     """Tell Dynamo that a tensor keeps its sizes. `torch._dynamo.mark_static` leaves no mark while Dynamo traces."""
     tensor._dynamo_static_indices = set(range(tensor.dim()))  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .compat import is_fake, mark_static, maybe_mark_dynamic
+from .compat import is_fake, mark_static, maybe_mark_dynamic, never_traced
 from .errors import PackedCacheError
 from .geometry import Window, dense_strides, locate, memory_order, outermost_first
 from .store import CHANNEL, Store
@@ -250,6 +250,11 @@ class PackedKV(torch.Tensor):
 
 
 # ---- public accessors -----------------------------------------------------------------------------------------------
+
+
+for _name in ("codes", "scales", "first_token", "_own", "_layout", "__tensor_flatten__"):
+    _member = vars(PackedKV)[_name]
+    never_traced(getattr(_member, "fget", _member))  # of a property, its function
 
 
 def is_packed(tensor: Tensor) -> bool:

@@ -388,7 +388,8 @@ def _glimpses(view: _View) -> list[Glimpse]:
 
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
-    return CachePlan((0, 1, 2, 3), store.bits, store.group_size, store.quantizer)
+    group_size = int(store.group_size)  # of what is traced with dynamic sizes, an expression
+    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer)
 
 
 def _adoptable(
