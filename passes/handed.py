@@ -53,7 +53,13 @@ class Passages:
     def __init__(self, graph: Graph, position: dict[Node, int]) -> None:
         self.graph, self.position = graph, position
         self.inputs: dict[int, dict[Node, None]] = {}  # by storage
+        self.joined: list[
+            tuple[set[Node], set[Node]]
+        ] = []  # of concatenated tokens: what the last part comes from comes last
         for node in graph.nodes:
+            if _joins_tokens(node):
+                *parts, last = copied(node)
+                self.joined.append(({p for part in parts for p in self.of(part)}, set(self.of(last))))
             if node.op == "placeholder":
                 if _may_hold_tokens(example(node)):
                     self.inputs[identity(example(node))] = {node: None}
@@ -82,16 +88,12 @@ class Passages:
         kept |= {identity(example(n)) for n in caches}
         kept |= {identity(example(p)) for p in self.position if isinstance(example(p), PackedKV)}
         found: set[int] = set()  # storages: keys and values may be views of one tensor
-        joined = [n for n in self.graph.nodes if n.target in CONCATENATIONS and len(copied(n)) > 1]
-        joined = [n for n in joined if joined_along(n) not in (None, example(n).dim() - 1)]  # not along channels
-        before: list[set[Node]] = []  # of concatenations that follow: where their parts come from, but for the last
-        for node in reversed(joined):
-            *parts, last = copied(node)
-            others, own = {p for part in parts for p in self.of(part)}, set(self.of(last))
-            part_of_another = any(others | own <= inputs for inputs in before)
+        followed: list[set[Node]] = []  # where the parts of later concatenations come from, but for the last
+        for others, own in reversed(self.joined):
+            part_of_another = any(others | own <= inputs for inputs in followed)
             if others - own and not part_of_another:
                 found |= {identity(example(p)) for p in own - others} - kept
-            before.append(others)
+            followed.append(others)
         return {p for p in self.position if isinstance(example(p), Tensor) and identity(example(p)) in found}
 
     def handed(self) -> list[Handed]:
@@ -119,6 +121,13 @@ class Passages:
                     head_dim, pairs = int(example(call.key).shape[-1]), pairs_turned(self.graph, call.key, inputs)
                     found.append(Attended(keys, values, head_dim, pairs, source_line(node)))
         return found
+
+
+def _joins_tokens(node: Node) -> bool:
+    """Whether a node concatenates several tensors, along another dimension than channels."""
+    if node.target not in CONCATENATIONS or len(copied(node)) < 2:
+        return False
+    return joined_along(node) not in (None, example(node).dim() - 1)
 
 
 def _broadcast(node: Node, argument: Node, result: Tensor) -> bool:
