@@ -53,9 +53,7 @@ class Passages:
     def __init__(self, graph: Graph, position: dict[Node, int]) -> None:
         self.graph, self.position = graph, position
         self.inputs: dict[int, dict[Node, None]] = {}  # by storage
-        self.joined: list[
-            tuple[set[Node], set[Node]]
-        ] = []  # of concatenated tokens: what the last part comes from comes last
+        self.joined: list[tuple[set[Node], set[Node]]] = []  # by concatenation: what its parts come from, and its last
         for node in graph.nodes:
             if _joins_tokens(node):
                 *parts, last = copied(node)

@@ -106,10 +106,8 @@ def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int
     if pairs:
         return groups, pairs if head_dim % pairs == 0 else 0
     if layout.joined > layout.group_size and groups % 2 == 0 and layout.joined == head_dim:
-        return (
-            groups // 2,
-            layout.joined,
-        )  # stored in groups of neighbours: of the two that are turned together, the mean
+        # They are stored in groups of neighbours: of the two groups that are turned together, the mean.
+        return groups // 2, layout.joined
     return groups, 0
 
 
