@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
 from examples.rollout import Variant
 from examples.simulated import FLOAT8_BITS, Clustered, MinMax, Quantized, Ternary
+from jkv_compile.config import Correction
 from jkv_compile.kernels.quantizers import QUANTIZERS, grid_of
 
 Quantize = Callable[[Tensor], Quantized]
@@ -34,7 +36,7 @@ class Setting:
     @property
     def simulated(self) -> bool:
         """Whether the package cannot run this."""
-        return self.quantizer not in QUANTIZERS or self.correction not in ("none", "taylor", "exact")
+        return self.quantizer not in QUANTIZERS or self.correction not in get_args(Correction)
 
     @property
     def bits(self) -> str:

@@ -176,7 +176,7 @@ def exact(query: Tensor, key: Quantized, scale: float) -> Tensor:
 
 def clamped(query: Tensor, key: Quantized, scale: float) -> Tensor:
     """Taylor, at most 1 (a weight is cut by no more than e): a guard for queries so large that it deletes the cache."""
-    return taylor(query, key, scale).clamp_max(1)
+    return taylor(query, key, scale).clamp_max(reference.CLAMP)
 
 
 def second_moment(query: Tensor, key: Quantized, scale: float) -> Tensor:

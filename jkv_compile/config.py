@@ -9,7 +9,7 @@ from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS
 from .kernels.quantizers import QUANTIZERS
 
-Correction = Literal["taylor", "exact", "none"]
+Correction = Literal["taylor", "clamped", "exact", "none"]
 Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 Offload = Literal["cpu"]
@@ -34,7 +34,9 @@ class Config:
         group_size: channels that share a step, and a zero point unless the quantizer is symmetric; a multiple of 8 that
             divides head_dim.
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
-            "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "exact" (Σ_c log(sinh α_c / α_c); slower), or "none".
+            "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "clamped" (the same, at most 1: no cached key's weight is cut to less than
+            1/e, which guards heads whose queries are so large that the correction would delete their cache), "exact"
+            (Σ_c log(sinh α_c / α_c); slower), or "none".
         quantizer: "rtn" rounds keys and values as they are, to the grid between a group's least and greatest channel;
             "quarot" rotates them by a Hadamard matrix first, and queries and results with them (arXiv 2404.00456);
             "unbiased" does too, then rounds to the best grid for normal numbers, and rescales each group so that its

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels.dense import with_correction
+from .kernels.dense import rows_of_bias, with_correction
 from .kernels.quantizers import grid_of
 from .packed import PackedKV
 from .packed_dispatch import implements, warn_of_read
@@ -27,8 +28,9 @@ def attention(
     scale: float | None = None,
 ) -> Any:
     """What `F.scaled_dot_product_attention` comes to on CPUs: keys `[B, H, S, D]` are dequantized for the call, and the
-    scores of those that are quantized corrected, in Taylor's form (arXiv 2605.26266)."""
-    correct = isinstance(key, PackedKV) and key._store.correction == "taylor" and not isinstance(query, PackedKV)
+    scores of those that are quantized corrected, in Taylor's form (arXiv 2605.26266), as it is or clamped."""
+    forms = ("taylor", "clamped")
+    correct = isinstance(key, PackedKV) and key._store.correction in forms and not isinstance(query, PackedKV)
     window = key.find_window() if correct else None  # type: ignore[attr-defined]
     if not isinstance(key, PackedKV) or window is None or tuple(window.axes) != (0, 1, 2, 3):
         return NotImplemented
@@ -43,8 +45,12 @@ def attention(
     if grid.rotates and not grid.within:  # groups are of rotated channels; scores stay what they are
         query, keys = torch.ops.jkv.rotate(query), torch.ops.jkv.rotate(keys)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    widened = with_correction(query, keys, values, variance, scale, grid.pairs)
-    output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *widened, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-    )
+    flash = functools.partial(aten._scaled_dot_product_flash_attention_for_cpu, dropout_p=0.0, scale=scale)
+    if store.correction == "taylor":
+        widened = with_correction(query, keys, values, variance, scale, grid.pairs)
+        output, lse = flash(*widened, is_causal=is_causal, attn_mask=attn_mask)
+    else:
+        biases = rows_of_bias(query, variance, attn_mask, is_causal, scale, grid.pairs, store.correction)
+        parts = [flash(query[:, :, rows], keys, values, attn_mask=bias) for rows, bias in biases]
+        output, lse = (torch.cat(part, 2) for part in zip(*parts))
     return output[..., : values.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2), lse  # laid out as its own

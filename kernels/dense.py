@@ -8,6 +8,8 @@ the corrected scores (the correction is a product of rank G): no score matrix is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,16 +55,17 @@ def attention_dense(
         scale: softmax scale s.
         pairs: in each run of so many channels, a group's channels lie half in the first half and half in the second, at
             the same place in both (as half-split rotary embeddings pair them); 0, they are neighbours.
-        correction: "none", "taylor" or "exact" (Σ_c log(sinh α_c / α_c), whose scores are held, a few rows at a time).
+        correction: "none", "taylor", or one that is no product: "clamped" (the same, at most 1) or "exact"
+            (Σ_c log(sinh α_c / α_c)); b is held for these, a few rows at a time.
 
     Returns:
         `[B, H, L, Dv]` in query's dtype, laid out in memory as `[B, L, H, Dv]`.
     """
     gqa = query.shape[1] != key.shape[1]
-    if correction == "exact":
-        output = _exact(query, key, value, variance, mask, causal, scale, pairs)
-    elif correction == "none":
+    if correction == "none":
         output = sdpa(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    elif correction != "taylor":
+        output = _row_by_row(query, key, value, variance, mask, causal, scale, pairs, correction)
     else:
         widened = with_correction(query, key, value, variance, scale, pairs)
         output = sdpa(*widened, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
@@ -121,26 +124,37 @@ def _widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
     return F.pad(torch.cat((x, columns.to(x.dtype)), -1), (0, padding))
 
 
-def _exact(
+def _row_by_row(
     query: Tensor, key: Tensor, value: Tensor, variance: Tensor, mask: Tensor | None, causal: bool, scale: float,
-    pairs: int,
+    pairs: int, correction: str,
 ) -> Tensor:  # fmt: skip
-    groups, repeat = variance.shape[-1], query.shape[1] // key.shape[1]
-    key, value, delta = (t.repeat_interleave(repeat, 1) for t in (key, value, variance.sqrt()))
-    columns = torch.arange(key.shape[2], device=query.device)
-    parts = []
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeat, 1) for t in (key, value))
+    biases = rows_of_bias(query, variance, mask, causal, scale, pairs, correction)
+    return torch.cat([sdpa(query[:, :, rows], key, value, bias, scale=scale) for rows, bias in biases], 2)
+
+
+def rows_of_bias(
+    query: Tensor, variance: Tensor, mask: Tensor | None, causal: bool, scale: float, pairs: int, correction: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """What a mask and a correction that is no product add to scores, for a few query rows at a time.
+
+    Arguments are those of `attention_dense`. Yields rows, and an additive mask `[B, H, rows, S]` in query's dtype.
+    """
+    groups, tokens = variance.shape[-1], variance.shape[2]
+    delta = variance.sqrt().repeat_interleave(query.shape[1] // variance.shape[1], 1)
+    columns = torch.arange(tokens, device=query.device)
     for first in range(0, query.shape[2], _ROWS):
-        q = query[:, :, first : first + _ROWS]
-        ordered = grouped(q.float(), groups, pairs).flatten(-2)
-        bias = -reference.correction_bias(ordered, delta, scale, "exact")
+        rows = slice(first, min(first + _ROWS, query.shape[2]))
+        ordered = grouped(query[:, :, rows].float(), groups, pairs).flatten(-2)
+        bias = -reference.correction_bias(ordered, delta, scale, correction)
         if mask is not None:
-            rows = mask[..., first : first + _ROWS, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
-            bias = bias.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else bias + rows
+            part = mask[..., rows, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+            bias = bias.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else bias + part
         if causal:
-            visible = columns <= torch.arange(first, first + q.shape[2], device=query.device)[:, None]
+            visible = columns <= torch.arange(rows.start, rows.stop, device=query.device)[:, None]
             bias = bias.masked_fill(~visible, -torch.inf)
-        parts.append(sdpa(q, key, value, bias.to(q.dtype), scale=scale))
-    return torch.cat(parts, 2)
+        yield rows, bias.to(query.dtype)
 
 
 def _fake(query, key, value, *_):

@@ -334,6 +334,8 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused_mask": (_compile_attention, {**_FUSED, "MASK": "boolean", "BLOCK_N": 64}),
     "fused_two_ranges": (_compile_attention, {**_FUSED, "RANGES": 2}),
     "fused_exact": (_compile_attention, {**_FUSED, "CORRECTION": "exact"}),
+    "fused_clamped": (_compile_attention, {**_FUSED, "CLAMPED": True}),
+    "unpack_once_clamped": (_compile_attention, {**_DENSE, "CLAMPED": True}),
     "unpack_once_head_dim_64": (_compile_attention, {**_DENSE, "head_dim": 64}),
     "unpack_once_head_dim_256": (_compile_attention, {**_DENSE, "head_dim": 256}),
     "unpack_once_causal": (_compile_attention, {**_DENSE, "CAUSAL": True}),

@@ -230,7 +230,7 @@ def attention(
         mask: None, or boolean (True is visible) or additive, broadcastable to `[B, H, L, cached + N]`.
         causal: of the full-precision keys, query i sees key j only if j <= i + N - L; packed tokens are all visible.
         scale: softmax scale s.
-        correction: "none", "taylor" or "exact".
+        correction: "none", "taylor", "clamped" or "exact".
 
     Returns:
         `[B, H, L, Dv]` in query's dtype, laid out in memory as `[B, L, H, Dv]`, as PyTorch's flash attention does.

@@ -16,6 +16,7 @@ from torch import Tensor
 from .layout import pack, step_and_zero, unpack
 
 FLOAT16_MAX = 65504.0
+CLAMP = 1.0  # the greatest correction of "clamped", in nats
 
 
 def quantize(x: Tensor, bits: int, group_size: int, block: int = 1, symmetric: bool = False) -> tuple[Tensor, Tensor]:
@@ -75,21 +76,23 @@ def correction_bias(query: Tensor, delta: Tensor, scale: float, correction: str)
     """b `[B, H, L, S]`, to be subtracted from the scores of cached keys, so that E[exp(score)] is the true weight.
 
     query `[B, H, L, D]`, delta `[B, H, S, G]` (query heads already matched by repeating). With s the softmax scale:
-    `"taylor"`: b = s²/24 · Σ_g ‖q_g‖² Δ_g²;   `"exact"`: b = Σ_c log(sinh α_c / α_c), α_c = s·q_c·Δ_c / 2.
+    `"taylor"`: b = s²/24 · Σ_g ‖q_g‖² Δ_g²;   `"clamped"`: the same, at most `CLAMP`;
+    `"exact"`: b = Σ_c log(sinh α_c / α_c), α_c = s·q_c·Δ_c / 2.
     """
     groups = delta.shape[-1]
     if correction == "none":
         return query.new_zeros(*query.shape[:3], delta.shape[2], dtype=torch.float32)
-    if correction == "taylor":
+    if correction in ("taylor", "clamped"):
         norms = query.float().unflatten(-1, (groups, -1)).square().sum(-1)  # [B, H, L, G]
-        return scale**2 / 24 * norms @ delta.square().transpose(-1, -2)
+        bias = scale**2 / 24 * norms @ delta.square().transpose(-1, -2)
+        return bias if correction == "taylor" else bias.clamp_max(CLAMP)
     if correction == "exact":
         per_channel = delta.repeat_interleave(query.shape[-1] // groups, -1)
         bias = query.new_zeros(*query.shape[:3], delta.shape[2], dtype=torch.float32)
         for c in range(query.shape[-1]):  # one channel at a time: [B, H, L, S] is all that is ever held
             bias += log_sinhc(scale / 2 * query[..., c, None].float() * per_channel[..., None, :, c])
         return bias
-    raise ValueError(f"correction is {correction!r}; expected 'none', 'taylor' or 'exact'")
+    raise ValueError(f"correction is {correction!r}; expected 'none', 'taylor', 'clamped' or 'exact'")
 
 
 def log_sinhc(alpha: Tensor) -> Tensor:

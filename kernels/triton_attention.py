@@ -21,7 +21,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_correction import delta_columns, exact_bias, query_columns
+from .triton_correction import CLAMP, delta_columns, exact_bias, query_columns
 from .triton_tiles import LOG2E, channel_of_lane, dequantize_tile, dot, lane_is_used, load_dense, narrow
 
 
@@ -41,6 +41,7 @@ class Meta(NamedTuple):
     VALUE_GROUPS: int = 1
     RANGES: int = 1
     CORRECTION: str = "none"  # "taylor", "exact", "block" or "none"
+    CLAMPED: bool = False  # Taylor's correction is at most `CLAMP`
     COLUMNS: int = 16  # of the correction's dot
     CURRENT: bool = True
     MASK: str = "none"  # "boolean", "additive" or "none"
@@ -114,6 +115,8 @@ def _cached_tile(b_acc, b_max, b_sum, b_query, b_query_columns, first, n_cached,
             p_delta = p_key_scales + i_column[:, None] * META.COLUMNS + tl.arange(0, META.COLUMNS)[None, :]
             b_delta = tl.load(p_delta, mask=m_column[:, None], other=0.0) if MASKED else tl.load(p_delta)
         b_scores = dot(b_query_columns, tl.trans(b_delta), None, META.PRECISION)
+        if META.CLAMPED:
+            b_scores = tl.maximum(b_scores, -CLAMP / softmax_scale)
         b_scores = dot(b_query, tl.trans(b_key), b_scores, META.PRECISION)  # [BLOCK_M, BLOCK_N]
     else:
         b_scores = dot(b_query, tl.trans(b_key), None, META.PRECISION)

@@ -1,6 +1,6 @@
 """The correction's three forms on the device (arXiv 2605.26266), and the query rows prepared for it.
 
-    Taylor:  b_ij = s²/24 · Σ_g ‖q_ig‖² Δ_jg²                       as a dot of 2·G ≤ 16 columns
+    Taylor:  b_ij = s²/24 · Σ_g ‖q_ig‖² Δ_jg²  (at most `CLAMP`)   as a dot of 2·G ≤ 16 columns
     exact:   b_ij = Σ_c log(sinh α_c / α_c),  α_c = s·q_ic·Δ_jc / 2  a channel at a time
     block:   b_iJ, one number per query and block of tokens          read from memory (per-channel steps)
 
@@ -12,7 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import reference
 from .triton_tiles import channel_of_lane, concatenate, lane_is_used, load_dense, narrow, steps_of
+
+CLAMP = tl.constexpr(reference.CLAMP)
 
 
 @triton.jit

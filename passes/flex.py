@@ -8,6 +8,7 @@ function: what is subtracted from a score is gathered from small tensors per que
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -42,27 +43,35 @@ def canonicalise_flex(graph: Graph, node: Node, result: Node) -> None:
 class CorrectedScores(nn.Module):
     """A score function of flex_attention with the correction subtracted before it: score_mod(s·q·k_j - b_ij, …).
 
-    b_ij = Σ_g norms[g][b, h, i] · variances[g][b, h / repeat, j]: the last 2 · `groups` buffers, of `jkv::score_terms`.
+    b_ij = Σ_g norms[g][b, h, i] · variances[g][b, h / repeat, j]: the last 2 · `groups` buffers, of `jkv::score_terms`;
+    at most `most`, where that is finite.
     """
 
-    def __init__(self, score_mod: nn.Module, groups: int, repeat: int) -> None:
+    def __init__(self, score_mod: nn.Module, groups: int, repeat: int, most: float) -> None:
         super().__init__()
-        self.score_mod, self.groups, self.repeat = score_mod, groups, repeat
+        self.score_mod, self.groups, self.repeat, self.most = score_mod, groups, repeat, most
 
     def forward(self, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, *buffers: Any) -> Tensor:
         first = len(buffers) - 2 * self.groups
         norms, variances = buffers[first : first + self.groups], buffers[first + self.groups :]
         key_head = head if self.repeat == 1 else head // self.repeat
-        for norm, variance in zip(norms, variances):
-            score = score - (norm[batch, head, query] * variance[batch, key_head, key]).to(score.dtype)
+        if self.most == math.inf:
+            for norm, variance in zip(norms, variances):
+                score = score - (norm[batch, head, query] * variance[batch, key_head, key]).to(score.dtype)
+        else:
+            terms = [norm[batch, head, query] * variance[batch, key_head, key] for norm, variance in zip(norms, variances)]
+            score = score - functools.reduce(torch.add, terms).clamp(max=self.most).to(score.dtype)
         return self.score_mod(score, batch, head, query, key, *buffers[:first])
 
 
-def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, groups: int, pairs: int) -> Node:
+def lower_flex(
+    pieces: Pieces, call: AttentionCall, variance: Node | None, groups: int, pairs: int, most: float = math.inf
+) -> Node:
     """Put the operator on keys as the model computes them in the place of a canonical node, which is erased.
 
     Args:
         variance: Δ² of the keys, `[B, H_kv, S, groups]`, or None where scores are not to be corrected.
+        most: the greatest correction of a score.
 
     Returns:
         The operator's node, which reads what the canonical one did.
@@ -75,7 +84,7 @@ def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, group
         terms = pieces.call(torch.ops.jkv.score_terms.default, query, variance, scale, pairs)
         parts = [pieces.call(operator.getitem, terms, i) for i in range(2 * groups)]
         score_buffers = (*score_buffers, *parts)  # type: ignore[misc]
-        score_mod = _corrected(graph, score_mod, groups, int(repeat))
+        score_mod = _corrected(graph, score_mod, groups, int(repeat), most)
     result = pieces.call(FLEX, query, key, value, score_mod, block_mask, scale, options, score_buffers, mask_buffers)
     result.meta["stack_trace"] = node.meta.get("stack_trace", "")
     node.replace_all_uses_with(pieces.call(operator.getitem, result, 0))
@@ -83,10 +92,10 @@ def lower_flex(pieces: Pieces, call: AttentionCall, variance: Node | None, group
     return result
 
 
-def _corrected(graph: Graph, score_mod: Any, groups: int, repeat: int) -> Node:
+def _corrected(graph: Graph, score_mod: Any, groups: int, repeat: int, most: float) -> Node:
     """A node for the module that corrects the scores that the module of `score_mod` is given."""
     module = graph.owning_module
     name = f"{score_mod.target}_corrected"
     inner = functools.reduce(getattr, score_mod.target.split("."), module)
-    module.add_submodule(name, CorrectedScores(inner, groups, repeat))  # type: ignore[union-attr, arg-type]
+    module.add_submodule(name, CorrectedScores(inner, groups, repeat, most))  # type: ignore[union-attr, arg-type]
     return graph.get_attr(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
 from torch.fx import Node
 
 from ..kernels.dense import grouped
+from ..kernels.reference import CLAMP
 from .actions import Attend, Dense, Holder
 from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
@@ -69,11 +71,12 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         delta, why = None, f"`{error}` stands between cache and attention"
     if call.others is not None:
         if correction == "exact":
-            delta, why = None, "flex_attention takes the Taylor correction only"
+            delta, why = None, "flex_attention takes the Taylor correction only, as it is or clamped"
         if delta is None or correction == "none":
             return lower_flex(pieces, call, None, 1, 0), why
         groups, pairs = _groups(pieces, dense, uncertainty)
-        return lower_flex(pieces, call, _variance(pieces, delta, groups, pairs), groups, pairs), why
+        most = CLAMP if correction == "clamped" else math.inf
+        return lower_flex(pieces, call, _variance(pieces, delta, groups, pairs), groups, pairs, most), why
     query, key, value = (_cast(pieces, x, dtype) for x in (call.query, call.key, call.value))
     if call.lse:
         result = pieces.call(SDPA_LSE.default, query, key, value, call.mask, call.is_causal, call.scale)

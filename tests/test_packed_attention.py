@@ -30,12 +30,12 @@ def packed_cache(**settings: object) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "quarot", "unbiased", "symmetric", "symmetric_unbiased"])
-@pytest.mark.parametrize("correction", ["taylor", "none"])
+@pytest.mark.parametrize("correction", ["taylor", "clamped", "none"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_is_corrected_as_its_configuration_says(quantizer: str, correction: str, inference: bool) -> None:
     cache = packed_cache(quantizer=quantizer, correction=correction)
     key, value = (cache[n][:, 8:48].transpose(1, 2) for n in "kv")
-    query = 3 * torch.randn(2, 4, 5, 64)
+    query = 6 * torch.randn(2, 4, 5, 64)
     mask = torch.rand(5, 40) > 0.2
     delta = quantization_step(key)
     keys, turned = materialize(key), rotate(query) if grid_of(quantizer).rotates else query
@@ -46,12 +46,13 @@ def test_is_corrected_as_its_configuration_says(quantizer: str, correction: str,
     assert relative_error(got, want) < 1e-5
 
 
-def test_its_logsumexp_is_that_of_corrected_scores() -> None:
-    cache = packed_cache()
+@pytest.mark.parametrize("correction", ["taylor", "clamped"])
+def test_its_logsumexp_is_that_of_corrected_scores(correction: str) -> None:
+    cache = packed_cache(correction=correction)
     key, value = (cache[n][:, :48].transpose(1, 2) for n in "kv")
-    query = 3 * torch.randn(2, 4, 5, 64)
+    query = 9 * torch.randn(2, 4, 5, 64)
     _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    scores = query @ materialize(key).mT / 8 - reference.correction_bias(query, quantization_step(key), 1 / 8, "taylor")
+    scores = query @ materialize(key).mT / 8 - reference.correction_bias(query, quantization_step(key), 1 / 8, correction)
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
 
 

@@ -100,7 +100,7 @@ def test_a_missing_correction_would_be_seen(rope: str) -> None:
 
 
 @pytest.mark.parametrize("quantizer, correction", [
-    ("rtn", "taylor"), ("rtn", "exact"), ("quarot", "taylor"), ("unbiased", "taylor"), ("unbiased", "exact"),
+    ("rtn", "taylor"), ("rtn", "exact"), ("quarot", "taylor"), ("unbiased", "taylor"), ("unbiased", "exact"), ("rtn", "clamped"),
     ("symmetric", "taylor"), ("symmetric_unbiased", "taylor"),
 ])  # fmt: skip
 @pytest.mark.parametrize("turned", TURNED)

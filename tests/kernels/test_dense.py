@@ -40,10 +40,11 @@ def expected(
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("correction", ["none", "taylor", "exact"])
+@pytest.mark.parametrize("correction", ["none", "taylor", "clamped", "exact"])
 @pytest.mark.parametrize("hidden", ["nothing", "boolean", "additive", "causal"])
 def test_is_what_the_reference_computes(correction: str, hidden: str) -> None:
     query, key, value, delta = case()
+    query = 4 * query  # so that some corrections are above 1
     mask = {"boolean": torch.rand(2, 1, 5, 24) > 0.3, "additive": torch.randn(5, 24)}.get(hidden)
     causal = hidden == "causal"
     got = ops.attention_dense(query, key, value, delta.square(), mask, causal, 0.2, 0, correction)
@@ -56,8 +57,10 @@ def test_many_rows_at_once_are_the_same_as_few() -> None:
     query, key, value, delta = case(length=24, tokens=300)
     query = query.repeat(1, 1, 25, 1)  # 600 rows: three blocks
     mask = torch.randn(600, 300)
-    got = ops.attention_dense(query, key, value, delta.square(), mask, False, 0.2, 0, "exact")
-    torch.testing.assert_close(got, expected(query, key, value, delta, mask, False, "exact"), atol=2e-5, rtol=2e-5)
+    for correction in ("exact", "clamped"):
+        got = ops.attention_dense(query, key, value, delta.square(), mask, False, 0.2, 0, correction)
+        want = expected(query, key, value, delta, mask, False, correction)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -69,7 +72,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert ((got.float() - want).norm() / want.norm()).item() < 0.01
 
 
-@pytest.mark.parametrize("correction", ["taylor", "exact"])
+@pytest.mark.parametrize("correction", ["taylor", "clamped", "exact"])
 def test_groups_may_hold_channels_of_both_halves(correction: str) -> None:
     """Channels c and c + D/2 belong to one group, as half-split rotary embeddings pair them."""
     query, key, value, delta = case(head_dim=64, groups=2)

@@ -14,7 +14,7 @@ from jkv_compile.kernels import reference
 from jkv_compile.kernels.layout import SUPPORTED_BITS, pack, packed_bytes, packed_width, step_and_zero, unpack
 
 ops = torch.ops.jkv
-CORRECTIONS = ["none", "taylor", "exact"]
+CORRECTIONS = ["none", "taylor", "clamped", "exact"]
 
 
 def packed(
@@ -378,11 +378,12 @@ def cached_weight(attention, query: torch.Tensor, delta: float, correction: str)
 
 
 def expected_weight(query: torch.Tensor, delta: float, correction: str) -> float:
-    """s = 1/2. Taylor: b = s²/24 · ‖q‖² Δ²; exact: b = Σ_c log(sinh α_c / α_c) with α_c = s q_c Δ / 2."""
+    """s = 1/2. Taylor: b = s²/24 · ‖q‖² Δ²; clamped: at most 1; exact: b = Σ_c log(sinh α_c / α_c) with α_c = s q_c Δ / 2."""
     if correction == "none":
         return 0.5
-    if correction == "taylor":
+    if correction in ("taylor", "clamped"):
         bias = 0.25 / 24 * query.square().sum().item() * delta**2
+        bias = min(bias, 1.0) if correction == "clamped" else bias
     else:
         alphas = [0.25 * q * delta for q in query.flatten().tolist()]
         bias = sum(math.log(math.sinh(a) / a) for a in alphas)
@@ -390,7 +391,7 @@ def expected_weight(query: torch.Tensor, delta: float, correction: str) -> float
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("delta", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("delta", [0.5, 1.0, 2.0, 4.0])
 def test_weight_of_one_cached_token_against_one_current_token(correction, delta):
     query = torch.randn(1, 1, 1, 32)
     got = cached_weight(ops.attention, query, delta, correction)

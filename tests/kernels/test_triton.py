@@ -384,7 +384,7 @@ def per_channel(x: torch.Tensor, bits: int, block: int):
     )
 
 
-@pytest.mark.parametrize("correction", ["taylor", "exact", "none"])
+@pytest.mark.parametrize("correction", ["taylor", "clamped", "exact", "none"])
 @pytest.mark.parametrize("ranges", [(0, 192), (5, 60, 100, 170)])
 def test_attention_with_per_channel_steps_shared_by_blocks_of_tokens(correction, ranges):
     torch.manual_seed(0)
@@ -429,6 +429,15 @@ def test_attention_beside_a_cache_of_no_tokens():
 @pytest.mark.parametrize("correction", ["none", "exact"])
 def test_attention_with_other_corrections(correction, symmetric):
     check(correction=correction, queries=16, head_dim=64, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("unpack_once", [False, True], ids=["fused", "unpack once"])
+def test_attention_with_a_clamped_correction(unpack_once, architecture):
+    """Scores so large that the clamp cuts most corrections, masks and ranges with it."""
+    if unpack_once:
+        architecture(unpack_once_rows=1)
+    check(correction="clamped", queries=16, scale=0.3)
+    check(correction="clamped", queries=16, head_dim=128, mask="additive", ranges=(0, 30, 50, 90), scale=0.2)
 
 
 def test_attention_with_a_negative_and_a_zero_scale():

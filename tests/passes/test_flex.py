@@ -81,7 +81,7 @@ def test_stays_close_to_eager(kv_heads: int, masked: bool, inner: str) -> None:
         assert next(steps, None) is None
 
 
-@pytest.mark.parametrize("correction", ["none", "taylor"])
+@pytest.mark.parametrize("correction", ["none", "taylor", "clamped"])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_output_is_what_the_correction_says(bits: int, correction: str) -> None:
     """s·q·k̂ - b for cached keys and s·q·k for the chunk, then the model's own score function, in plain torch."""
@@ -103,9 +103,10 @@ def test_output_is_what_the_correction_says(bits: int, correction: str) -> None:
                 delta = torch.cat([reference.quantization_step(scales, bits), delta], 2)
             keys, values, delta = (t.repeat_interleave(2, 1) for t in (keys, values, delta))
             scores = q @ keys.mT / 8
-            if correction == "taylor":
+            if correction != "none":
                 norms = q.unflatten(-1, (2, 32)).square().sum(-1)
-                scores = scores - norms @ delta.square().mT / (24 * 64)
+                bias = norms @ delta.square().mT / (24 * 64)
+                scores = scores - (bias if correction == "taylor" else bias.clamp_max(1))
             distance = (torch.arange(CHUNK)[:, None] + start - torch.arange(start + CHUNK)).abs()
             scores = scores - model.slope[:, None, None] * distance
             want = model.out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
