@@ -34,8 +34,8 @@ class Config:
         group_size: channels that share a step, and a zero point unless the quantizer is symmetric; a multiple of 8 that
             divides head_dim.
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
-            "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "clamped" (the same, at most 1: no cached key's weight is cut to less than
-            1/e, which guards heads whose queries are so large that the correction would delete their cache), "exact"
+            "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "clamped" (the same, at most 1: it cuts no weight to less than 1/e,
+            which guards heads whose queries are so large that their cache would be deleted), "exact"
             (Σ_c log(sinh α_c / α_c); slower), or "none".
         quantizer: "rtn" rounds keys and values as they are, to the grid between a group's least and greatest channel;
             "quarot" rotates them by a Hadamard matrix first, and queries and results with them (arXiv 2404.00456);

@@ -59,8 +59,10 @@ class CorrectedScores(nn.Module):
             for norm, variance in zip(norms, variances):
                 score = score - (norm[batch, head, query] * variance[batch, key_head, key]).to(score.dtype)
         else:
-            terms = [norm[batch, head, query] * variance[batch, key_head, key] for norm, variance in zip(norms, variances)]
-            score = score - functools.reduce(torch.add, terms).clamp(max=self.most).to(score.dtype)
+            bias = torch.zeros_like(score, dtype=torch.float32)
+            for norm, variance in zip(norms, variances):
+                bias = bias + norm[batch, head, query] * variance[batch, key_head, key]
+            score = score - bias.clamp(max=self.most).to(score.dtype)
         return self.score_mod(score, batch, head, query, key, *buffers[:first])
 
 
