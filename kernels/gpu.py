@@ -190,9 +190,7 @@ def attention(
     meta = _variant(meta, CLAMPED=correction == "clamped" and not per_channel)
     long = rows >= ARCHITECTURES[architecture].unpack_once_rows or len(spans) > MAX_FUSED_RANGES
     if per_channel or (long and correction != "exact"):
-        meta = _variant(
-            meta, CACHED="dense", CORRECTION="block" if per_channel and correction != "none" else form
-        )
+        meta = _variant(meta, CACHED="dense", CORRECTION="block" if per_channel and correction != "none" else form)
         _unpack_once(meta, (key_codes, key_scales, value_codes, value_scales), spans, arguments, correction)
     else:
         meta = _variant(meta, CACHED="packed", CORRECTION=form)

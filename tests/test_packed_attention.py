@@ -52,7 +52,9 @@ def test_its_logsumexp_is_that_of_corrected_scores(correction: str) -> None:
     key, value = (cache[n][:, :48].transpose(1, 2) for n in "kv")
     query = 9 * torch.randn(2, 4, 5, 64)
     _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    scores = query @ materialize(key).mT / 8 - reference.correction_bias(query, quantization_step(key), 1 / 8, correction)
+    scores = query @ materialize(key).mT / 8 - reference.correction_bias(
+        query, quantization_step(key), 1 / 8, correction
+    )
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
 
 
