@@ -66,7 +66,10 @@ def test_every_kernel_fits_the_shared_memory_of_its_target(records):
         ("sm_86", ("fused", "unpack_once", "decode")),  # consumer cards: sm_80's instructions, less shared memory
         ("sm_90", ("fused_3_bits", "fused_4_bits", "fused_8_bits", "fused_group_128")),
         ("sm_90", ("fused_head_dim_64", "fused_head_dim_96", "fused_head_dim_256", "unpack_once_head_dim_256")),
-        ("sm_90", ("fused_causal", "fused_mask", "fused_two_ranges", "fused_float32")),
+        (
+            "sm_90",
+            ("fused_causal", "fused_mask", "fused_two_ranges", "fused_float32", "fused_clamped", "unpack_once_clamped"),
+        ),
         ("sm_80", ("fused_head_dim_256", "fused_float32", "append_kv_head_dim_96")),
         ("sm_90", ("round_unbiased_float32", "round_unbiased_head_dim_96", "round_unbiased_head_dim_256")),
         ("gfx942", ("fused_head_dim_256",)),
