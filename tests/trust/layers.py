@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jkv_compile.kernels.quantizers import grid_of
+
 SINK = 4
 NAMES = ("k", "v", "kv", "old_k", "old_v", "end")  # places in caches that are lists
 
@@ -86,8 +88,11 @@ class Layer(nn.Module):
         dtype = getattr(torch, case.cache_dtype)
 
         def allocate(*shape: int) -> Tensor:
-            if case.starts_with == "empty":
-                return torch.full(shape, 10.0, dtype=dtype)  # where it is attended: no softmax that hangs on a rounding
+            if case.starts_with == "empty":  # all tokens alike: where they are attended, no softmax hangs on a rounding
+                garbage = torch.full(shape, 10.0, dtype=dtype)
+                if not grid_of(case.quantizer).holds(10.0):  # it does hold tokens whose channels are of either sign
+                    garbage[..., torch.rand(shape[-1], generator=torch.Generator().manual_seed(0)) < 0.5] = -10.0
+                return garbage
             return torch.randn(shape).to(dtype) if case.starts_with == "stale" else torch.zeros(shape, dtype=dtype)
 
         def shape(tokens: int) -> list[int]:

@@ -81,6 +81,9 @@ FOUND = {
         tokens=24,
         events=((8, 3, "nothing"), (8, 1, "nothing"), (8, 1, "nothing"), (8, 1, "rewind"), (8, 1, "nothing")),
     ),
+    "garbage in a cache without zero points": Case(
+        head_dim=64, group_size=64, starts_with="empty", quantizer="symmetric_unbiased", events=TWICE
+    ),
 }
 
 
