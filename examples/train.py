@@ -35,9 +35,9 @@ WEIGHTS = Path(__file__).parent / "weights" / "transformer.safetensors"
 CHUNKS = 9
 SHORT_CHUNKS = 5  # of most windows: more of them, and more kinds of motion, in the same time
 SHORT_SHARE = 0.65
-ROLLOUT_SHARE = 0.15  # windows whose history is a rollout
-PARALLEL_SHARE = 0.45  # windows whose history holds chunks predicted in parallel
-LAG_PENALTY = 0.03  # per frame, see nearest_in_time
+ROLLOUT_SHARE = 0.25  # windows whose history is a rollout
+PARALLEL_SHARE = 0.4  # windows whose history holds chunks predicted in parallel
+LAG_PENALTY = 0.02  # per frame, see nearest_in_time
 
 
 def autocast() -> torch.autocast:
@@ -116,11 +116,11 @@ def draw_history(
     chunks, kind = video.shape[1], float(torch.rand((), generator=generator)) if own else 1.0
     if kind < ROLLOUT_SHARE:
         prompt = int(torch.randint(2, chunks // 2 + 1, (), generator=generator))
-        before = (torch.arange(1, chunks) - prompt).clamp(min=0)  # own chunks, which may be late themselves
-        return "rollout", roll_out(model, video, prompt, generator, steps=1), 1 + (3 * before + 1) // 2
+        before = (torch.arange(1, chunks) - prompt).clamp(min=0)  # own chunks, which may have stood still
+        return "rollout", roll_out(model, video, prompt, generator, steps=1), 2 + 3 * before
     if kind < ROLLOUT_SHARE + PARALLEL_SHARE:
-        return "parallel", predict_in_parallel(model, video, generator), torch.full((chunks - 1,), 2)
-    return "true", video, torch.full((chunks - 1,), 1)
+        return "parallel", predict_in_parallel(model, video, generator), torch.full((chunks - 1,), 4)
+    return "true", video, torch.full((chunks - 1,), 2)
 
 
 def frame_error(difference: Tensor) -> Tensor:
@@ -136,8 +136,9 @@ def frame_error(difference: Tensor) -> Tensor:
 def nearest_in_time(predicted: Tensor, video: Tensor, allowed_lag: Tensor) -> Tensor:
     """For each predicted frame, the true one it is nearest to among those due at its time or a little before.
 
-    Motion by fractions of a token is what a model of this size predicts worst. Were it held to the very frame, it would
-    answer with the mean of all the places where things may be, and a rollout would dissolve; so it may be late.
+    Motion by fractions of a token is what a model of this size predicts worst. Held to the very frame, it would answer
+    with the mean of all the places where things may be, and its rollouts would dissolve. So it may be late: slow, but
+    sharp.
 
     Args:
         predicted: [B, N - 1, F, C, h, w], chunks 1 to N - 1.

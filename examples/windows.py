@@ -14,6 +14,8 @@ from examples.data import CLIPS, crop_and_resize, moving_crop, training_scenes
 
 REAL_SHARE = 0.35  # windows whose crop stands still
 FROZEN_SHARE = 0.75  # of the others: the crop moves over one frame, not over the running video
+# How often the last scene of a clip, which continues into the held-out part, is drawn, relative to one another.
+LAST_SCENES = {"bikes": 2.0, "bigbuckbunny": 1.0, "carphone_pristine": 1.25}
 LEAST_ROWS = 80  # of a moving crop; smaller ones would be blurred by enlargement
 
 
@@ -22,8 +24,8 @@ class Windows:
 
     def __init__(self, frames: int) -> None:
         self.frames, self.scenes = frames, training_scenes()
-        # The last scene of each clip, which continues into the held-out part, counts for more than the others.
-        self.is_last = [scene == clip.train[-1] for clip in CLIPS.values() for scene in clip.train]
+        last = {clip.train[-1]: LAST_SCENES[clip.name] for clip in CLIPS.values()}
+        self.weights = [last.get(scene, 0.0) for clip in CLIPS.values() for scene in clip.train]
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """One window, float32 [T, 3, 96, 128] in [-1, 1]."""
@@ -31,8 +33,8 @@ class Windows:
         return window.flip(-1) if chance(0.5, generator) else window
 
     def scene(self, weight_of_last: float, generator: torch.Generator) -> Tensor:
-        """One of the scenes, uint8 [T, 3, H, W]."""
-        weights = torch.tensor([weight_of_last if last else 1.0 for last in self.is_last])
+        """One of the scenes, uint8 [T, 3, H, W]; all but the last ones have weight 1."""
+        weights = torch.tensor([weight_of_last * weight or 1.0 for weight in self.weights])
         return self.scenes[int(torch.multinomial(weights, 1, generator=generator))]
 
     def excerpt(self, scene: Tensor, stride: int, generator: torch.Generator) -> Tensor:
@@ -65,8 +67,9 @@ class Windows:
 
         smallest = max(0.35 if frozen else 0.6, LEAST_ROWS / scene.shape[-2])
         first, last = torch.rand(2, 3, generator=generator)  # scale, x and y at both ends of the way
-        nearness = torch.rand(2, generator=generator)
-        way = torch.stack([0.5 * nearness[0] ** 2, nearness[1] ** 2.5, nearness[1] ** 2.5]) * (last - first)
+        zoom, pan = torch.rand(2, generator=generator)
+        pan = pan**3 * (not chance(0.15, generator))  # the crop goes this far towards the last place, or stays
+        way = torch.stack([0.5 * zoom**2, pan, pan]) * (last - first)
         time = torch.linspace(0, 1, self.frames)
         if chance(0.3, generator):  # gathers or loses speed
             power = 1 + float(torch.rand((), generator=generator))
