@@ -116,6 +116,28 @@ def crop_and_resize(
     return F.interpolate(window, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
+def moving_crop(frames: Tensor, scale: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``crop_and_resize`` with a window of its own for every frame, placed to fractions of a pixel.
+
+    Args:
+        frames: uint8 [T, 3, H, W].
+        scale, x, y: [T], each as in ``crop_and_resize``.
+
+    Returns:
+        float32 [T, 3, 96, 128] in [-1, 1].
+    """
+    full_height, full_width = frames.shape[-2:]
+    fit = scale * min(full_height / FRAME_HEIGHT, full_width / FRAME_WIDTH)
+    share_x, share_y = fit * FRAME_WIDTH / full_width, fit * FRAME_HEIGHT / full_height
+    zero = torch.zeros_like(scale)
+    rows = (share_x, zero, (1 - share_x) * (2 * x - 1), zero, share_y, (1 - share_y) * (2 * y - 1))
+    # Sampled twice as densely and averaged: bilinear interpolation alone would alias where the window is shrunk.
+    size = (len(frames), 3, 2 * FRAME_HEIGHT, 2 * FRAME_WIDTH)
+    grid = F.affine_grid(torch.stack(rows, dim=-1).unflatten(-1, (2, 3)), size, align_corners=False)
+    window = F.grid_sample(frames.float() / 127.5 - 1.0, grid, padding_mode="border", align_corners=False)
+    return F.avg_pool2d(window, 2)
+
+
 def training_scenes() -> list[Tensor]:
     """All training scenes as uint8 [T, 3, H, W], with H at most 360 (larger clips are shrunk once, here)."""
     scenes = []

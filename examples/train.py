@@ -1,8 +1,9 @@
 """Train the video transformer: ``python -m examples.train``. Seeded, resumable; needs the trained autoencoder.
 
-Every step teacher-forces all chunks of a 27-frame window at once. The history is not left clean, or generation would
-drift: some history chunks get a little noise (whose level the model is told), and in the second part of the training
-most batches continue from the model's own rollouts instead of from the video, as in Self-Forcing.
+Every step teacher-forces all chunks of a window at once. The history is not left clean, or generation would drift: some
+history chunks get a little noise (whose level the model is told), and many windows have the model's own chunks in their
+history, as generation has. Those come from a rollout (as in Self-Forcing, arXiv 2506.08009), or, for less, from one
+prediction of all chunks in parallel (as in parallel scheduled sampling, arXiv 1906.04331).
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.data import CLIPS, crop_and_resize, held_out, training_scenes
+from examples.data import CLIPS, held_out
+from examples.muon import Muon
 from examples.train_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
 from examples.video_model.autoencoder import Autoencoder
 from examples.video_model.model import Block, CausalVideoTransformer, ModelConfig
 from examples.video_model.sampling import Sampler, timesteps
+from examples.windows import Windows, chance
 
 WEIGHTS = Path(__file__).parent / "weights" / "transformer.safetensors"
 CHUNKS = 9
-RANDOM_CROPS = 7
-ROLLOUT_SHARE = 0.6  # of the steps, once rollouts have begun
+SHORT_CHUNKS = 5  # of most windows: more of them, and more kinds of motion, in the same time
+SHORT_SHARE = 0.65
+ROLLOUT_SHARE = 0.25  # windows whose history is a rollout
+PARALLEL_SHARE = 0.4  # windows whose history holds chunks predicted in parallel
+LAG_PENALTY = 0.02  # per frame, see nearest_in_time
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where the CPU multiplies in it; emulated it is slower than float32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
 def load_autoencoder(path: Path = AUTOENCODER_WEIGHTS) -> Autoencoder:
@@ -42,52 +53,11 @@ def load_autoencoder(path: Path = AUTOENCODER_WEIGHTS) -> Autoencoder:
 
 
 @torch.no_grad()
-def encode(autoencoder: Autoencoder, frames: Tensor) -> Tensor:
-    """Frames [T, 3, H, W] in [-1, 1] to float32 latents [T, C, h, w], a few at a time."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = [autoencoder.encode(p.to(memory_format=torch.channels_last)).float() for p in frames.split(8)]
-    return torch.cat(parts)
-
-
-def build_bank(autoencoder: Autoencoder, generator: torch.Generator) -> dict[str, list[Tensor]]:
-    """Latents of every training scene: ``centre`` crops as in the demo, and ``random`` ones, each also mirrored."""
-    bank: dict[str, list[Tensor]] = {"centre": [], "random": []}
-    for scene in tqdm(training_scenes(), desc="encoding scenes"):
-        for crop in range(1 + RANDOM_CROPS):
-            scale, x, y = torch.rand(3, generator=generator).tolist()
-            frames = crop_and_resize(scene) if crop == 0 else crop_and_resize(scene, 0.7 + 0.3 * scale, x, y)
-            for view in (frames, frames.flip(-1)):
-                bank["centre" if crop == 0 else "random"].append(encode(autoencoder, view).half())
-    return bank
-
-
-class Batches:
-    """Draws training batches; everything random about a step comes from the one generator it is given."""
-
-    scene_weights = tuple(5.0 if scene == clip.train[-1] else 1.0 for clip in CLIPS.values() for scene in clip.train)
-
-    def __init__(self, bank: dict[str, list[Tensor]], config: ModelConfig, centre_share: float = 0.8) -> None:
-        self.bank, self.config, self.centre_share = bank, config, centre_share
-
-    def video(self, generator: torch.Generator) -> Tensor:
-        """A window of latents, [N, F, C, h, w], one in six played backwards.
-
-        The last scene of every clip, which continues into the held-out part, counts five times as much as the others.
-        """
-        kind = "centre" if torch.rand((), generator=generator) < self.centre_share else "random"
-        scenes, frames = self.bank[kind], CHUNKS * self.config.chunk_frames
-        views_per_scene = len(scenes) // len(self.scene_weights)
-        weights = torch.tensor(self.scene_weights).repeat_interleave(views_per_scene)
-        scene = scenes[int(torch.multinomial(weights, 1, generator=generator))]
-        start = int(torch.randint(len(scene) - frames + 1, (), generator=generator))
-        window = scene[start : start + frames].float()
-        if torch.rand((), generator=generator) < 1 / 6:
-            window = window.flip(0)
-        return window.unflatten(0, (CHUNKS, self.config.chunk_frames))
-
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """[B, N, F, C, h, w]."""
-        return torch.stack([self.video(generator) for _ in range(batch)])
+def encode(autoencoder: Autoencoder, frames: Tensor, chunk_frames: int) -> Tensor:
+    """Frames [N * F, 3, H, W] in [-1, 1] to float32 latents [1, N, F, C, h, w], a few at a time."""
+    with autocast():
+        latents = torch.cat([autoencoder.encode(part).float() for part in frames.split(9)])
+    return latents.unflatten(0, (1, -1, chunk_frames))
 
 
 def add_noise(x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,35 +83,106 @@ def roll_out(
     return torch.stack(chunks, dim=1).to(video.dtype)
 
 
-def flow_loss(model: CausalVideoTransformer, video: Tensor, history: Tensor, generator: torch.Generator) -> Tensor:
-    """Velocity-matching loss of the predicted clean latents (x-prediction with v-loss, arXiv 2511.13720).
+@torch.no_grad()
+def predict_in_parallel(model: CausalVideoTransformer, video: Tensor, generator: torch.Generator) -> Tensor:
+    """Put the model's own predictions in the place of some chunks of video [B, N, F, C, h, w]; same shape.
 
-    Args:
-        video: [B, N, F, C, h, w], the truth.
-        history: [B, N, F, C, h, w], what the model sees of earlier chunks: the truth, or its own rollout.
+    All are predicted at once, from pure noise and true history; three in ten times once more, from the result. They
+    take the place of all chunks from one on, as in generation, or of any.
     """
     batch, chunks = video.shape[0], video.shape[1] - 1
-    # Most levels are those of a four-step schedule, of which sampling visits the upper two; the others lie between.
-    scheduled = torch.tensor(timesteps(4)[:-1])[torch.randint(4, (batch, chunks), generator=generator)]
-    between = 0.4 + 0.6 * torch.rand(batch, chunks, generator=generator)
+    clean, noise, history = torch.zeros(batch, chunks), torch.ones(batch, chunks), video
+    for _ in range(2 if chance(0.3, generator) else 1):
+        noisy = torch.randn(video[:, 1:].shape, generator=generator)
+        predicted = model.forward_train(history[:, :-1], clean, noisy, noise).float()
+        if chance(0.5, generator):
+            own = torch.arange(1, chunks + 1) >= torch.randint(1, chunks // 2 + 2, (), generator=generator)
+        else:
+            own = torch.rand(chunks, generator=generator) < 0.6
+        rest = torch.where(own[:, None, None, None, None], predicted, video[:, 1:])
+        history = torch.cat([video[:, :1], rest], dim=1)
+    return history
+
+
+def draw_history(
+    model: CausalVideoTransformer, video: Tensor, own: bool, generator: torch.Generator
+) -> tuple[str, Tensor, Tensor]:
+    """What the model sees of earlier chunks of video [B, N, F, C, h, w]: the truth, or often (if ``own``) its own ones.
+
+    Returns:
+        The kind of history; the history, shaped as video; and, [N - 1], how many frames late each chunk after the
+        first may be.
+    """
+    chunks, kind = video.shape[1], float(torch.rand((), generator=generator)) if own else 1.0
+    if kind < ROLLOUT_SHARE:
+        prompt = int(torch.randint(2, chunks // 2 + 1, (), generator=generator))
+        before = (torch.arange(1, chunks) - prompt).clamp(min=0)  # own chunks, which may have stood still
+        return "rollout", roll_out(model, video, prompt, generator, steps=1), 2 + 3 * before
+    if kind < ROLLOUT_SHARE + PARALLEL_SHARE:
+        return "parallel", predict_in_parallel(model, video, generator), torch.full((chunks - 1,), 4)
+    return "true", video, torch.full((chunks - 1,), 2)
+
+
+def frame_error(difference: Tensor) -> Tensor:
+    """Pseudo-Huber norm (arXiv 2310.14189) of every token of latents [B, T, C, h, w], mean per frame [B, T].
+
+    Not a square: where several continuations are possible, squares are least for their blurred mean.
+    """
+    patches = difference.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    return (patches.square().mean(dim=(2, 4, 6)) + 0.1**2).sqrt().mean(dim=(2, 3)) - 0.1
+
+
+@torch.no_grad()
+def nearest_in_time(predicted: Tensor, video: Tensor, allowed_lag: Tensor) -> Tensor:
+    """For each predicted frame, the true one it is nearest to among those due at its time or a little before.
+
+    Motion by fractions of a token is what a model of this size predicts worst. Held to the very frame, it would answer
+    with the mean of all the places where things may be, and its rollouts would dissolve. So it may be late: slow, but
+    sharp.
+
+    Args:
+        predicted: [B, N - 1, F, C, h, w], chunks 1 to N - 1.
+        video: [B, N, F, C, h, w].
+        allowed_lag: [N - 1], in frames, per chunk.
+    """
+    chunk_frames = video.shape[2]
+    predicted, video, limit = predicted.flatten(1, 2), video.flatten(1, 2), allowed_lag.repeat_interleave(chunk_frames)
+    due = torch.arange(chunk_frames, video.shape[1])
+    costs = []
+    for lag in range(int(limit.max()) + 1):
+        cost = frame_error(predicted - video[:, (due - lag).clamp(min=0)]) + LAG_PENALTY * lag
+        costs.append(cost.masked_fill((lag > limit) | (due - lag < chunk_frames - 1), float("inf")))
+    chosen = due - torch.stack(costs).argmin(0)  # [B, T]
+    nearest = torch.stack([frames[index] for frames, index in zip(video, chosen, strict=True)])
+    return nearest.unflatten(1, (-1, chunk_frames))
+
+
+def flow_loss(
+    model: CausalVideoTransformer, video: Tensor, history: Tensor, allowed_lag: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Velocity-matching loss of the predicted clean latents (x-prediction with v-loss, arXiv 2511.13720).
+
+    See ``draw_history`` and ``nearest_in_time`` for the arguments.
+    """
+    batch, chunks = video.shape[0], video.shape[1] - 1
+    # Most levels are those that sampling visits; the others lie between.
+    scheduled = torch.tensor(timesteps(2, 9.0)[:-1])[torch.randint(2, (batch, chunks), generator=generator)]
+    between = 0.3 + 0.7 * torch.rand(batch, chunks, generator=generator)
     level = torch.where(torch.rand(batch, chunks, generator=generator) < 0.8, scheduled, between)
     history_level = 0.4 * torch.rand(batch, chunks, generator=generator)
-    history_level = history_level * (torch.rand(batch, chunks, generator=generator) < 0.3)
+    history_level = history_level * (torch.rand(batch, chunks, generator=generator) < 0.25)
     seen = add_noise(history[:, :-1], history_level, generator)
-    predicted = model.forward_train(seen, history_level, add_noise(video[:, 1:], level, generator), level)
-    error = (predicted.float() - video[:, 1:]).square().mean(dim=(2, 3, 4, 5))
-    return (error / level.square()).mean()
+    predicted = model.forward_train(seen, history_level, add_noise(video[:, 1:], level, generator), level).float()
+    difference = predicted - nearest_in_time(predicted, video, allowed_lag)
+    return (frame_error(difference.flatten(1, 2)).unflatten(1, (chunks, -1)).mean(-1) / level).mean()
 
 
 def make_optimizers(model: CausalVideoTransformer, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (github.com/KellerJordan/Muon) for the matrices of the blocks, AdamW for everything else."""
+    """Muon for the matrices of the blocks, AdamW for everything else."""
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -171,32 +212,29 @@ def evaluate(model: CausalVideoTransformer, videos: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1700)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--rollout-from", type=int, default=700, help="step at which rollouts begin")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=1.1e-3)
+    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
+    parser.add_argument("--own-from", type=int, default=500, help="step at which own chunks enter the history")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, default=Path("out/train"), help="checkpoints, latents and loss log")
+    parser.add_argument("--run", type=Path, default=Path("out/train"), help="checkpoints and loss log")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the trained weights go")
     args = parser.parse_args()
 
     args.run.mkdir(parents=True, exist_ok=True)
-    autoencoder = load_autoencoder()
-    bank_file = args.run / "latents.pt"
-    if not bank_file.exists():
-        atomic_save(build_bank(autoencoder, torch.Generator().manual_seed(args.seed)), bank_file)
-    config = ModelConfig()
-    batches = Batches(torch.load(bank_file), config)
-    validation = torch.stack([encode(autoencoder, held_out(name)) for name in CLIPS])
-    validation = validation.unflatten(1, (CHUNKS, config.chunk_frames))
+    config, autoencoder = ModelConfig(), load_autoencoder()
+    windows = Windows(CHUNKS * config.chunk_frames)
+    validation = torch.cat([encode(autoencoder, held_out(name), config.chunk_frames) for name in CLIPS])
 
     torch.manual_seed(args.seed)
     model = CausalVideoTransformer(config)
-    averaged = deepcopy(model).requires_grad_(False)
-    player = deepcopy(averaged).to(torch.bfloat16)  # the averaged weights as inference has them, for rollouts
+    if args.init is not None:
+        model.load_state_dict(load_file(args.init))
+    averaged = deepcopy(model).requires_grad_(False)  # for rollouts, and the result
     if not args.no_compile:
-        Block.forward_train = torch.compile(Block.forward_train)  # type: ignore[method-assign]
+        # A graph of its own for each length of window is faster than one for any length.
+        Block.forward_train = torch.compile(Block.forward_train, dynamic=False)  # type: ignore[method-assign]
     optimizers = make_optimizers(model, args.lr)
     checkpoint, log, first = args.run / "checkpoint.pt", args.run / "loss.jsonl", 0
     if checkpoint.exists():
@@ -217,33 +255,32 @@ def main() -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
-        video = batches.draw(args.batch, generator)
-        own = step >= args.rollout_from and float(torch.rand((), generator=generator)) < ROLLOUT_SHARE
-        history = video
-        if own:
-            torch._foreach_copy_(list(player.parameters()), list(averaged.parameters()))
-            history = roll_out(player, video, int(torch.randint(1, 6, (), generator=generator)), generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = flow_loss(model, video, history, generator)
+        frames = windows.draw(generator)
+        if chance(SHORT_SHARE, generator):
+            length = SHORT_CHUNKS * config.chunk_frames
+            start = int(torch.randint(len(frames) - length + 1, (), generator=generator))
+            frames = frames[start : start + length]
+        video = encode(autoencoder, frames, config.chunk_frames)
+        with autocast():
+            kind, history, allowed_lag = draw_history(averaged, video, step >= args.own_from, generator)
+            loss = flow_loss(model, video, history, allowed_lag, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(0.997, (step + 1) / (step + 10))
+        decay = min(0.99, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
-        name = "rollout_loss" if own else "loss"
-        running[name] = loss.item() if name not in running else 0.97 * running[name] + 0.03 * loss.item()
+        running[kind] = loss.item() if kind not in running else 0.95 * running[kind] + 0.05 * loss.item()
         if step % 20 == 19:
             bar.set_postfix({key: f"{value:.4f}" for key, value in running.items()})
             with log.open("a") as file:
                 file.write(json.dumps({"step": step + 1, **running}) + "\n")
         last = step + 1 == args.steps or stop.is_set()
         if step % 250 == 249 or last:
-            torch._foreach_copy_(list(player.parameters()), list(averaged.parameters()))
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "held_out": evaluate(player, validation)}) + "\n")
+                file.write(json.dumps({"step": step + 1, "held_out": evaluate(averaged, validation)}) + "\n")
         if step % 100 == 99 or last:
             state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step + 1}
             atomic_save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, checkpoint)
