@@ -92,9 +92,9 @@ def _quantizer(setting: Setting, bits: int, keys: bool) -> Quantize:
 
 def full() -> list[Setting]:
     """What the package packs, then the simulations; with a correction too where keys have two bits."""
-    both, plain = ("none", "taylor"), ("none",)
+    both, plain, guarded = ("none", "taylor"), ("none",), ("none", "taylor", "clamped")
     sizes = (
-        ((2, 2, 64), both), ((2, 2, 32), both), ((2, 3, 64), both),
+        ((2, 2, 64), guarded), ((2, 2, 32), both), ((2, 3, 64), both),
         ((3, 2, 64), plain), ((3, 3, 64), plain), ((4, 4, 64), plain),
     )  # fmt: skip
     storages = [((quantizer, *size), forms) for quantizer in ASYMMETRIC for size, forms in sizes]
