@@ -113,8 +113,9 @@ def corrections() -> list[Setting]:
     guards = [
         Setting(quantizer, 2, 2, 64, correction)
         for quantizer in (*ASYMMETRIC, "qvg")
-        for correction in ("clamped", "second_moment", "calibrated")
+        for correction in ("second_moment", "calibrated")
     ]
+    guards += [Setting("qvg", 2, 2, 64, "clamped")]
     return [*guards, Setting("rtn", 2, 2, 64, "exact"), Setting("unbiased", 2, 2, 64, "exact")]
 
 
