@@ -160,7 +160,7 @@ def _plan(
     if plan.outcome in ("untouched", "packed"):
         plan.glimpses = _glimpses(view)
     if plan.outcome != "adopted":
-        plan.handed, plan.attended = unknown.passages.handed(), unknown.passages.attended()
+        plan.handed, plan.attended = unknown.passages.handed(), view.attended(unknown.passages)
     if not view.left:  # that attention is told of, and may be what reads them
         plan.unpacked = list(unknown.tensors(plan.handed, {view.position[h.node] for h in plans}))
     if not plans and not layouts:
@@ -282,6 +282,11 @@ class _View:
         reasons = ((h, reason) for h in packed for reason in (*h.blockers, unheld[h]))
         blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
+
+    def attended(self, passages: Passages) -> list[Attended]:
+        """What attention may have been handed by other graphs; not of what only eager code could serve once packed."""
+        blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
+        return [one for one in passages.attended() if not blocked.intersection((*one.keys, *one.values))]
 
     def not_held(self, holder: Holder, quantizer: str) -> str | None:
         """Why a cache cannot be of a quantizer: it is set to a number that this does not hold."""

@@ -471,3 +471,27 @@ def test_ignored_and_learned_tensors_stay_plain_across_a_graph_break() -> None:
             assert not any(map(is_packed, cache))
     for hint in hints:
         hint.remove()
+
+
+class MoreEntriesThanUsed(nn.Module):
+    """As Llama's reference code: caches for more batch entries than come, moved to the device of what comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = (torch.zeros(2, TOKENS, HEADS, HEAD_DIM) for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        self.k, self.v = self.k.to(q), self.v.to(q)
+        self.k[: len(q), start : start + CHUNK] = k
+        self.v[: len(q), start : start + CHUNK] = v
+        return attend(q, self.k[: len(q), : start + CHUNK], self.v[: len(q), : start + CHUNK])
+
+
+def test_what_a_graph_refuses_is_not_packed_for_its_being_handed_on() -> None:
+    backend = fresh_backend()
+    compiled, eager = twins(MoreEntriesThanUsed(), backend)
+    with torch.no_grad(), pytest.warns(NotRewrittenWarning, match="only some of its batch entries"):
+        for start in range(0, 6 * CHUNK, CHUNK):
+            q, k, v = (torch.randn(1, CHUNK, HEADS, HEAD_DIM) for _ in range(3))
+            assert compiled(q, k, v, start).equal(eager(q, k, v, start))
+    assert backend.memory().adopted == 0
