@@ -164,7 +164,7 @@ class Contents:
             return False
         try:
             first = hint(offset(value))
-            last = first + sum((hint(n) - 1) * hint(step) for n, step in zip(value.shape, value.stride()))
+            last = first + sum(max(hint(n) - 1, 0) * hint(step) for n, step in zip(value.shape, value.stride()))
         except UnknownPosition:
             return True
         return not any(hint(h.offset) <= first and last < hint(h.offset + h.shape[0] * h.strides[0]) for h in parts)
@@ -195,7 +195,8 @@ def renamed(content: Content, axes: tuple[int | None, ...]) -> Content:
     if isinstance(content, Cached):
         return content
     if isinstance(content, Scattered):
-        return replace(content, value=_renamed(content.value, axes))
+        before = None if content.before is None else renamed(content.before, axes)
+        return replace(content, value=_renamed(content.value, axes), before=before)  # type: ignore[arg-type]
     return _renamed(content, axes)
 
 

@@ -20,6 +20,7 @@ from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
 from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Fill, Holder, Returned, Tracking
+from .apart import tell_apart
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
@@ -224,6 +225,7 @@ class _View:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
         join_filled(self.gm.graph)
+        tell_apart(self.gm.graph)
         make_own(self.gm.graph, read_out)
         hold_what_changes(self.gm.graph)
         self.left = canonicalise(self.gm.graph, as_spelled)

@@ -243,14 +243,15 @@ class Tracker:
         whole = window.covers(holder.shape, holder.token_axis)
         if holder.root is not None or not whole or window.axes[write.dim] != holder.token_axis:
             raise Unsupported("it is written at places that a tensor holds, other than tokens of the whole cache")
-        if any(not isinstance(s.content, Cached) for s in holder.segments):
-            raise Unsupported("it is written twice, at places that a tensor holds")
+        if any(isinstance(s.content, Fresh) for s in holder.segments):
+            raise Unsupported("it is written twice, once at places that a tensor holds")
         if not isinstance(write.value, Node) or example(write.value).dim() != 4:
             raise Unsupported("a value is broadcast to places that a tensor holds")
         if self.contents.sources(write.value):
             self._read(node, write.value)
         tokens = holder.shape[holder.token_axis]
-        content = Scattered(holder, 0, self.time, write.positions, Fresh(write.value, window.axes, 0))
+        before = next((s.content for s in holder.segments if isinstance(s.content, Scattered)), None)
+        content = Scattered(holder, 0, self.time, write.positions, Fresh(write.value, window.axes, 0), before)
         holder.segments = [Segment(0, tokens, content)]
         holder.scattered = True
         holder.writes.append((self.time, 0, tokens))
@@ -361,6 +362,8 @@ class Tracker:
 
     def _check_scattered(self, call: AttentionCall, segments: list[Segment], holder: Holder) -> None:
         """Columns of the mask are taken by the positions: it must have them all, in the cache's order."""
+        if any(isinstance(s.content, Scattered) and s.content.before is not None for s in segments):
+            raise Unsupported("it is written several times, at places that a tensor holds")
         tokens = holder.cache.shape[holder.cache.token_axis]
         if len(segments) != 1 or not same(segments[0].length, tokens):
             raise Unsupported("part of a cache is attended that is written at places that a tensor holds")
