@@ -495,3 +495,47 @@ def test_what_a_graph_refuses_is_not_packed_for_its_being_handed_on() -> None:
             q, k, v = (torch.randn(1, CHUNK, HEADS, HEAD_DIM) for _ in range(3))
             assert compiled(q, k, v, start).equal(eager(q, k, v, start))
     assert backend.memory().adopted == 0
+
+
+class ViewKept(Projections):
+    """As Infinity-RoPE: keys turned after they are read; the view that they are read by lives as long as the call."""
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, ...], start: int) -> Tensor:
+        q, k, v = self.project(x)
+        for held, new in zip(cache, (k, v)):
+            held[:, start : start + CHUNK] = new
+        keys, values = (held[:, : start + CHUNK] for held in cache)
+        turned = rope(keys, torch.arange(start + CHUNK))
+        torch._dynamo.graph_break()
+        turned[:, :CHUNK] = keys[:, :CHUNK]
+        return self.out(attend(q, turned, values))
+
+
+def test_a_cache_is_packed_though_the_model_holds_a_view_of_it() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(ViewKept(), backend)
+    caches, reference = (tuple(torch.zeros(1, TOKENS, HEADS, HEAD_DIM) for _ in range(2)) for _ in range(2))
+
+    def steps() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, TOKENS, CHUNK):
+            x = torch.randn(1, CHUNK, DIM)
+            yield compiled(x, caches, start), eager(x, reference, start)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", NotRewrittenWarning)
+        run_beside(steps(), calls=10, stable_from=6)
+    assert all(map(is_packed, caches))
+
+
+def test_a_view_that_never_goes_is_told_of() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    model = ViewKept()
+    compiled = torch.compile(model, backend=backend)
+    caches = tuple(torch.zeros(1, TOKENS, HEADS, HEAD_DIM) for _ in range(2))
+    views = [cache[:, 1:] for cache in caches]
+    with torch.no_grad(), pytest.warns(NotRewrittenWarning, match="other live tensors share its memory"):
+        for start in range(0, 6 * CHUNK, CHUNK):
+            compiled(torch.randn(1, CHUNK, DIM), caches, start)
+    assert not any(map(is_packed, (*caches, *views)))
