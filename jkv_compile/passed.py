@@ -282,6 +282,10 @@ def attending_call(
             keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
             handed = bool(keys and values)
             packed = [store for source in keys if (store := source.store) is not None]
+            done = [
+                any(s.store is not None for s in side) or any(isinstance(args[i], PackedKV) for i in own)
+                for side, own in ((keys, one.keys), (values, one.values))
+            ]
             plain_keys, plain_values = ([s for s in side if s.store is None] for side in (keys, values))
             if plain_keys or plain_values:
                 sides = [
@@ -291,15 +295,13 @@ def attending_call(
                         (plain_values, plain_keys, one.values),
                     )
                 ]
-                others_packed = [
-                    any(s.store is not None for s in side) or any(isinstance(args[i], PackedKV) for i in own)
-                    for side, own in ((keys, one.keys), (values, one.values))
-                ]
-                reason = PENDING if stores is None else _adopt(sides, others_packed, one, config, stores, passed)
+                reason = PENDING if stores is None else _adopt(sides, done, one, config, stores, passed)
                 if reason is None:
                     settle(one.source)
                 elif reason != PENDING or handed:
                     tell(one.source, reason)
+            elif all(done) and one.source in passed.pending:  # packed meanwhile
+                settle(one.source)
             if config.correction != "none" and stores is not None:
                 for store in packed:
                     store.tells_steps = True
