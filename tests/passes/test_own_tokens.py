@@ -79,10 +79,17 @@ def test_what_does_not_change_is_not_copied() -> None:
 
 def counted(q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
     """A ring that counts on in the tensor that it has written by, and attends to all of it."""
-    places = cache["places"][: k.shape[2]]
-    cache["k"][:, :, places] = k
-    cache["v"].index_copy_(2, places, v)
+    cache["k"][:, :, cache["places"][: k.shape[2]]] = k
+    cache["v"][:, :, cache["places"][: k.shape[2]]] = v
     cache["places"].add_(k.shape[2]).remainder_(cache["k"].shape[2])
+    return F.scaled_dot_product_attention(q, cache["k"], cache["v"])
+
+
+def counted_in_between(q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+    """Values go elsewhere than keys: these are no tokens of one place."""
+    cache["k"].index_copy_(2, cache["places"][: k.shape[2]], k)
+    cache["places"].add_(k.shape[2]).remainder_(cache["k"].shape[2])
+    cache["v"].index_copy_(2, cache["places"][: k.shape[2]], v)
     return F.scaled_dot_product_attention(q, cache["k"], cache["v"])
 
 
@@ -96,16 +103,19 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("model", [counted, gathered], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [counted, counted_in_between, gathered], ids=lambda model: model.__name__)
 def test_places_that_are_counted_on(model: Callable[..., Tensor], inner: str) -> None:
     torch.manual_seed(0)
-    compiled = torch.compile(model, backend=fresh_backend(bits=8, inner=inner))
+    backend = fresh_backend(bits=8, inner=inner)
+    compiled = torch.compile(model, backend=backend)
     caches = [{**{name: torch.zeros(1, 2, 24, 32) for name in "kv"}, "places": torch.arange(24)} for _ in range(2)]
     with torch.no_grad():
         for _ in range(8):
             q, k, v = (torch.randn(1, 2, CHUNK, 32) for _ in range(3))
             assert relative_error(compiled(q, k, v, caches[0]), model(q, k, v, caches[1])) < BOUND
     assert all(is_packed(caches[0][name]) for name in "kv")
+    fused = {m.lowering == "fused" for r in backend.reports for m in r.matches}
+    assert fused == {model is counted}
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
