@@ -34,6 +34,11 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
         return "its storage holds more than this tensor"
     if not tensor.untyped_storage().resizable() or (tensor.device.type == "cpu" and tensor.is_shared()):
         return "its memory is shared with NumPy, another library or another process"
+    return shared(tensor, views)
+
+
+def shared(tensor: Tensor, views: int = 0) -> str | None:
+    """That other tensors live in the memory of a plain one, but for `views` known ones; None where none does."""
     others = storage_holders(tensor) - 1 - views - only_view(tensor)
     if others > 0:
         return (

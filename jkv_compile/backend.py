@@ -22,7 +22,7 @@ from .config import Config, configure
 from .errors import ConfigurationError, NoCachedAttentionError, NotRewrittenWarning, OffloadWarning
 from .glimpse import Sightings, glimpsing_call
 from .offload import Offload
-from .passed import Passed, attending_call, handing_call, told_call
+from .passed import Passed, attending_call, awaiting_call, handing_call, told_call
 from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
@@ -129,7 +129,8 @@ class JKVBackend:
         begin, state = time.perf_counter(), self._state
         corrects = self.config.correction != "none"
         layouts = state.passed.layouts(example_inputs) if corrects else {}
-        plan = plan_graph(gm, example_inputs, self.config, state.written, layouts)
+        made = state.passed.made(example_inputs)
+        plan = plan_graph(gm, example_inputs, self.config, state.written, layouts, made)
         plan.report.rejections, plan.attentions = [*plan.report.rejections, *rejected], plan.attentions + len(rejected)
         plan.report.noted = state.passed.notes(plan.unpacked, example_inputs)
         plan.report.seconds = time.perf_counter() - begin
@@ -153,6 +154,10 @@ class JKVBackend:
             else:
                 otherwise = gm.forward if again else self._compiled_later(gm, mode, options)
             return first_contact(otherwise, plan, self.config, state.stores, state.written, state.passed)
+
+        def later() -> Callable[..., Any]:
+            return self._compiled_later(gm, mode, options)
+
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
         if plan.glimpses:
             run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
@@ -163,11 +168,13 @@ class JKVBackend:
         if plan.written:
             run = recorded_call(run, plan, state.written)
         if corrects and not again and (plan.handed or plan.attended):
-            run = told_call(run, layouts, lambda: self._compiled_later(gm, mode, options), state.passed)
+            run = told_call(run, layouts, later, state.passed)
+        if plan.handed and not again:
+            arguments = {one.argument for one in plan.handed}
+            run = awaiting_call(run, arguments, self.config, state.stores, later, state.passed)
         if plan.outcome != "watched" or again:  # what is called again in the same call does not come again
             return run
-        later = self._compiled_later(gm, mode, options)
-        return watched_call(run, later, plan, self.config, state.stores, state.written, state.seen, state.passed)
+        return watched_call(run, later(), plan, self.config, state.stores, state.written, state.seen, state.passed)
 
     def _compiled_later(self, gm: GraphModule, mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
         """A graph for tensors that it was not compiled for: planned and compiled when it is first called with them."""

@@ -167,7 +167,8 @@ class _Watcher:
         self, gm: GraphModule, example_inputs: Sequence[Any], rejected: Sequence[Rejected]
     ) -> Callable[..., Any]:
         try:
-            plan = plan_graph(gm, example_inputs, self.config, self.written)
+            made = self.passed.made(example_inputs)
+            plan = plan_graph(gm, example_inputs, self.config, self.written, made=made)
             plan.report.rejections = [*plan.report.rejections, *rejected]
             plan.report.noted = self.passed.notes(plan.unpacked, example_inputs)
             self.caches += plan.caches(example_inputs)

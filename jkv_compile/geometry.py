@@ -91,7 +91,7 @@ def _locate(
             axes[i] = free.pop(0)
     starts: list[int] = [0] * ndim
     partial = [a for a in range(ndim) if not same(lengths[a], shape[a])]
-    partial.sort(key=lambda a: int(strides[a]), reverse=True)
+    partial.sort(key=lambda a: hint(strides[a]), reverse=True)
     if any(same(strides[a], 0) for a in partial):  # an expanded axis: any of its indices is any other
         return None
     for a in partial:
@@ -170,5 +170,9 @@ def outermost_first(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 def hint(n: int) -> int:
-    """A size, or what a symbolic one is in the call that is traced."""
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
+    """A size, or what a symbolic one is in the call that is traced; adds no guard.
+
+    Raises:
+        GuardOnDataDependentSymNode: that is not known before the data is.
+    """
+    return int(n.node.hint) if isinstance(n, torch.SymInt) and n.node.has_hint() else int(n)

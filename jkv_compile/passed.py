@@ -4,6 +4,9 @@ What a graph hands on is remembered by tensor, from cache to attention. A tensor
 way for the second time is a cache, and is packed *after* that call. From then on the graph that reads it back returns Δ
 as well, which is remembered beside the tensor that it is Δ of; the graph that attends to that tensor is compiled anew,
 for being given it. Where Δ is lost on the way, attention is not corrected, which is said.
+
+A view that is handed on may be a variable of the model's still, when the attention is done. Then the cache is packed
+before the next call of the graph that reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adopt import adopt, obstacle
+from .adopt import adopt, obstacle, shared
+from .compat import storage_key
 from .config import Config
 from .errors import ConfigurationError, NotRewrittenWarning
 from .geometry import four_dimensional
@@ -73,6 +77,17 @@ class Steps:
     version: int | None
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """How a cache is packed that views are alive of; `adopt` tells of each."""
+
+    cache: weakref.ref[Tensor]
+    axes: tuple[int, ...]
+    bits: int
+    quantizer: str
+    tells_steps: bool
+
+
 class Passed:
     """Where the tokens of tensors come from that graphs have handed on, and what is known of their errors.
 
@@ -83,6 +98,8 @@ class Passed:
         self._sources: dict[int, tuple[weakref.ref[Tensor], list[Source]]] = {}
         self._steps: dict[int, tuple[weakref.ref[Tensor], Steps]] = {}
         self.attended = Seen()  # the caches whose tokens came to attention
+        self.awaited: dict[int, Awaited] = {}  # by identity
+        self.shared = Seen()  # the caches that were awaited
         self.pending: dict[str, list[GraphReport]] = {}  # by source: where it is on record that they are to come again
 
     def __bool__(self) -> bool:
@@ -93,6 +110,10 @@ class Passed:
         if known is None or known[0]() is not tensor:
             return []
         return [source for source in known[1] if source.cache() is not None]
+
+    def made(self, arguments: Sequence[Any]) -> set[int]:
+        """The arguments that a graph has made of tokens of a cache, and that are none of its memory."""
+        return {i for i, a in enumerate(arguments) if type(a) is Tensor and any(map(_elsewhere(a), self.sources(a)))}
 
     def layouts(self, arguments: Sequence[Any]) -> dict[int, StepLayout]:
         """The arguments that another graph has read from a packed cache, and which of their channels have one Δ."""
@@ -130,6 +151,16 @@ class Passed:
         self._sources[key] = weakref.ref(output, lambda _: self._sources.pop(key, None)), list(sources)
 
 
+def _elsewhere(tensor: Tensor) -> Callable[[Source], bool]:
+    """Tells whether a cache is in another memory than a tensor."""
+
+    def elsewhere(source: Source) -> bool:
+        cache = source.cache()
+        return type(cache) is not Tensor or storage_key(cache) != storage_key(tensor)
+
+    return elsewhere
+
+
 def _version(tensor: Any) -> int | None:
     """How often a tensor has been changed in place; None for one of inference mode, which does not know."""
     return None if tensor.is_inference() else tensor._version
@@ -160,6 +191,36 @@ def _handed_on(argument: Tensor, one: Handed, passed: Passed) -> list[Source]:
         store = argument._store
         return [Source(weakref.ref(store), None, one.pairs, store.tells_steps)]
     return [] if one.tokens is None else [Source(weakref.ref(argument), one.tokens, one.pairs)]
+
+
+def awaiting_call(
+    inner: Callable[..., Any],
+    arguments: set[int],
+    config: Config,
+    stores: Any,
+    compiled_later: Callable[[], Callable[..., Any]],
+    passed: Passed,
+) -> Callable[..., Any]:
+    """Call `inner`; or, where caches among these arguments are awaited, pack them, and call what is compiled for it."""
+    compiled: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        found = [passed.awaited.pop(id(args[i]), None) for i in arguments] if passed.awaited else []
+        packed = False
+        for one in found:
+            cache = None if one is None else one.cache()
+            if one is not None and type(cache) is Tensor and obstacle(cache) is None and not is_ignored(cache):
+                store = adopt(cache, one.axes, one.bits, config, quantizer=one.quantizer)
+                store.tells_steps = one.tells_steps
+                store.join(stores)
+                packed = True
+        if not packed:
+            return inner(*args)
+        if not compiled:
+            compiled.append(compiled_later())
+        return compiled[0](*args)
+
+    return call
 
 
 def told_call(
@@ -215,11 +276,16 @@ def attending_call(
             warnings.warn(f"jkv: {source}: {reason}", NotRewrittenWarning, stacklevel=3)
 
     def call(*args: Any) -> Any:
+        lost = {one for one in attended if any(passed.lost(args[i]) for i in one.keys)}  # the graph may change them
         outputs = inner(*args)
         for one in attended if passed else ():
             keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
             handed = bool(keys and values)
             packed = [store for source in keys if (store := source.store) is not None]
+            done = [
+                any(s.store is not None for s in side) or any(isinstance(args[i], PackedKV) for i in own)
+                for side, own in ((keys, one.keys), (values, one.values))
+            ]
             plain_keys, plain_values = ([s for s in side if s.store is None] for side in (keys, values))
             if plain_keys or plain_values:
                 sides = [
@@ -229,19 +295,17 @@ def attending_call(
                         (plain_values, plain_keys, one.values),
                     )
                 ]
-                others_packed = [
-                    any(s.store is not None for s in side) or any(isinstance(args[i], PackedKV) for i in own)
-                    for side, own in ((keys, one.keys), (values, one.values))
-                ]
-                reason = PENDING if stores is None else _adopt(sides, others_packed, one, config, stores, passed)
+                reason = PENDING if stores is None else _adopt(sides, done, one, config, stores, passed)
                 if reason is None:
                     settle(one.source)
                 elif reason != PENDING or handed:
                     tell(one.source, reason)
+            elif all(done) and one.source in passed.pending:  # packed meanwhile
+                settle(one.source)
             if config.correction != "none" and stores is not None:
                 for store in packed:
                     store.tells_steps = True
-                if any(passed.lost(args[i]) for i in one.keys):
+                if one in lost:
                     tell(one.source, UNCORRECTED)
         return outputs
 
@@ -268,11 +332,14 @@ def _adopt(
                 return REFUSED.format("it has no three or four dimensions of which one runs along tokens")
             known = caches.get(id(cache))
             caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
+    waits = False  # for views that are variables of the model's, until it returns
     for cache, _, _ in caches.values():
         if is_ignored(cache):
             return REFUSED.format("jkv_compile.ignore was called for it")
         if (reason := obstacle(cache)) is not None:
-            return REFUSED.format(reason)
+            if reason != shared(cache) or passed.shared.before(cache):
+                return REFUSED.format(reason)
+            waits = True
         try:
             config.check_head_dim(one.head_dim)  # keys and values may lie in one tensor, side by side
             config.check_head_dim(cache.shape[-1])
@@ -285,10 +352,14 @@ def _adopt(
         quantizer: str = config.quantizer
         if id(cache) in pairs:
             quantizer = str(grid_within(quantizer, cache.shape[-1], config.group_size, pairs[id(cache)]))
+        tells_steps = id(cache) in pairs and config.correction != "none"
+        if waits:
+            passed.awaited[id(cache)] = Awaited(weakref.ref(cache), axes, bits, quantizer, tells_steps)
+            continue
         store = adopt(cache, axes, bits, config, quantizer=quantizer)
-        store.tells_steps = id(cache) in pairs and config.correction != "none"
+        store.tells_steps = tells_steps
         store.join(stores)
-    return None
+    return PENDING if waits else None
 
 
 def _like(sources: list[Source], arguments: list[Any]) -> list[Source]:

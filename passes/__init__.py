@@ -1,5 +1,6 @@
 """Graph passes, in the order they run.
 
+filled and apart: new tensors filled part by part as concatenations; keys and values in one tensor, each by itself.
 own_tokens: what is written is no view of a cache, nor changed in place after it was cached: it is copied first.
 dtensors: what is done to DTensors that are caches, done to this rank's shards.
 canonicalise: every spelling of attention (spelled_as_calls, spelled_by_hand, spelled_by_users, with_lse; of tokens on

@@ -102,9 +102,9 @@ class Contents:
             return holders[0] if holders else None
         try:
             begins = hint(offset(value))
+            own = [h for h in holders if hint(h.offset) <= begins < hint(h.offset + h.shape[0] * h.strides[0])]
         except UnknownPosition:
             return None
-        own = [h for h in holders if h.offset <= begins < h.offset + h.shape[0] * h.strides[0]]
         return next((h for h in own if locate_in(value, h) is not None), None)
 
     def holder(self, node: Any) -> Holder | None:
@@ -164,10 +164,10 @@ class Contents:
             return False
         try:
             first = hint(offset(value))
-            last = first + sum((hint(n) - 1) * hint(step) for n, step in zip(value.shape, value.stride()))
+            last = first + sum(max(hint(n) - 1, 0) * hint(step) for n, step in zip(value.shape, value.stride()))
         except UnknownPosition:
             return True
-        return not any(h.offset <= first and last < h.offset + h.shape[0] * h.strides[0] for h in parts)
+        return not any(hint(h.offset) <= first and last < hint(h.offset + h.shape[0] * h.strides[0]) for h in parts)
 
     def derive(self, value: Tensor, sources: list[Holder]) -> None:
         known = self.computed.setdefault(identity(value), [])
@@ -195,7 +195,8 @@ def renamed(content: Content, axes: tuple[int | None, ...]) -> Content:
     if isinstance(content, Cached):
         return content
     if isinstance(content, Scattered):
-        return replace(content, value=_renamed(content.value, axes))
+        before = None if content.before is None else renamed(content.before, axes)
+        return replace(content, value=_renamed(content.value, axes), before=before)  # type: ignore[arg-type]
     return _renamed(content, axes)
 
 

@@ -107,7 +107,8 @@ def _assemble(
     def scattered(content: Scattered, length: int) -> Node:
         tokens = holder.shape[holder.token_axis]
         written = content.positions.meta["example_value"].shape[0]
-        node = put(cached(0, tokens), content.positions, canonical(content.value, written))
+        before = cached(0, tokens) if content.before is None else scattered(content.before, tokens)
+        node = put(before, content.positions, canonical(content.value, written))
         if same(length, tokens):
             return node
         return pieces.call(torch.narrow, node, 2, pieces.number(content.first), pieces.number(length))

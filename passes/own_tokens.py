@@ -1,6 +1,7 @@
 """Tokens that are no tensor of their own where they are written to a cache: they are made one.
 
-Tokens that a graph changes in place after it has written them to a cache, or joined them with cached ones.
+Tokens that a graph changes in place after it has written them to a cache, or joined them with cached ones; and the
+places that a tensor holds, where a graph counts on in that tensor once it has written there.
 
 What is written in a graph is attended from its own value there, in full precision (`segments.Fresh`), which has to be
 what was written. So the tokens are copied before they are written, where the graph changes their memory later on (an
@@ -33,7 +34,7 @@ def hold_what_changes(graph: Graph) -> None:
             if isinstance(example(argument), Tensor) and node.target is not FLEX and mutates(node, argument):
                 changes[identity(example(argument))] = time
     for time, node in enumerate(nodes):
-        for source in _tokens_taken(node):
+        for source in [*_tokens_taken(node), *_places(node)]:
             value = example(source)
             mode = fake_mode_of(value) if isinstance(value, Tensor) and not isinstance(value, PackedKV) else None
             if mode is None or is_dtensor(value) or changes.get(identity(value), -1) <= time:
@@ -59,6 +60,12 @@ def make_own(graph: Graph, writes: Collection[str]) -> None:
 def as_tensor(x: Tensor) -> Tensor:
     """`x`, which the passes take for the outcome of a computation."""
     return x
+
+
+def _places(node: Node) -> list[Node]:
+    """The tensor of places that a node writes to."""
+    write = as_write(node)
+    return [] if write is None or write.positions is None else [write.positions]
 
 
 def _tokens_taken(node: Node) -> list[Node]:

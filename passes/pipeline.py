@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
 from ..report import GraphReport, Rejected
 from .actions import Append, Attend, Dense, Fill, Holder, Returned, Tracking
+from .apart import tell_apart
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
 from .describe import describe, source_line
@@ -110,17 +111,19 @@ def plan_graph(
     config: Config,
     written: Written,
     layouts: Mapping[int, StepLayout] | None = None,
+    made: Collection[int] = (),
 ) -> Plan:
     """Decide what becomes of a graph, and rewrite a copy of it where caches are to be packed or are packed already.
 
     Args:
         layouts: by argument: which channels have one Δ, of what another graph has read from a packed cache.
+        made: arguments that another graph has made of cached tokens; written to, they are no caches for that.
 
     Raises:
         ConfigurationError: groups do not tile the head_dim of a cache that would be packed.
     """
     report = GraphReport(len(gm.graph.nodes), "untouched", before=graph_text(gm.graph))
-    return _plan(gm, example_inputs, config, written, report, layouts or {}, adopting=True)
+    return _plan(gm, example_inputs, config, written, report, layouts or {}, made, adopting=True)
 
 
 def _plan(
@@ -130,10 +133,11 @@ def _plan(
     written: Written,
     report: GraphReport,
     layouts: Mapping[int, StepLayout],
+    made: Collection[int],
     adopting: bool,
 ) -> Plan:
     """`plan_graph`; unless `adopting`, plain caches stay plain, as beside packed ones that have to be served anyway."""
-    view = _View(gm, example_inputs, written, layouts)
+    view = _View(gm, example_inputs, written, layouts, made)
     report.rejections = view.rejections()
     if config.correction == "none":  # and nothing is lost
         report.rejections = [r for r in report.rejections if r.reason != ONE_PACKED]
@@ -150,7 +154,7 @@ def _plan(
         across = view.written_across(choice.plans)
         if not alone and not across:
             break
-        view = _View(gm, example_inputs, written, layouts, view.as_spelled | alone, view.read_out | across)
+        view = _View(gm, example_inputs, written, layouts, made, view.as_spelled | alone, view.read_out | across)
         choice = _choose(view, config, GraphReport(0, "untouched"), adopting)
     plans = choice.plans
     report.rejections = list(dict.fromkeys(report.rejections))
@@ -160,7 +164,7 @@ def _plan(
     if plan.outcome in ("untouched", "packed"):
         plan.glimpses = _glimpses(view)
     if plan.outcome != "adopted":
-        plan.handed, plan.attended = unknown.passages.handed(), unknown.passages.attended()
+        plan.handed, plan.attended = unknown.passages.handed(), view.attended(unknown.passages)
     if not view.left:  # that attention is told of, and may be what reads them
         plan.unpacked = list(unknown.tensors(plan.handed, {view.position[h.node] for h in plans}))
     if not plans and not layouts:
@@ -189,7 +193,7 @@ def _plan(
     plan.first_tokens = {view.position[h.node]: example(h.node).first_token.shape[0] for h in plans if h.packed}
     if any(h.packed for h in plans) and (plan.ignores or plan.outcome == "watched"):
         scratch = GraphReport(0, "untouched")
-        plan.instead = _plan(gm, example_inputs, config, written, scratch, layouts, adopting=False)
+        plan.instead = _plan(gm, example_inputs, config, written, scratch, layouts, made, adopting=False)
     return plan
 
 
@@ -218,12 +222,15 @@ class _View:
         example_inputs: Sequence[Any],
         written: Written,
         layouts: Mapping[int, StepLayout],
+        made: Collection[int],
         as_spelled: frozenset[str] = frozenset(),
         read_out: frozenset[str] = frozenset(),
     ) -> None:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
+        self.made = made
         join_filled(self.gm.graph)
+        tell_apart(self.gm.graph)
         make_own(self.gm.graph, read_out)
         hold_what_changes(self.gm.graph)
         self.left = canonicalise(self.gm.graph, as_spelled)
@@ -282,6 +289,11 @@ class _View:
         reasons = ((h, reason) for h in packed for reason in (*h.blockers, unheld[h]))
         blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
+
+    def attended(self, passages: Passages) -> list[Attended]:
+        """What attention may have been handed by other graphs; not of what only eager code could serve once packed."""
+        blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
+        return [one for one in passages.attended() if not blocked.intersection((*one.keys, *one.values))]
 
     def not_held(self, holder: Holder, quantizer: str) -> str | None:
         """Why a cache cannot be of a quantizer: it is set to a number that this does not hold."""
@@ -347,7 +359,8 @@ def _choose(view: _View, config: Config, report: GraphReport, adopting: bool) ->
 
     def gathers(action: Action, holder: Holder) -> bool:
         """A cache gathers tokens: it is written slice by slice, never as a whole (as what a context gives once)."""
-        return holder in returned or view.written_elsewhere(holder) or _looks_cached(holder)
+        written = _looks_cached(holder) and view.position[holder.node] not in view.made
+        return holder in returned or view.written_elsewhere(holder) or written
 
     plans = _adoptable(view, gathers, config, report)
     marked = {h for h in tracking.caches if not h.packed and is_marked(view.cache(h))}

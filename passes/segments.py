@@ -45,13 +45,17 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Scattered:
-    """Tokens of a cache, beginning at `first`, of which those at `positions` (known to the data only) are `value`'s."""
+    """Tokens of a cache, beginning at `first`, of which those at `positions` (known to the data only) are `value`'s.
+
+    Other tokens are as `before` has them, where the graph had written at such places before.
+    """
 
     cache: Holder
     first: int
     time: int
     positions: Node
     value: Fresh
+    before: Scattered | None = None
 
     def skip(self, n: int) -> Scattered:
         return replace(self, first=self.first + n)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -22,7 +23,7 @@ from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection,
 from .attention_forms import AttentionCall, as_attention
 from .contents import CANNOT_FOLLOW, Contents, Unsupported, locate_in, reason_of, tensors
 from .copies import copy_of_tokens
-from .nodes import CONCATENATIONS, Write, as_write, example, identity, mutates, name_of
+from .nodes import CONCATENATIONS, COPIES, Write, as_write, example, identity, mutates, name_of
 from .segments import Cached, Content, Fresh, Scattered, Segment, at_most, equal, overlap, overwrite
 from .sources import hands_tokens_on
 
@@ -243,14 +244,15 @@ class Tracker:
         whole = window.covers(holder.shape, holder.token_axis)
         if holder.root is not None or not whole or window.axes[write.dim] != holder.token_axis:
             raise Unsupported("it is written at places that a tensor holds, other than tokens of the whole cache")
-        if any(not isinstance(s.content, Cached) for s in holder.segments):
-            raise Unsupported("it is written twice, at places that a tensor holds")
+        if any(isinstance(s.content, Fresh) for s in holder.segments):
+            raise Unsupported("it is written twice, once at places that a tensor holds")
         if not isinstance(write.value, Node) or example(write.value).dim() != 4:
             raise Unsupported("a value is broadcast to places that a tensor holds")
         if self.contents.sources(write.value):
             self._read(node, write.value)
         tokens = holder.shape[holder.token_axis]
-        content = Scattered(holder, 0, self.time, write.positions, Fresh(write.value, window.axes, 0))
+        before = next((s.content for s in holder.segments if isinstance(s.content, Scattered)), None)
+        content = Scattered(holder, 0, self.time, write.positions, Fresh(write.value, window.axes, 0), before)
         holder.segments = [Segment(0, tokens, content)]
         holder.scattered = True
         holder.writes.append((self.time, 0, tokens))
@@ -361,6 +363,8 @@ class Tracker:
 
     def _check_scattered(self, call: AttentionCall, segments: list[Segment], holder: Holder) -> None:
         """Columns of the mask are taken by the positions: it must have them all, in the cache's order."""
+        if any(isinstance(s.content, Scattered) and s.content.before is not None for s in segments):
+            raise Unsupported("it is written several times, at places that a tensor holds")
         tokens = holder.cache.shape[holder.cache.token_axis]
         if len(segments) != 1 or not same(segments[0].length, tokens):
             raise Unsupported("part of a cache is attended that is written at places that a tensor holds")
@@ -374,7 +378,7 @@ def _check_alike(key: list[Segment], value: list[Segment]) -> None:
         type(k.content) is type(v.content)
         and equal(k.length, v.length)
         and (isinstance(k.content, Fresh) or equal(k.content.first, v.content.first))
-        and _positions(k.content) is _positions(v.content)
+        and _same_places(_positions(k.content), _positions(v.content))
         for k, v in zip(key, value)
     )
     if not alike:
@@ -383,3 +387,22 @@ def _check_alike(key: list[Segment], value: list[Segment]) -> None:
 
 def _positions(content: Content) -> Node | None:
     return content.positions if isinstance(content, Scattered) else None
+
+
+_TAKES = COPIES | {"getitem", "select", "narrow", "view", "reshape", "flatten", "squeeze", "unsqueeze"}
+
+
+def _same_places(a: Any, b: Any) -> bool:
+    """Whether two nodes hold the same: one node, or views and copies taken alike that nothing writes to in between."""
+    if a is b or not isinstance(a, Node) or not isinstance(b, Node):
+        return a is b or (not isinstance(a, Node) and not isinstance(b, Node) and a == b)
+    if a.target != b.target or name_of(a) not in _TAKES or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
+        return False
+    first, last = sorted((a, b))
+    node, storage = first, identity(example(a.args[0]))
+    while node is not last:
+        shown = (x for x in node.all_input_nodes if isinstance(example(x), Tensor) and identity(example(x)) == storage)
+        if any(mutates(node, x) for x in shown):
+            return False
+        node = node.next
+    return all(map(_same_places, a.args, b.args))

@@ -107,6 +107,23 @@ class OnlyKeysTurned(Projections):
         return self.out(attend(q, *buffers))
 
 
+class ViewKept(Projections):
+    """As Infinity-RoPE: keys turned after they are read; the view that they are read by lives as long as the call."""
+
+    def new_cache(self) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(1, TOKENS, HEADS, HEAD_DIM) for _ in range(2))
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, ...], start: int, last: bool) -> Tensor:
+        q, k, v = self.project(x)
+        for held, new in zip(cache, (k, v)):
+            held[:, start : start + CHUNK] = new
+        keys, values = (held[:, : start + CHUNK] for held in cache)
+        turned = rope(keys)
+        torch._dynamo.graph_break()
+        turned[:, :CHUNK] = keys[:, :CHUNK]
+        return self.out(attend(q, turned, values))
+
+
 def steps(model: Projections, backend: object, caches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     compiled, eager = twins(model, backend)
     cache = model.new_cache()
@@ -117,7 +134,7 @@ def steps(model: Projections, backend: object, caches: list[Tensor]) -> Iterator
         yield compiled(x, cache, start, last), eager(x, reference, start, last)
 
 
-MODELS = [KeysBesideValues, TurnedElsewhere, EditedCopy, OnlyKeysTurned]
+MODELS = [KeysBesideValues, TurnedElsewhere, EditedCopy, OnlyKeysTurned, ViewKept]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -163,6 +180,7 @@ def outputs(model: Projections, calls: int, broken: bool, **settings: Any) -> li
         (EditedCopy, "rtn"),
         (OnlyKeysTurned, "rtn"),
         (OnlyKeysTurned, "unbiased"),
+        (ViewKept, "rtn"),
     ],
 )
 def test_two_bits_are_corrected_as_without_a_break(model: type[Projections], quantizer: str, correction: str) -> None:
@@ -471,3 +489,39 @@ def test_ignored_and_learned_tensors_stay_plain_across_a_graph_break() -> None:
             assert not any(map(is_packed, cache))
     for hint in hints:
         hint.remove()
+
+
+class MoreEntriesThanUsed(nn.Module):
+    """As Llama's reference code: caches for more batch entries than come, moved to the device of what comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = (torch.zeros(2, TOKENS, HEADS, HEAD_DIM) for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        self.k, self.v = self.k.to(q), self.v.to(q)
+        self.k[: len(q), start : start + CHUNK] = k
+        self.v[: len(q), start : start + CHUNK] = v
+        return attend(q, self.k[: len(q), : start + CHUNK], self.v[: len(q), : start + CHUNK])
+
+
+def test_what_a_graph_refuses_is_not_packed_for_its_being_handed_on() -> None:
+    backend = fresh_backend()
+    compiled, eager = twins(MoreEntriesThanUsed(), backend)
+    with torch.no_grad(), pytest.warns(NotRewrittenWarning, match="only some of its batch entries"):
+        for start in range(0, 6 * CHUNK, CHUNK):
+            q, k, v = (torch.randn(1, CHUNK, HEADS, HEAD_DIM) for _ in range(3))
+            assert compiled(q, k, v, start).equal(eager(q, k, v, start))
+    assert backend.memory().adopted == 0
+
+
+def test_a_view_that_never_goes_is_told_of() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    model = ViewKept()
+    compiled, caches = torch.compile(model, backend=backend), model.new_cache()
+    views = [cache[:, 1:] for cache in caches]
+    with torch.no_grad(), pytest.warns(NotRewrittenWarning, match="other live tensors share its memory"):
+        for start in range(0, 6 * CHUNK, CHUNK):
+            compiled(torch.randn(1, CHUNK, DIM), caches, start, True)
+    assert not any(map(is_packed, (*caches, *views)))

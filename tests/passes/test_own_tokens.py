@@ -1,4 +1,4 @@
-"""Keys that are changed in place after they were written to a cache: attended as they were written."""
+"""Keys, and places, that are changed in place after keys were written to a cache: attended as they were written."""
 
 from __future__ import annotations
 
@@ -75,6 +75,47 @@ def test_what_does_not_change_is_not_copied() -> None:
         for start in (CHUNK, 2 * CHUNK):
             compiled(*(torch.randn(1, CHUNK, 2, 32) for _ in range(3)), cache, start)
     assert "clone" not in rewritten(backend)
+
+
+def counted(q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+    """A ring that counts on in the tensor that it has written by, and attends to all of it."""
+    cache["k"][:, :, cache["places"][: k.shape[2]]] = k
+    cache["v"][:, :, cache["places"][: k.shape[2]]] = v
+    cache["places"].add_(k.shape[2]).remainder_(cache["k"].shape[2])
+    return F.scaled_dot_product_attention(q, cache["k"], cache["v"])
+
+
+def counted_in_between(q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+    """Values go elsewhere than keys: these are no tokens of one place."""
+    cache["k"].index_copy_(2, cache["places"][: k.shape[2]], k)
+    cache["places"].add_(k.shape[2]).remainder_(cache["k"].shape[2])
+    cache["v"].index_copy_(2, cache["places"][: k.shape[2]], v)
+    return F.scaled_dot_product_attention(q, cache["k"], cache["v"])
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+    """The same, oldest tokens first."""
+    places = cache["places"][: k.shape[2]]
+    cache["k"].index_copy_(2, places, k)
+    cache["v"].index_copy_(2, places, v)
+    cache["places"].add_(k.shape[2]).remainder_(cache["k"].shape[2])
+    return F.scaled_dot_product_attention(q, *(cache[n].index_select(2, cache["places"]) for n in "kv"))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("model", [counted, counted_in_between, gathered], ids=lambda model: model.__name__)
+def test_places_that_are_counted_on(model: Callable[..., Tensor], inner: str) -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=8, inner=inner)
+    compiled = torch.compile(model, backend=backend)
+    caches = [{**{name: torch.zeros(1, 2, 24, 32) for name in "kv"}, "places": torch.arange(24)} for _ in range(2)]
+    with torch.no_grad():
+        for _ in range(8):
+            q, k, v = (torch.randn(1, 2, CHUNK, 32) for _ in range(3))
+            assert relative_error(compiled(q, k, v, caches[0]), model(q, k, v, caches[1])) < BOUND
+    assert all(is_packed(caches[0][name]) for name in "kv")
+    fused = {m.lowering == "fused" for r in backend.reports for m in r.matches}
+    assert fused == {model is counted}
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
