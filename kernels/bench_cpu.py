@@ -1,8 +1,9 @@
 """Times CPU attention over the packed cache against PyTorch on the full one: `python -m jkv_compile.kernels.bench_cpu`.
 
 All candidates of a shape run interleaved in one process, and the minimum over the repetitions counts, so that other
-load on the machine falls on all of them. Writes `cpu.json` and, where matplotlib is installed, `cpu.png`; asserts
-nothing.
+load on the machine falls on all of them. What is fast depends on the processor's instructions, and by these the kernels
+choose their products: the report names both, and only figures of one process are to be compared. Writes `cpu.json` and,
+where matplotlib is installed, `cpu.png`; asserts nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ COMPILED_PEERS = (
     (512, 8192, 0),
     (1560, 16384, 0),
 )  # where those run that must be compiled
+FLAGS = (  # of the processor, that kernels or PyTorch make use of
+    "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+)  # fmt: skip
 PURE_TORCH_SCORES = 20e6  # above so many scores the pure-torch path is left out
 
 
@@ -69,6 +73,37 @@ def interleaved_minimum(
     return best
 
 
+def products() -> str:
+    kernels = cpu.kernels()
+    return kernels.products if kernels else "torch"
+
+
+def processor() -> dict[str, object]:
+    """Its name, and those of its instructions that matter."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    present = fields.get("flags", "").split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {"machine": name, "flags": [flag for flag in FLAGS if flag in present]}
+
+
+def in_float32(attend: Callable[[], object]) -> Callable[[], object]:
+    """The same, where integers are multiplied, with products in float32."""
+    kernels = cpu.kernels()
+    assert kernels is not None
+    chosen = kernels.few_rows, kernels.half_precision, kernels.byte_products
+
+    def call() -> None:
+        kernels.configure(0, half_precision=False)
+        attend()
+        kernels.configure(*chosen)
+
+    return call
+
+
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1) @ value
 
@@ -99,6 +134,8 @@ def measure(rows: int, cached: int, current: int, group_size: int, budget: float
         "jkv, uncorrected": lambda: cpu.attention(*arguments("none")),
         "mm": lambda: square @ square,
     }
+    if products() == "integer":
+        candidates["jkv, float32 products"] = in_float32(candidates["jkv"])
     if HEADS * rows * (cached + current) <= PURE_TORCH_SCORES:
         candidates["jkv, pure torch"] = lambda: cpu_torch.attention(*arguments("taylor"))
     if slow_peers:
@@ -227,7 +264,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = {
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        **processor(),
+        "products": products(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "heads": HEADS,
         "head_dim": HEAD_DIM,

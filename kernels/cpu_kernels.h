@@ -61,6 +61,7 @@ struct AttentionCall {
   i64 threads;
   bool exact;  // float32 products
   i64 few;     // up to how many query rows per key/value head take integer products
+  bool bytes;  // integer products in loops of ours, for any number of rows, where the library has none
 };
 struct AppendCall {
   Packed cache;  // block == 1
