@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from jkv_compile.kernels import cpu, cpu_cpp
 
@@ -185,15 +184,11 @@ sys.exit(pytest.main(["-q", "-n", "0", {str(tests)!r}, "-k", "largest_codes or f
 
 
 def test_without_integer_products_few_rows_take_the_general_path(monkeypatch, built):
-    agrees = cpu_cpp.Kernels.agrees_with_reference
-    monkeypatch.setattr(
-        cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: not self.few_rows and agrees(self, dtype)
-    )
+    monkeypatch.setattr(cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: not self.few_rows)
     kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
     try:
         kernels.choose_products()
-        assert kernels.few_rows == 0 and not kernels.byte_products
-        assert kernels.half_precision == agrees(kernels, torch.bfloat16)
+        assert kernels.few_rows == 0 and kernels.half_precision and not kernels.byte_products
     finally:
         monkeypatch.undo()
         kernels.choose_products()
