@@ -1,8 +1,9 @@
 """Times CPU attention over the packed cache against PyTorch on the full one: `python -m jkv_compile.kernels.bench_cpu`.
 
 All candidates of a shape run interleaved in one process, and the minimum over the repetitions counts, so that other
-load on the machine falls on all of them. Writes `cpu.json` and, where matplotlib is installed, `cpu.png`; asserts
-nothing.
+load on the machine falls on all of them. What is fast depends on the processor's instructions, and by these the kernels
+choose their products: the report names both, and only figures of one process are to be compared. Writes `cpu.json` and,
+where matplotlib is installed, `cpu.png`; asserts nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ COMPILED_PEERS = (
     (512, 8192, 0),
     (1560, 16384, 0),
 )  # where those run that must be compiled
+FLAGS = (  # of the processor, that kernels or PyTorch make use of
+    "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+)  # fmt: skip
 PURE_TORCH_SCORES = 20e6  # above so many scores the pure-torch path is left out
+
+
+clock = time.perf_counter
 
 
 @dataclass
@@ -62,11 +69,42 @@ def interleaved_minimum(
     while rounds < 3 or time.perf_counter() - start < budget:
         for name, candidate in candidates.items():
             between()
-            before = time.perf_counter()
+            before = clock()
             candidate()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - before))
+            best[name] = min(best[name], 1e3 * (clock() - before))
         rounds += 1
     return best
+
+
+def products() -> str:
+    kernels = cpu.kernels()
+    return kernels.products if kernels else "torch"
+
+
+def processor() -> dict[str, object]:
+    """Its name, and those of its instructions that matter."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    present = fields.get("flags", "").split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {"machine": name, "flags": [flag for flag in FLAGS if flag in present]}
+
+
+def in_float32(attend: Callable[[], object]) -> Callable[[], object]:
+    """The same, where integers are multiplied, with products in float32."""
+    kernels = cpu.kernels()
+    assert kernels is not None
+    chosen = kernels.few_rows, kernels.half_precision, kernels.byte_products
+
+    def call() -> None:
+        kernels.configure(0, half_precision=False)
+        attend()
+        kernels.configure(*chosen)
+
+    return call
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -99,6 +137,8 @@ def measure(rows: int, cached: int, current: int, group_size: int, budget: float
         "jkv, uncorrected": lambda: cpu.attention(*arguments("none")),
         "mm": lambda: square @ square,
     }
+    if products() == "integer":
+        candidates["jkv, float32 products"] = in_float32(candidates["jkv"])
     if HEADS * rows * (cached + current) <= PURE_TORCH_SCORES:
         candidates["jkv, pure torch"] = lambda: cpu_torch.attention(*arguments("taylor"))
     if slow_peers:
@@ -200,7 +240,11 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--budget", type=float, default=3.0, help="seconds per shape and number of threads")
     parser.add_argument("--quick", action="store_true", help="up to 8k keys, without the peers that are slow")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for machines with other work")
     options = parser.parse_args()
+    if options.cpu_time:
+        global clock
+        clock, options.threads = time.thread_time, [1]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_grad_enabled(False)
 
@@ -227,11 +271,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = {
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        **processor(),
+        "products": products(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "heads": HEADS,
         "head_dim": HEAD_DIM,
         "group_size": options.group_size,
+        "clock": "CPU time" if options.cpu_time else "wall clock",
         "attention": [asdict(m) for m in measurements],
         "other": other,
     }

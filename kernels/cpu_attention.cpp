@@ -4,17 +4,20 @@
 // Per block it expands codes into the operand layout of `brgemm` (bf16 pairs, or float), multiplies, and keeps one online
 // softmax over packed and full-precision keys. Scores are in units of log2: softmax scale and log2(e) are folded into the
 // dequantized keys, so that the correction is one multiply-add per score and channel group.
+// Few rows multiply codes as integers (cpu_few_rows.h), and so does any number of rows where a processor has products of
+// bytes and none in bf16 (cpu_many_rows.h); keys in full precision are then multiplied in float.
 //
 // Plain loops and one library function, `at::native::cpublas::brgemm`, which is exported but not public API: cpu_cpp.py
 // checks the numbers when it loads this. NaN and infinity propagate: never compile with -ffinite-math-only or -ffast-math.
 #include <memory>
 #include <numeric>
 
-#include "cpu_few_rows.h"
+#include "cpu_many_rows.h"
 
 namespace {
 
 constexpr int ROWS = 64;          // query rows per matrix product
+constexpr float CLAMP = 1;        // reference.CLAMP
 constexpr int TILE = 1024;        // query rows per task at most: queries and outputs stay in the second-level cache
 
 struct Scratch {
@@ -153,7 +156,11 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
 
   static thread_local FewScratch few_scratch;
   FewRows few{a, plan, few_scratch, rows};
-  if (Op::STACK == 2 && plan.few) few.set_queries(batch, head);
+  if (plan.few) few.set_queries(batch, head);
+  static thread_local ManyScratch many_scratch;
+  ManyRows many{a, plan, many_scratch, padded_rows};
+  if (plan.many) many.set_queries(batch, head, row0, rows, norm);
+  float part[ROWS] = {};  // what a row's weights are to be multiplied by
 
   const i64 first = plan.blocks.size() * split / plan.splits, last = plan.blocks.size() * (split + 1) / plan.splits;
   for (i64 index = first; index < last; index++) {
@@ -162,11 +169,13 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     const i64 diagonal = a.current - a.length - block.row;  // key j of the block is visible to query i if j <= i + diagonal
     if (current && a.causal && last_query + diagonal < 0) continue;
     const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
-    const bool integers = Op::STACK == 2 && plan.few && !current;
+    const bool few_integers = plan.few && !current, many_integers = plan.many && !current, integers = few_integers || many_integers;
     const bool plainly = current && plan.few && rows * n <= 256;  // a product of matrices is not worth its preparation
+    auto codes = [&](const Packed& x) { return x.codes + batch * x.codes_b + head * x.codes_h + block.start * x.codes_s; };
     if (integers) load_block_scales(a, s, batch, head, block);
     else if (!current) load_cached<Op>(a, s, batch, head, block, padded);
     else if (!plainly) load_current<Op>(a, s, batch, head, block, padded);
+    if (many_integers) many.load(codes(a.keys), codes(a.values), n, padded, s.value_step.data, s.value_zero.data);
     if (n < padded && !integers && !plainly)
       for (i64 w = 0; w < dim / Op::STACK; w++) memset(keys + w * PITCH + n, 0, (padded - n) * sizeof(*keys));
     if (n < padded)
@@ -180,9 +189,10 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
 
     for (int m0 = 0; m0 < rows; m0 += ROWS) {
       const int m = min(ROWS, padded_rows - m0), used = min(m, rows - m0);
-      if (integers)
-        few.score(a.keys.codes + batch * a.keys.codes_b + head * a.keys.codes_h + block.start * a.keys.codes_s, n, padded, s.key_step.data,
-                  s.key_zero.data, s.key_square.data, norm, scores);
+      if (many_integers)
+        many.score(m0, m, padded, s.key_step.data, s.key_zero.data, s.key_square.data, scores);
+      else if (few_integers)
+        few.score(codes(a.keys), n, padded, s.key_step.data, s.key_zero.data, s.key_square.data, norm, scores);
       else if (plainly)
         few.score_plainly(batch, head, block, scores);
       else
@@ -198,6 +208,7 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
         }
         const float *c = norm + row * groups, *square = s.key_square.data;
         int terms = current || integers ? 0 : groups;  // of the correction, still to be subtracted
+        if (a.clamped && !current) correct_clamped(groups, x, c, square, CLAMP * LOG2E, padded), terms = 0;
         if (terms > 4 || (terms && a.mask)) correct(terms, x, c, square, padded), terms = 0;
         if (a.mask) {
           const i64 h = head * plan.repeat + (row0 + row) / a.length, i = (row0 + row) % a.length;
@@ -211,7 +222,20 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
           #pragma omp simd
           for (i64 c = 0; c < dv; c++) o[c] *= shrink;
         };
-        const bool in_place = integers || plainly;
+        if (many_integers) {  // weights are of the block's own scale, which gives their integers the most places
+          const float highest = many.origin(x, factor, padded);
+          if (highest > top[row]) raise(highest);
+          part[r] = highest == -INF ? 0 : exp2f(highest - top[row]);
+          if (highest == -INF) {
+            for (int j = 0; j < n; j++)
+              if (x[j] != x[j]) sum[row] = NAN;
+            many.weigh_nothing(r);
+          } else {
+            sum[row] += part[r] * many.weigh(r, x, highest, padded);
+          }
+          continue;
+        }
+        const bool in_place = few_integers || plainly;
         if (in_place || top[row] == -INF) {
           const float highest = highest_score(terms, x, c, square, factor, padded);
           if (highest > top[row]) raise(highest);
@@ -246,9 +270,10 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
         }
         sum[row] += e.sum;
       }
-      if (integers)
-        few.add_values(a.values.codes + batch * a.values.codes_b + head * a.values.codes_h + block.start * a.values.codes_s, n, padded,
-                       s.value_step.data, s.value_zero.data, scores, output);
+      if (many_integers)
+        many.add_values(m, padded, part, output + m0 * value_pitch);
+      else if (few_integers)
+        few.add_values(codes(a.values), n, padded, s.value_step.data, s.value_zero.data, scores, output);
       else if (plainly)
         few.add_values_plainly(batch, head, block, scores, output);
       else
@@ -301,7 +326,9 @@ bool run(const AttentionCall& a) {
   Plan plan;
   plan.repeat = a.heads / a.kv_heads;
   plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
-  plan.few = plan.rows <= a.few && a.keys.bits < 8 && a.values.bits < 8 && !a.exact && a.keys.groups <= 8 && a.values.groups <= 8;
+  plan.few = plan.rows <= a.few && a.keys.bits < 8 && a.values.bits < 8 && a.keys.groups <= 8 && a.values.groups <= 8 &&
+             (!a.bytes || FewRows::multiplied_in_place(a));
+  plan.many = !plan.few && a.bytes && ManyRows::takes(a);
   for (const Span& span : a.spans)
     for (i64 j = span.start; j < span.stop; j += KEYS)
       plan.blocks.push_back({&span, (int)min<i64>(KEYS, span.stop - j), j, span.column + j - span.start, span.row + j - span.start});

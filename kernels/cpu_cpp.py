@@ -45,6 +45,7 @@ FLAGS = (
 X86_FLAGS = ("-mprefer-vector-width=512",)
 
 FEW_ROWS = 16
+FEW_ROWS_IN_BYTES = 12  # from there on it pays to put codes into bytes, which all rows share
 
 
 class BuildError(RuntimeError):
@@ -177,8 +178,12 @@ class Kernels:
     of tokens in an append, dtypes and layouts that nothing produces.
 
     Attributes:
-        half_precision: whether bf16 products work here; if not, everything runs in float32.
-        few_rows: up to how many query rows per key/value head take the path with integer products; 0 where those fail.
+        half_precision: whether the library's bf16 products work here.
+        byte_products: whether cached keys and values take products of bytes in loops of ours, where the library has no
+            bf16 ones and the processor has VNNI. Without either, everything runs in float32.
+        multiplies_bytes: whether the processor that this was compiled for has VNNI.
+        few_rows: up to how many query rows per key/value head take codes where they lie, as integers; 0 where the
+            library's integer products fail and there are none of ours.
 
     Raises:
         BuildError: torch does not take the operators.
@@ -187,8 +192,10 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         for function in (library.jkv_define, library.jkv_install):
             function.restype = ctypes.c_char_p
-        library.jkv_configure.argtypes = (ctypes.c_int64, ctypes.c_bool)
+        library.jkv_configure.argtypes = (ctypes.c_int64, ctypes.c_bool, ctypes.c_bool)
+        library.jkv_multiplies_bytes.restype = ctypes.c_bool
         self._library = library
+        self.multiplies_bytes: bool = library.jkv_multiplies_bytes()
         self._check(library.jkv_define())
         operators = torch.ops.jkv_cpp
         self.append, self.append_kv = operators.append.default, operators.append_kv.default
@@ -203,10 +210,15 @@ class Kernels:
         if error:
             raise BuildError(f"torch does not take the C++ kernels: {error.decode()}")
 
-    def configure(self, few_rows: int, half_precision: bool) -> None:
+    def configure(self, few_rows: int, half_precision: bool, byte_products: bool = False) -> None:
         """Set which products are used, by the whole process."""
-        self.few_rows, self.half_precision = few_rows, half_precision
-        self._library.jkv_configure(few_rows, half_precision)
+        self.few_rows, self.half_precision, self.byte_products = few_rows, half_precision, byte_products
+        self._library.jkv_configure(few_rows, half_precision, byte_products)
+
+    @property
+    def products(self) -> str:
+        """What attention of bfloat16 and float16 queries to packed keys mostly computes in."""
+        return "bfloat16" if self.half_precision else "integer" if self.byte_products else "float32"
 
     def install(self) -> None:
         """From now on the dispatcher calls these for CPU tensors, and they call Python for what they do not take.
@@ -226,6 +238,10 @@ class Kernels:
         if not self.agrees_with_reference(torch.bfloat16):
             self.configure(0, half_precision=True)
             self.configure(0, half_precision=self.agrees_with_reference(torch.bfloat16))
+        if not self.half_precision and self.multiplies_bytes:
+            self.configure(FEW_ROWS_IN_BYTES, half_precision=False, byte_products=True)
+            if not self.agrees_with_reference(torch.bfloat16):
+                self.configure(0, half_precision=False)
         if not self.agrees_with_reference(torch.float32):
             raise BuildError("what was compiled does not compute what the reference does on this machine")
 

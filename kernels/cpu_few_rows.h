@@ -15,7 +15,7 @@ struct Block {  // keys of a span
 struct Plan {
   std::vector<Block> blocks;
   i64 repeat, rows, tile, tiles, splits, units;
-  bool few;
+  bool few, many;
   float *partial_output, *partial_top, *partial_sum;  // [units][tile][Dv], [units][tile] twice, where keys are split
 };
 
@@ -26,6 +26,7 @@ struct Plan {
 //   output_c = Σ_j (w_j step_j) c_j / 2^bits + Σ_j w_j (step_j + zero_j)
 // Words of four codes, of four channels or of four tokens, are multiplied where they have just been unpacked, or, for
 // more than DIRECT_ROWS rows, as the right operand of an s8 x s8 -> s32 product whose left one has two rows per query.
+// Where the library has no such product, they are multiplied in place by DIRECT_ROWS rows at a time.
 
 constexpr int DIRECT_ROWS = 4;
 
@@ -104,7 +105,7 @@ struct FewRows {
   const int rows;
   const i64 dim = a.keys.dim, groups = a.keys.groups, dv = a.values.dim, value_groups = a.values.groups;
   const i64 output_pitch = dv + 16;
-  const bool direct = rows <= DIRECT_ROWS && whole_vectors(a.keys, 4) && whole_vectors(a.values, LANES);
+  const bool direct = (rows <= DIRECT_ROWS || a.bytes) && multiplied_in_place(a);
 
   // Per group two rows of the integer product for each query, high and low bytes, zero outside of the group.
   void set_queries(i64 batch, i64 head) {
@@ -143,6 +144,7 @@ struct FewRows {
     });
   }
 
+  static bool multiplied_in_place(const AttentionCall& a) { return whole_vectors(a.keys, 4) && whole_vectors(a.values, LANES); }
   // Whether codes lie in planes of one kind, and channels of a plane, and of a group, are a multiple of `count`.
   static bool whole_vectors(const Packed& cache, i64 count) {
     return cache.bits != 3 && cache.dim * cache.bits / 8 % count == 0 && cache.dim / cache.groups % count == 0;
@@ -156,7 +158,7 @@ struct FewRows {
   void score(const u8* codes, int n, int padded, const float* step, const float* zero, const float* square, const float* norm, float* scores) {
     transpose_words(codes, a.keys.codes_s, dim * a.keys.bits / 32, n, s.words.data);
     if (direct) {
-      by_rows([&](auto count) { dot_keys<count>(padded); });
+      by_rows([&](auto count, int first) { dot_keys<count>(first, padded); });
     } else {
       by_bits(a.keys.bits, [&](auto bits) { quads_of_channels<bits>(s.words.data, dim, n, s.quads.data); });
       blas::brgemm(2 * rows * groups, padded, dim, dim, PITCH, PITCH, false, s.query.data, (const signed char*)s.quads.data, s.scores.data, true);
@@ -166,7 +168,7 @@ struct FewRows {
       for (i64 g = 0; g < groups; g++) {
         const i32 *high = s.scores.data + (g * rows + r) * 2 * PITCH, *low = high + PITCH;
         const float *st = step + g * PITCH, *ze = zero + g * PITCH, *sq = square + g * PITCH;
-        const float unit = s.unit.data[r], total = s.total.data[r * groups + g], c = a.correction ? norm[r * groups + g] : 0;
+        const float unit = s.unit.data[r], total = s.total.data[r * groups + g], c = a.correction && !a.clamped ? norm[r * groups + g] : 0;
         auto term = [&](int j) { return st[j] * (unit * ((high[j] << 8) + low[j]) + total) + ze[j] * total - c * sq[j]; };
         if (g == 0) {
           #pragma omp simd
@@ -178,14 +180,14 @@ struct FewRows {
       }
     }
   }
-  // The products of ROWS queries with a block of keys. Codes of plane p are multiplied where they are, as 2^(bits p) times
+  // The products of ROWS queries from `row` on with a block of keys. Codes of plane p are multiplied where they are, as 2^(bits p) times
   // as much: from the last plane of a group to the first, sums are shifted instead.
-  template <int ROWS> void dot_keys(int padded) {
+  template <int ROWS> void dot_keys(int row, int padded) {
     constexpr int COUNT = ROWS > 2 ? 2 : 4;  // vectors of keys at a time: as many sums as hide the latency
     const int bits = a.keys.bits;
     const i64 size = dim / groups / 4, plane = dim * bits / 32;  // in words
     for (i64 g = 0; g < groups; g++) {
-      const i8* query = s.query.data + g * ROWS * 2 * dim;
+      const i8* query = s.query.data + (g * rows + row) * 2 * dim;
       const i64 start = g * size, stop = start + size, first = start / plane, last = (stop - 1) / plane;
       for (int j = 0; j < padded; j += COUNT * LANES) {
         Ints sum[COUNT][2 * ROWS] = {};
@@ -207,16 +209,18 @@ struct FewRows {
         #pragma GCC unroll 4
         for (int v = 0; v < COUNT; v++)
           #pragma GCC unroll 8
-          for (int r = 0; r < 2 * ROWS; r++) store_vector(s.scores.data + (g * 2 * ROWS + r) * PITCH + j + v * LANES, sum[v][r]);
+          for (int r = 0; r < 2 * ROWS; r++) store_vector(s.scores.data + ((g * rows + row) * 2 + r) * PITCH + j + v * LANES, sum[v][r]);
       }
     }
   }
   template <class F> void by_rows(F f) const {
-    switch (rows) {
-      case 1: return f(std::integral_constant<int, 1>());
-      case 2: return f(std::integral_constant<int, 2>());
-      case 3: return f(std::integral_constant<int, 3>());
-      default: return f(std::integral_constant<int, DIRECT_ROWS>());
+    for (int row = 0; row < rows; row += DIRECT_ROWS) {
+      switch (rows - row) {
+        case 1: f(std::integral_constant<int, 1>(), row); break;
+        case 2: f(std::integral_constant<int, 2>(), row); break;
+        case 3: f(std::integral_constant<int, 3>(), row); break;
+        default: f(std::integral_constant<int, DIRECT_ROWS>(), row);
+      }
     }
   }
 
@@ -293,7 +297,7 @@ struct FewRows {
     }
     words_of_bytes(codes, a.values.codes_s, dv * a.values.bits / 8, n, padded / 4, s.nothing.data, s.words.data);
     if (direct) {
-      by_rows([&](auto count) { dot_values<count>(padded / 4); });
+      by_rows([&](auto count, int first) { dot_values<count>(first, padded / 4); });
     } else {
       by_bits(a.values.bits, [&](auto bits) { quads_of_tokens<bits>(s.words.data, dv, padded / 4, s.quads.data); });
       blas::brgemm(2 * rows * value_groups, dv, padded, PITCH, dv, dv, false, s.weights.data, (const signed char*)s.quads.data, s.output.data, true);
@@ -307,20 +311,20 @@ struct FewRows {
         for (i64 c = 0; c < size; c++) o[c] += ((high[c] << 8) + low[c]) * factor;
       }
   }
-  // The products of ROWS rows of weights with a block of values, whose codes are multiplied where they are in bytes.
-  template <int ROWS> void dot_values(int quads) {
+  // The products of ROWS rows of weights from `row` on with a block of values, whose codes are multiplied where they are in bytes.
+  template <int ROWS> void dot_values(int row, int quads) {
     constexpr int COUNT = ROWS > 2 ? 2 : 4;  // vectors of channels at a time
     const i64 size = dv / value_groups;
     for (i64 g = 0; g < value_groups; g++) {
       i64 c = g * size;
-      for (; c + COUNT * LANES <= (g + 1) * size; c += COUNT * LANES) dot_channels<ROWS, COUNT>(g, c, quads);
-      for (; c < (g + 1) * size; c += LANES) dot_channels<ROWS, 1>(g, c, quads);
+      for (; c + COUNT * LANES <= (g + 1) * size; c += COUNT * LANES) dot_channels<ROWS, COUNT>(row, g, c, quads);
+      for (; c < (g + 1) * size; c += LANES) dot_channels<ROWS, 1>(row, g, c, quads);
     }
   }
-  template <int ROWS, int COUNT> void dot_channels(i64 g, i64 c, int quads) {
+  template <int ROWS, int COUNT> void dot_channels(int row, i64 g, i64 c, int quads) {
     const int bits = a.values.bits;
     const i64 plane = dv * bits / 8;
-    const i8* weights = s.weights.data + g * ROWS * 2 * PITCH;
+    const i8* weights = s.weights.data + (g * rows + row) * 2 * PITCH;
     const u32* words[COUNT];
     u32 mask[COUNT];
     Ints sum[COUNT][2 * ROWS] = {};
@@ -340,7 +344,7 @@ struct FewRows {
     for (int v = 0; v < COUNT; v++)
       #pragma GCC unroll 8
       for (int r = 0; r < 2 * ROWS; r++)
-        store_vector(s.output.data + (g * 2 * ROWS + r) * dv + c + v * LANES, sum[v][r] >> bits * int((c + v * LANES) / plane));
+        store_vector(s.output.data + ((g * rows + row) * 2 + r) * dv + c + v * LANES, sum[v][r] >> bits * int((c + v * LANES) / plane));
   }
 };
 

@@ -54,13 +54,14 @@ struct AttentionCall {
   i64 current;  // full-precision keys
   const char* mask;
   i64 mask_dtype, mask_b, mask_h, mask_l, mask_k;
-  bool causal, correction;
+  bool causal, correction, clamped;  // the correction is at most CLAMP
   float scale;
   char* output;  // [B, L, H, Dv]
   float* lse;    // [B, H, L] log-sum-exp of the scores, or null
   i64 threads;
   bool exact;  // float32 products
   i64 few;     // up to how many query rows per key/value head take integer products
+  bool bytes;  // integer products in loops of ours, for any number of rows, where the library has none
 };
 struct AppendCall {
   Packed cache;  // block == 1

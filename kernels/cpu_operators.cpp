@@ -16,7 +16,7 @@ using c10::IValue;
 typedef torch::jit::Stack Stack;
 
 std::atomic<i64> few_rows{0};
-std::atomic<bool> half_precision{true};
+std::atomic<bool> half_precision{true}, byte_products{false};
 
 // Waking a thread takes as long as a few thousand elements.
 i64 threads_for(i64 elements) { return elements < 32768 ? 1 : at::get_num_threads(); }
@@ -140,7 +140,8 @@ template <bool ROTATED> bool round(const IValue* a, Stack& results) {
 bool attention(const IValue* cache, const IValue* rest, AttentionCall& call, bool with_lse, Stack& results) {
   const Tensor &query = cache[0].toTensor(), &key = rest[0].toTensor(), &value = rest[1].toTensor();
   const auto correction = rest[7].toStringView();
-  call.scale = (float)rest[4].toDouble(), call.causal = rest[3].toBool(), call.correction = correction == "taylor";
+  call.scale = (float)rest[4].toDouble(), call.causal = rest[3].toBool(), call.clamped = correction == "clamped";
+  call.correction = call.clamped || correction == "taylor";
   if ((!call.correction && correction != "none") || !(call.scale > 0)) return false;
   if (!pack(cache[1].toTensor(), cache[2].toTensor(), rest[5].toInt(), call.keys)) return false;
   if (!pack(cache[3].toTensor(), cache[4].toTensor(), rest[6].toInt(), call.values)) return false;
@@ -182,7 +183,8 @@ bool attention(const IValue* cache, const IValue* rest, AttentionCall& call, boo
     call.lse = lse.data_ptr<float>();
   }
   call.threads = threads_for(query.numel() * columns / 64);
-  call.exact = call.dtype == FLOAT32 || !half_precision, call.few = few_rows;
+  call.exact = call.dtype == FLOAT32 || !half_precision;
+  call.few = call.dtype == FLOAT32 ? 0 : few_rows.load(), call.bytes = call.dtype != FLOAT32 && byte_products;
   TORCH_CHECK(run(call), "jkv: torch's brgemm failed in the CPU attention kernel; set JKV_CPU_KERNEL=torch");
   results.emplace_back(output);
   if (with_lse) results.emplace_back(lse);
@@ -280,7 +282,16 @@ template <class F> std::string message_of(F f) {
 
 extern "C" {  // the libraries are never destroyed: that would race with the end of the process
 
-void jkv_configure(i64 rows, bool half) { few_rows = rows, half_precision = half; }
+void jkv_configure(i64 rows, bool half, bool bytes) { few_rows = rows, half_precision = half, byte_products = bytes; }
+
+// Whether the compiler had instructions for products of bytes.
+bool jkv_multiplies_bytes() {
+#ifdef __AVX512VNNI__
+  return true;
+#else
+  return false;
+#endif
+}
 
 // Defines `jkv_cpp::`, once. Returns null, or what went wrong.
 const char* jkv_define() {

@@ -12,6 +12,16 @@ void correct(int groups, float* __restrict s, const float* c, const float* __res
   }
 }
 
+// The same, but what is subtracted is at most `most`.
+void correct_clamped(int groups, float* __restrict s, const float* c, const float* __restrict x, float most, int n) {
+  #pragma omp simd
+  for (int j = 0; j < n; j++) {
+    float bias = 0;
+    for (int g = 0; g < groups; g++) bias += c[g] * x[g * PITCH + j];
+    s[j] -= bias > most ? most : bias;  // NaN stays
+  }
+}
+
 // max_j of factor s_j - Σ_g c_g x_gj. NaN never wins a maximum here: it reaches the result through its weight.
 template <int G> float highest_score(const float* s, const float* c, const float* x, float factor, int n) {
   float highest = -INF;

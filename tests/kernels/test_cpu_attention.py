@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -24,6 +25,40 @@ def kernels(request) -> cpu_cpp.Kernels | ModuleType:
         return cpu_cpp.load()
     except cpu_cpp.BuildError as error:
         pytest.skip(str(error))
+
+
+PRODUCTS = {  # few_rows, half_precision, byte_products
+    "float32": (0, False, False),
+    "bytes": (0, False, True),
+    "bytes, few rows": (16, False, True),
+}
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch", *PRODUCTS])
+def attending(request) -> Iterator[cpu_cpp.Kernels | ModuleType]:
+    """What attends: as it is chosen here, and with products that are chosen elsewhere."""
+    if request.param == "torch":
+        yield cpu_torch
+        return
+    try:
+        kernels = cpu_cpp.load()
+    except cpu_cpp.BuildError as error:
+        pytest.skip(str(error))
+    if request.param in PRODUCTS:
+        kernels.configure(*PRODUCTS[request.param])
+    yield kernels
+    kernels.choose_products()
+
+
+@pytest.fixture
+def configure() -> Iterator[Callable[..., None]]:
+    """Sets products, until the test ends."""
+    try:
+        kernels = cpu_cpp.load()
+    except cpu_cpp.BuildError as error:
+        pytest.skip(str(error))
+    yield kernels.configure
+    kernels.choose_products()
 
 
 def make(
@@ -140,13 +175,28 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_attention_is_the_reference(kernels, case, dtype):
+def test_attention_is_the_reference(attending, case, dtype):
     arguments = make(**case, dtype=dtype)
-    if kernels is not cpu_torch and case.get("correction") == "exact":
+    if attending is not cpu_torch and case.get("correction") == "exact":
         with pytest.raises(NotImplementedError):
-            kernels.attention(*arguments)
-        kernels = cpu  # which chooses
-    check(kernels, arguments)
+            attending.attention(*arguments)
+        attending = cpu  # which chooses
+    check(attending, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.parametrize("mask", [None, "additive"])
+def test_a_clamped_correction_is_the_reference(kernels, length, mask, dtype):
+    """Queries so large that the clamp cuts half of the corrections: what bf16 leaves of their scores is bounded wider."""
+    arguments = make(length=length, tokens=300, mask=mask, dtype=dtype, correction="clamped")
+    arguments[0] = 2.5 * arguments[0]
+    delta = reference.quantization_step(arguments[2], 2).repeat_interleave(
+        arguments[0].shape[1] // arguments[1].shape[1], 1
+    )
+    bias = reference.correction_bias(arguments[0], delta, arguments[10], "taylor")
+    assert 0.2 < (bias > reference.CLAMP).float().mean() < 0.8
+    check(kernels, arguments, bound=1.5e-2 if dtype == torch.bfloat16 else None)
 
 
 FEW_ROWS = {  # bits, head_dim, group_size
@@ -174,6 +224,31 @@ def test_few_rows_are_more_precise_than_bfloat16_products(bits, head_dim, group_
                         group_size=group_size), bound=2.5e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("few_rows", [0, 16])
+@pytest.mark.parametrize("length", [9, 70])
+@pytest.mark.parametrize("bits,head_dim,group_size", [x for x in FEW_ROWS.values() if x[1] >= 64])
+def test_bytes_are_more_precise_than_bfloat16_products(configure, bits, head_dim, group_size, length, few_rows):
+    configure(few_rows, half_precision=False, byte_products=True)
+    check(cpu_cpp.load(), make(length=length, tokens=530, current=0, key_bits=bits, value_bits=bits, head_dim=head_dim,
+                               group_size=group_size, dtype=torch.float16), bound=2e-3)  # fmt: skip
+
+
+def test_bytes_of_many_small_weights_beside_a_large_one(configure):
+    """Each less than a thousandth of it, and together as much; on average values are far from a middle code."""
+    configure(0, half_precision=False, byte_products=True)
+    arguments = make(length=20, tokens=1024, current=0, head_dim=128, group_size=64, dtype=torch.float16)
+    values = torch.randn(1, 2, 1024, 128) + 4 * torch.randn(128)
+    arguments[3:5] = reference.quantize(values, 2, 64)
+    arguments[8] = torch.zeros(1, 1, 20, 1024)
+    arguments[8][..., 100] = 9.0
+    check(cpu_cpp.load(), arguments, bound=2e-3)
+
+
+def test_bytes_with_the_largest_codes_in_every_place(configure):
+    configure(0, half_precision=False, byte_products=True)
+    test_few_rows_with_the_largest_codes_in_every_place()
+
+
 def test_few_rows_with_the_largest_codes_in_every_place():
     """Sums are integers: nothing may overflow."""
     arguments = make(length=2, tokens=1024, current=0, head_dim=256, group_size=256, key_bits=4, value_bits=4,
@@ -187,24 +262,24 @@ def test_few_rows_with_the_largest_codes_in_every_place():
 
 
 @pytest.mark.parametrize("length", [1, 40])
-def test_float16_queries(kernels, length):
-    check(kernels, make(dtype=torch.float16, length=length))
+def test_float16_queries(attending, length):
+    check(attending, make(dtype=torch.float16, length=length))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 70])
-def test_keys_are_split_over_threads_that_would_idle(kernels, threads, length):
+def test_keys_are_split_over_threads_that_would_idle(attending, threads, length):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(kernels, make(heads=1, length=length, tokens=2100 if length > 1 else 34000, current=31))
+        check(attending, make(heads=1, length=length, tokens=2100 if length > 1 else 34000, current=31))
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("length", [1, 33])
-def test_any_strides(kernels, length, symmetric):
+def test_any_strides(attending, length, symmetric):
     query, key_codes, key_scales, value_codes, value_scales, _, key, value, *rest = make(
         batch=2, length=length, head_dim=128, mask="boolean", symmetric=symmetric
     )
@@ -216,12 +291,12 @@ def test_any_strides(kernels, length, symmetric):
     groups_apart = value_scales.transpose(2, 3).contiguous().transpose(2, 3)
     later = (value_codes[:, :, 5:], groups_apart[:, :, :, 5:], [0, 200, 250, 290])
     full = (tokens_first(key), tokens_first(value), rest[0][..., 10 : 10 + 273])
-    check(kernels, [tokens_first(query), batch_view, key_scales, *later, *full, *rest[1:]])
+    check(attending, [tokens_first(query), batch_view, key_scales, *later, *full, *rest[1:]])
 
 
 @pytest.mark.parametrize("length", [1, 20])
 @pytest.mark.parametrize("where", ["step of a key", "step of a value", "query", "current key", "current value"])
-def test_nan_comes_out_where_the_reference_has_it(kernels, where, length):
+def test_nan_comes_out_where_the_reference_has_it(attending, where, length):
     arguments = make(head_dim=128, length=length)
     nan = float("nan")
     if where == "step of a key":
@@ -232,28 +307,28 @@ def test_nan_comes_out_where_the_reference_has_it(kernels, where, length):
         arguments[0][0, 1, length // 2, 3] = nan
     else:
         arguments[6 if where == "current key" else 7][0, 0, 3, 5] = nan
-    check(kernels, arguments)
+    check(attending, arguments)
 
 
 @pytest.mark.parametrize("length", [1, 20])
-def test_rows_that_see_nothing_are_zero_as_pytorchs(kernels, length):
+def test_rows_that_see_nothing_are_zero_as_pytorchs(attending, length):
     arguments = make(length=length, mask="boolean")
     arguments[8] = arguments[8].expand(1, 2, length, -1).clone()
     arguments[8][0, 1, length // 2] = False
-    check(kernels, arguments)
-    assert not kernels.attention(*arguments)[0][0, 1, length // 2].any()
+    check(attending, arguments)
+    assert not attending.attention(*arguments)[0][0, 1, length // 2].any()
 
 
 @pytest.mark.parametrize("length", [1, 20])
 @pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min], ids=["-inf", "lowest float"])
-def test_additive_masks_that_hide(kernels, low, length):
+def test_additive_masks_that_hide(attending, low, length):
     arguments = make(length=length, mask="boolean", tokens=1100)
     hidden = ~arguments[8]
     hidden[..., :1024] = True  # whole blocks
     hidden[..., length // 2, :] = True  # and a whole row
     arguments[8] = torch.zeros(hidden.shape).masked_fill(hidden, low)
-    if low == -math.inf or kernels is not cpu_torch:
-        check(kernels, arguments)
+    if low == -math.inf or attending is not cpu_torch:
+        check(attending, arguments)
 
 
 def test_scores_of_any_size(kernels):
@@ -310,13 +385,13 @@ def test_ties_round_to_even_and_their_neighbours_do_not(kernels, bits, symmetric
 
 
 @pytest.mark.parametrize("factor", [1, 8, 60])
-def test_scores_that_grow_from_block_to_block(kernels, factor):
+def test_scores_that_grow_from_block_to_block(attending, factor):
     """As far as exponents reach, and beyond, where 2-byte products are less precise, but nothing overflows."""
     arguments = make(heads=1, length=20, tokens=2048, current=0)
     arguments[2] *= torch.linspace(0.1, 6, 2048)[:, None].half()
     arguments[0] *= factor
     expected, expected_lse = reference.attention(*arguments)
-    output, lse = kernels.attention(*arguments)
+    output, lse = attending.attention(*arguments)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=0.1)
     error = (output.float() - expected).norm() / expected.norm()
     assert error < 5e-2, f"relative error {error:.1e}"

@@ -176,7 +176,7 @@ def test_what_is_written_for_some_processors_is_written_for_others_too(built, tm
 from jkv_compile.kernels import cpu_cpp
 cpu_cpp.FLAGS = tuple(x.replace("native", "x86-64-v3") for x in cpu_cpp.FLAGS)
 import pytest, sys
-sys.exit(pytest.main(["-q", "-n", "0", {str(tests)!r}, "-k", "largest_codes or few_rows and 530 or nan and cpp"]))
+sys.exit(pytest.main(["-q", "-n", "0", {str(tests)!r}, "-k", "largest_codes or few_rows and 530 or nan and cpp or bytes and not reference"]))
 """
     environment = os.environ | {"JKV_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, text=True, capture_output=True, timeout=600)
@@ -184,13 +184,28 @@ sys.exit(pytest.main(["-q", "-n", "0", {str(tests)!r}, "-k", "largest_codes or f
 
 
 def test_without_integer_products_few_rows_take_the_general_path(monkeypatch, built):
-    agrees = cpu_cpp.Kernels.agrees_with_reference
-    monkeypatch.setattr(
-        cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: not self.few_rows and agrees(self, dtype)
-    )
+    monkeypatch.setattr(cpu_cpp.Kernels, "agrees_with_reference", lambda self, dtype: not self.few_rows)
     kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
     try:
         kernels.choose_products()
-        assert kernels.few_rows == 0 and kernels.half_precision
+        assert kernels.few_rows == 0 and kernels.half_precision and not kernels.byte_products
     finally:
-        kernels.configure(cpu_cpp.FEW_ROWS, half_precision=True)
+        monkeypatch.undo()
+        kernels.choose_products()
+
+
+def test_the_librarys_bfloat16_products_come_before_ours(monkeypatch, built):
+    kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
+    for half_precision in (True, False):
+        monkeypatch.setattr(
+            cpu_cpp.Kernels,
+            "agrees_with_reference",
+            lambda self, dtype, works=half_precision: works or not self.half_precision,
+        )
+        kernels.choose_products()
+        assert kernels.half_precision == half_precision
+        assert kernels.products == (
+            "bfloat16" if half_precision else "integer" if kernels.multiplies_bytes else "float32"
+        )
+    monkeypatch.undo()
+    kernels.choose_products()
