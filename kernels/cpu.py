@@ -92,8 +92,8 @@ def attention(
     """As `ops.attention`; also returns the log-sum-exp `[B, H, L]` in float32.
 
     The C++ kernel knows "none", "taylor" and "clamped"; "exact", which costs head_dim operations for every score,
-    takes the torch path. bfloat16 and float16 queries are multiplied in bfloat16 with float32 sums (relative error about 3e-3 to 5e-3),
-    or cached keys and values as integers (2e-3), float32 queries in float32 (1e-6).
+    takes the torch path. bfloat16 and float16 queries are multiplied in bfloat16 with float32 sums (relative error
+    about 3e-3 to 5e-3), or cached keys and values as integers (2e-3), float32 queries in float32 (1e-6).
     """
     arguments = (
         query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
