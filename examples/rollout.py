@@ -30,7 +30,10 @@ Backend = Callable[..., Any] | str  # what torch.compile takes
 
 @dataclass(frozen=True)
 class Variant:
-    """How a rollout keeps its cache: ``bits`` None is plain ``torch.compile`` with the cache in BF16."""
+    """How a rollout keeps its cache: ``bits`` None is plain ``torch.compile`` with the cache in BF16.
+
+    sink, recent: tokens in full precision beside the packed ones.
+    """
 
     name: str
     bits: int | tuple[int, int] | None = None
@@ -38,6 +41,8 @@ class Variant:
     correction: str = "none"
     quantizer: str = "rtn"
     inner: str = "inductor"
+    sink: int = 0
+    recent: int = 0
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -53,6 +58,8 @@ class Variant:
             correction=self.correction,
             quantizer=self.quantizer,
             inner=self.inner,
+            sink=self.sink,
+            recent=self.recent,
         )
 
 

@@ -54,6 +54,7 @@ def adopt(
     config: Config,
     views: Sequence[Tensor] = (),
     quantizer: str | None = None,
+    written: tuple[int, int] | None = None,
 ) -> Store:
     """Pack a plain cache tensor in place; what it holds is quantized.
 
@@ -63,6 +64,7 @@ def adopt(
         axes: its dimension, as a tensor of four, for each of (batch, head, token, channel).
         views: plain views of the tensor that become windows on the packed cache with it.
         quantizer: as `kernels.quantizers.Grid` spells it; the configuration's where it is not given.
+        written: the tokens that were written last, where that is known.
 
     Raises:
         ConfigurationError: groups do not tile its head_dim.
@@ -77,6 +79,11 @@ def adopt(
         block = canonical[:, :, start : start + BLOCK]
         if block.any():  # an empty store reads as zeros already
             store.write(block, (0, 0, start, 0), keep_active=False)
+    store.window = config.sink, config.recent
+    if store.held is not None:
+        store.held.write(canonical, (0, 0, 0, 0))
+        for first, last in ((0, written[0]), written) if written else ((0, _filled(canonical)),):
+            store.held.write(canonical[:, :, first:last], (0, 0, first, 0))
     del canonical
     for target in (*views, tensor):
         with torch.inference_mode(target.is_inference()):
@@ -86,6 +93,12 @@ def adopt(
         target.__dict__.update(swap_attributes)
         del packed
     return store
+
+
+def _filled(canonical: Tensor) -> int:
+    """How many tokens there are up to the last one that is not zero."""
+    places = canonical.ne(0).any(3).any(1).any(0).nonzero()
+    return int(places[-1]) + 1 if len(places) else 0
 
 
 def in_four_dimensions(tensor: Tensor) -> Tensor:

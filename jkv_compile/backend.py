@@ -39,7 +39,7 @@ class State:
     """What a configuration knows at run time; shared by all backends that are equal."""
 
     def __init__(self, config: Config) -> None:
-        self.stores = Family(config.correction, Offload() if config.offload else None)
+        self.stores = Family(config.correction, Offload() if config.offload else None, (config.sink, config.recent))
         self.reports: list[GraphReport] = []
         self.written = Written()
         self.seen = Seen()
@@ -82,6 +82,7 @@ class JKVBackend:
             full_precision_bytes=sum(s.full_precision_bytes for s in stores),
             packed_bytes=sum(s.packed_bytes for s in stores),
             active_bytes=sum(s.active_bytes for s in stores),
+            held_bytes=sum(s.held_bytes for s in stores),
             host_bytes=sum(s.host_bytes for s in stores),
             staging_bytes=offload.peak_bytes if offload else 0,
             traffic=replace(offload.traffic) if offload else None,
@@ -219,7 +220,8 @@ def jkv_backend(
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
         preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.1 times less
             memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
-        settings: group_size, correction, quantizer, inner, strict and offload, as `Config` describes them.
+        settings: group_size, correction, quantizer, inner, strict, offload, sink and recent, as `Config` describes
+            them.
 
     Raises:
         ConfigurationError: one of them has a value that cannot work.

@@ -46,6 +46,9 @@ class Config:
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
         offload: "cpu" keeps packed caches in (pinned) host memory, and brings each to its device for the calls that use
             it (`offload`); None keeps them where the model has them.
+        sink: how many of a cache's first tokens are held in full precision beside the packed ones, and attended so.
+        recent: how many of the tokens that come before the chunk at hand are; they take twice their bytes, as those of
+            the chunk that will come before the next one are held meanwhile (`kernels.held`).
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -58,6 +61,8 @@ class Config:
     strict: bool = False
     quantizer: Quantizer = "rtn"
     offload: Offload | None = None
+    sink: int = 0
+    recent: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -85,6 +90,12 @@ class Config:
         ):
             if value not in allowed:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {allowed}")
+        for name, tokens in (("sink", self.sink), ("recent", self.recent)):
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+                raise ConfigurationError(
+                    f"{name}={tokens!r}: expected a number of tokens of at least 0, which are held in full precision; "
+                    "a chunk of the model's is usual"
+                )
 
     @property
     def key_bits(self) -> int:

@@ -6,8 +6,9 @@ Little-endian, version 1. The first `HEADER` bytes are
     checksums take (uint32), number of bytes in all (uint64), two checksums of what follows the header (int64), the
     description (JSON), zeros;
 
-then codes, scales and, where there is one, the range held in full precision (see `kernels.layout` and `store`), each
-padded with zeros to `ALIGNMENT` bytes. The header has one length, so that caches of one shape take the same number of
+then codes, scales and, where there is one, the range held in full precision (see `kernels.layout` and `store`); and of
+the first tokens and the newest, where these are, rows and ranges (`kernels.held`); each padded with zeros to
+`ALIGNMENT` bytes. The header has one length, so that caches of one shape take the same number of
 bytes on every rank.
 """
 
@@ -60,6 +61,7 @@ def pack_bytes(cache: Tensor) -> Tensor:
         cache = copied
     store = cache._store
     sections = [*store.data()] + ([store.active.data] if store.active else [])
+    sections += [store.held.data, store.held.ranges.to(store.device)] if store.held else []
     sections = [t.contiguous().reshape(-1).view(torch.uint8) for t in sections]
     total = HEADER + sum(_padded(t.numel()) for t in sections)
     with torch.inference_mode(False):
@@ -106,6 +108,7 @@ def _header(cache: PackedKV, total: int) -> bytearray:
         "shape": store.shape, "strides": store.strides, "dtype": _name(store.dtype), "bits": store.bits,
         "group_size": store.group_size, "quantizer": store.quantizer, "grows": store.grows,
         "active": None if store.active is None else [store.active.start, store.active.stop],
+        **({"window": store.window, "held": store.held_tokens} if store.held else {}),
         "size": tuple(cache.size()), "stride": cache.stride(), "offset": cache.offset, "reads_as": _name(cache.dtype),
     }  # fmt: skip
     text = json.dumps(description, separators=(",", ":")).encode()
@@ -147,6 +150,10 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
     ]
     if active is not None:
         parts.append((dtype, (batch, heads, active[1] - active[0], head_dim)))
+    if "held" in given:
+        sink, recent = given["held"]
+        parts.append((dtype, (batch, heads, sink + 2 * recent, head_dim)))
+        parts.append((torch.int64, (batch, 3 if recent else 1, 4)))
     tensors, at = [], 0
     with torch.inference_mode(False):
         for kind, shape in parts:
@@ -154,9 +161,10 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
             tensor.view(-1).view(torch.uint8).copy_(payload[at : at + tensor.nbytes])
             tensors.append(tensor)
             at += _padded(tensor.nbytes)
-    held = None if active is None else (tensors[2], *active)
+    last = None if active is None else (tensors[2], *active)
+    held = (tensors[-2], tensors[-1].cpu(), tuple(given["window"])) if "held" in given else None
     shape, strides, (codes, scales) = tuple(given["shape"]), tuple(given["strides"]), tensors[:2]
-    store = rebuild_store(shape, strides, dtype, given["bits"], codes, scales, held, given["quantizer"])
+    store = rebuild_store(shape, strides, dtype, given["bits"], codes, scales, last, given["quantizer"], held)
     store.grows = given["grows"]
     place = tuple(given["size"]), tuple(given["stride"]), given["offset"]
     return rebuild_window(store, *place, _DTYPES[given["reads_as"]], {})

@@ -130,6 +130,8 @@ class Offload:
         for store in host.stores:
             if store.active is not None:
                 store.active.park(host)
+            if store.held is not None:
+                store.held.park(host)
         host.lane.run(lambda: None)  # whatever copies use the slot next wait for what was computed on it
         self._free.setdefault(_kind(host), []).append(host.slot)
         host.slot, host.stale = None, False

@@ -93,7 +93,7 @@ class PackedKV(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         store = self._store
-        context = store.dtype, store.bits, store.quantizer, store.tells_steps, self.dtype
+        context = store.dtype, store.bits, store.quantizer, store.tells_steps, store.held_tokens, self.dtype
         return ["codes", "scales", "first_token"], (*self._layout, *context)
 
     @property
@@ -118,13 +118,14 @@ class PackedKV(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, quantizer, tells_steps, dtype = context
+        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, dtype = context
         if len(shape) == CHANNEL:
             dims, (channels, order) = shape, strides
             shape = [*(1 if d is None else size[d] for d in dims), channels]
             strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         store.tells_steps = tells_steps
+        store.told_of(held_tokens)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
         packed._first_token, packed._told = inner["first_token"], context[:2]
@@ -224,7 +225,7 @@ class PackedKV(torch.Tensor):
         return self
 
     def is_shared(self) -> bool:
-        return self._store.host is None and all(t.is_shared() for t in self._store.memory)
+        return self._store.host is None and all(t.is_shared() for t in self._components())
 
     def share_memory_(self) -> PackedKV:
         if self._store.host is not None:
@@ -232,9 +233,14 @@ class PackedKV(torch.Tensor):
                 "share_memory_() of an offloaded cache: its host memory belongs to this process; send it to others as "
                 "it is (they get a copy), or use jkv_compile.materialize first"
             )
-        for component in self._store.memory:
+        for component in self._components():
             component.share_memory_()
         return self
+
+    def _components(self) -> list[Tensor]:
+        """All memory that a write changes."""
+        held = self._store.held
+        return [*self._store.memory, *([] if held is None else [held.data, held.ranges])]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:
         return packed_save.deepcopy_window(self, memo)

@@ -90,11 +90,13 @@ def room_for_cache(model: Model, gpu: Gpu, weights_on: int = 1) -> float:
 
 
 def tokens_that_fit(
-    model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1, symmetric: bool = False
-) -> int:
+    model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1, symmetric: bool = False,
+    window: tuple[int, int] = (0, 0),
+) -> int:  # fmt: skip
     """Cached tokens that fit beside bfloat16 weights; bits None is the uncompressed cache. Never negative."""
     per_token = replace(model, tokens=1).bytes_of(bits, group_size, symmetric)
-    return max(0, int(room_for_cache(model, gpu, weights_on) / per_token))
+    room = room_for_cache(model, gpu, weights_on) - (0 if bits is None else model.held_bytes(*window))
+    return max(0, int(room / per_token))
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,14 @@ class Devices:
     weights: bool = False
 
 
-def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, symmetric: bool = False) -> str:
-    """The plan as text; `symmetric` is of caches without zero points."""
+def report(
+    model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, symmetric: bool = False,
+    window: tuple[int, int] = (0, 0),
+) -> str:  # fmt: skip
+    """The plan as text; `symmetric` is of caches without zero points.
+
+    window: how many of the first tokens, and of the newest, are held in full precision.
+    """
     devices = devices or Devices()
     count = devices.count
     share, weights_on = share_of(model, count, devices.sharding), count if devices.weights else 1
@@ -119,6 +127,11 @@ def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = No
         f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}"
         f"{' without zero points' if symmetric else ''}",
     ]
+    if any(window):
+        lines += [
+            f"in full precision beside: the first {window[0]:,} tokens, and {window[1]:,} before the chunk at hand "
+            f"(twice, for the next): {share.held_bytes(*window) / GIB:.2f} GiB"
+        ]
     if count > 1:
         held = {"heads": f"{share.kv_heads} heads", "tokens": f"{share.tokens:,} tokens", "none": "the whole cache"}
         lines += [f"each device: {held[devices.sharding]}, {'its part of' if devices.weights else 'all'} weights"]
@@ -128,21 +141,21 @@ def report(model: Model, gpu: Gpu, group_size: int, devices: Devices | None = No
         f"{which:>14} {'bits/elem':>10} {'GiB':>8} {'smaller':>8} {'fits':>5} {'tokens that fit':>16}",
     ]
     for bits in (None, *sorted(SUPPORTED_BITS, reverse=True)):
-        size = share.bytes_of(bits, group_size, symmetric)
+        size = share.bytes_of(bits, group_size, symmetric, window)
         lines.append(
             f"{_name(bits):>14} {16 * size / share.full_bytes:10.2f} {size / GIB:8.2f} {share.full_bytes / size:7.2f}x "
             f"{'yes' if size <= room else 'no':>5} "
-            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on, symmetric):16,}"
+            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on, symmetric, window):16,}"
         )
     if model.tokens_per_second:
-        lines += ["", *_lengths(model, group_size, devices, room, symmetric)]
+        lines += ["", *_lengths(model, group_size, devices, room, symmetric, window)]
     if count > 1:
-        received = traffic(model, count, devices.sharding, 2, group_size, symmetric)
+        received = traffic(model, count, devices.sharding, 2, group_size, symmetric, window)
         lines += ["", *_moved("a device receives, GiB", received)]
-    at_hand = [2 * share.bytes_of(bits, group_size, symmetric) / share.layers / GIB for bits in (None, 2)]
+    at_hand = [2 * share.bytes_of(bits, group_size, symmetric, window) / share.layers / GIB for bits in (None, 2)]
     lines += [
         "",
-        *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, symmetric)),
+        *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, symmetric, window)),
         f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
     ]
     if share.chunk <= share.tokens:
@@ -166,13 +179,15 @@ def _moved(title: str, rows: Sequence[Traffic]) -> list[str]:
     return lines
 
 
-def _lengths(model: Model, group_size: int, devices: Devices, room: float, symmetric: bool) -> list[str]:
+def _lengths(
+    model: Model, group_size: int, devices: Devices, room: float, symmetric: bool, window: tuple[int, int]
+) -> list[str]:
     """A table of videos all of whose tokens are kept."""
     lines = [f"{'all of a video':>14} {'tokens':>13} {'bfloat16, GiB':>15} {'fits':>5} {'2 bits, GiB':>13} {'fits':>5}"]
     for name, seconds in LENGTHS.items():
         long = replace(model, tokens=int(seconds * model.tokens_per_second))
         share = share_of(long, devices.count, devices.sharding)
-        sizes = [share.bytes_of(bits, group_size, symmetric) for bits in (None, 2)]
+        sizes = [share.bytes_of(bits, group_size, symmetric, window) for bits in (None, 2)]
         full, packed = (f"{size / GIB:,.1f}" for size in sizes)
         fits = ["yes" if size <= room else "no" for size in sizes]
         lines.append(f"{name:>14} {long.tokens:13,} {full:>15} {fits[0]:>5} {packed:>13} {fits[1]:>5}")
@@ -213,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--quantizer", choices=QUANTIZERS, default="rtn", help="symmetric ones store no zero points")
+    parser.add_argument("--sink", type=int, default=0, help="first tokens that are held in full precision")
+    parser.add_argument("--recent", type=int, default=0, help="tokens before a chunk that are held in full precision")
     for name, kind in (
         ("parameters", float), ("layers", int), ("heads", int), ("kv-heads", int), ("head-dim", int), ("tokens", int),
         ("chunk", int), ("passes", int),
@@ -241,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
          options.group_size < 1 or model.head_dim % max(options.group_size, 1)),
         (f"a chunk of {model.chunk} does not lie within {model.tokens} tokens", not 0 < model.chunk <= model.tokens),
         (f"--devices {options.devices}: expected at least 1", options.devices < 1),
+        (f"--sink {options.sink} --recent {options.recent}: expected numbers of tokens of at least 0",
+         min(options.sink, options.recent) < 0),
         (f"{model.heads} heads are no multiple of {model.kv_heads} key/value heads", model.heads % model.kv_heads),
     ):  # fmt: skip
         if wrong:
@@ -249,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = Devices(options.devices, sharding, options.shard_weights)
     try:
         symmetric = grid_of(options.quantizer).symmetric
-        print(report(model, GPUS[options.gpu], options.group_size, devices, symmetric))
+        window = options.sink, options.recent
+        print(report(model, GPUS[options.gpu], options.group_size, devices, symmetric, window))
     except ConfigurationError as error:
         parser.error(str(error))
     return 0

@@ -40,8 +40,9 @@ class Traffic:
 
 
 def traffic(
-    model: Model, devices: int, sharding: Sharding, bits: int, group_size: int, symmetric: bool = False
-) -> list[Traffic]:
+    model: Model, devices: int, sharding: Sharding, bits: int, group_size: int, symmetric: bool = False,
+    window: tuple[int, int] = (0, 0),
+) -> list[Traffic]:  # fmt: skip
     """What a chunk costs between devices, over all layers and passes; and what moving one device's cache costs, once.
 
     heads: the all-to-alls of queries, keys, values and results of the chunk, which are in full precision anyhow.
@@ -50,7 +51,7 @@ def traffic(
     caches are passed round instead (ring attention), those of every other device.
     """
     share, rounds = share_of(model, devices, sharding), model.layers * model.passes
-    sizes = share.full_bytes, share.bytes_of(bits, group_size, symmetric)
+    sizes = share.full_bytes, share.bytes_of(bits, group_size, symmetric, window)
     others, result = devices - 1, []
     if sharding == "heads":
         rows = -(-model.chunk // devices) * others // devices  # of a device's tokens, what it gets from others
@@ -68,14 +69,21 @@ def traffic(
     return result
 
 
-def offload_traffic(share: Model, bits: int, group_size: int, symmetric: bool = False) -> list[Traffic]:
+def offload_traffic(
+    share: Model, bits: int, group_size: int, symmetric: bool = False, window: tuple[int, int] = (0, 0)
+) -> list[Traffic]:
     """What a chunk costs between host memory and a device, over all layers and passes, with caches in the former.
 
-    Every pass brings the full cache of each layer, and what it writes of it, the chunk, goes back.
+    Every pass brings the full cache of each layer, and what it writes of it, the chunk, goes back; so do the tokens
+    that are held in full precision.
     """
     written = replace(share, tokens=min(share.chunk, share.tokens))
     parts = (("to the device, a chunk", share), ("back, a chunk", written))
     return [
-        Traffic(what, share.passes * part.full_bytes, share.passes * part.bytes_of(bits, group_size, symmetric))
+        Traffic(
+            what,
+            share.passes * part.full_bytes,
+            share.passes * (part.bytes_of(bits, group_size, symmetric) + share.held_bytes(*window)),
+        )
         for what, part in parts
     ]

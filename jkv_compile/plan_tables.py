@@ -34,14 +34,27 @@ class Model:
         """Bytes of the cache in bfloat16, keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * BYTES_FULL
 
-    def cache_bytes(self, key_bits: int, value_bits: int, group_size: int, symmetric: bool = False) -> int:
-        """Bytes of the packed cache: codes and scales, which are steps alone where it is symmetric."""
-        shape = (1, self.kv_heads, self.tokens, self.head_dim)
-        return self.layers * sum(packed_bytes(shape, bits, group_size, symmetric) for bits in (key_bits, value_bits))
+    def cache_bytes(
+        self, key_bits: int, value_bits: int, group_size: int, symmetric: bool = False, window: tuple[int, int] = (0, 0)
+    ) -> int:
+        """Bytes of the packed cache: codes and scales, which are steps alone where it is symmetric.
 
-    def bytes_of(self, bits: int | None, group_size: int, symmetric: bool = False) -> int:
+        window: of how many first tokens, and of how many of the newest, there is a copy in bfloat16 beside them.
+        """
+        shape = (1, self.kv_heads, self.tokens, self.head_dim)
+        packed = sum(packed_bytes(shape, bits, group_size, symmetric) for bits in (key_bits, value_bits))
+        return self.layers * packed + self.held_bytes(*window)
+
+    def held_bytes(self, sink: int, recent: int) -> int:
+        """Bytes of the first tokens and of the newest, in bfloat16; of the latter, for this chunk and the next."""
+        rows = min(sink, self.tokens) + 2 * min(recent, self.tokens)
+        return 2 * self.layers * self.kv_heads * self.head_dim * rows * BYTES_FULL
+
+    def bytes_of(
+        self, bits: int | None, group_size: int, symmetric: bool = False, window: tuple[int, int] = (0, 0)
+    ) -> int:
         """Bytes of the cache at so many bits for keys and values; None is bfloat16."""
-        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, symmetric)
+        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, symmetric, window)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),
     (r"group_size|head_dim=|quantizer=", Reason.CONFIGURATION),
+    (r"recent=", Reason.POSITION),
     (r"a DTensor", Reason.SHARDED),
     (r"only one of key and value", Reason.NOT_A_CACHE),
     (r"not known before the data|places that a tensor holds", Reason.POSITION),

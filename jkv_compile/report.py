@@ -21,7 +21,8 @@ class MemoryReport:
         adopted: number of live cache tensors.
         full_precision_bytes: what they would take as they were allocated.
         packed_bytes: what they take: codes, steps, zero points, slack, and ranges held in full precision.
-        active_bytes: the part of `packed_bytes` that is held in full precision.
+        active_bytes: the part of `packed_bytes` that holds the current chunk in full precision.
+        held_bytes: the part that is there for the first tokens and the newest (`sink=`, `recent=`).
         host_bytes: the part of `packed_bytes` that is in host memory, with `offload="cpu"`.
         staging_bytes: device memory that those caches were brought to: the most that it was at a time.
         traffic: what went between the two; `ratio` of it tells how much less than in full precision.
@@ -34,6 +35,7 @@ class MemoryReport:
     host_bytes: int = 0
     staging_bytes: int = 0
     traffic: Traffic | None = None
+    held_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -49,6 +51,7 @@ class MemoryReport:
             ("in full precision", size_text(self.full_precision_bytes)),
             ("packed", size_text(self.packed_bytes)),
             ("  of which current chunk", size_text(self.active_bytes)),
+            *([("  of which sink and recent", size_text(self.held_bytes))] if self.held_bytes else []),
             ("ratio", f"{self.ratio:.2f}x"),
         ]
         if self.traffic is not None:
@@ -75,6 +78,7 @@ class CacheUse:
         role: "keys" or "values".
         shape: of the whole cache tensor, sizes as expressions.
         full_precision_bytes, packed_bytes: of the whole cache, for the sizes of the call that was compiled.
+        sink, recent: how many of its first tokens, and of the newest before a chunk, are held in full precision.
     """
 
     name: str
@@ -85,10 +89,15 @@ class CacheUse:
     group_size: int
     full_precision_bytes: int
     packed_bytes: int
+    sink: int = 0
+    recent: int = 0
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.full_precision_bytes)} -> {size_text(self.packed_bytes)}"
-        return f"{self.name} {self.shape} {self.dtype}, {self.bits} bits in groups of {self.group_size}: {sizes}"
+        held = [f"{n:,} {which}" for n, which in ((self.sink, "first"), (self.recent, "newest")) if n]
+        beside = f", {' and '.join(held)} tokens in full precision" if held else ""
+        packed = f"{self.bits} bits in groups of {self.group_size}"
+        return f"{self.name} {self.shape} {self.dtype}, {packed}{beside}: {sizes}"
 
 
 @dataclass(frozen=True)

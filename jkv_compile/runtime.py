@@ -67,7 +67,7 @@ def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any, passed: Pass
                 else:
                     flat.append(value if component == "plain" else _component(value._store, component))
             for argument in changed:
-                args[argument]._store.active = None
+                args[argument]._store.changing()
             outputs = inner(*flat)
             moved = _moved(rewritten, args, changed, outputs) if offloaded else None
         except Exception as error:
@@ -98,6 +98,9 @@ def _moved(
 def _component(store: Store, component: str) -> Tensor:
     if component in ("codes", "scales"):
         return store.staged[component == "scales"]
+    if component in ("held", "held_ranges"):
+        assert store.held is not None
+        return store.held.data if component == "held" else store.held.ranges
     active = store.active
     if component == "active_range":
         return torch.tensor(NO_RANGE if active is None else (active.start, active.stop))
@@ -146,6 +149,7 @@ def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store
     if new.after:
         store = parent.grown(codes, scales, strides)
         store.dtype = new.dtype
+        _hold(store, None, new, outputs)
         return store
     store = parent.of_this_kind((*codes.shape[:3], parent.shape[3]), strides, codes, scales)
     store.dtype, store.grows = new.dtype, True
@@ -153,7 +157,24 @@ def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store
         data, start, stop = (outputs[i] for i in new.active)
         store.active = Active(data, start, stop)
     store.join(parent._family)
+    _hold(store, parent, new, outputs)
     return store
+
+
+def _hold(store: Store, parent: Store | None, new: OutputStore, outputs: Sequence[Any]) -> None:
+    """What a cache that a graph has made holds in full precision: of `parent`'s tokens and of new ones after them."""
+    if store.held is None or new.held is None:
+        return
+    ranges, source = new.held
+    place = 0
+    for first, stop in zip(ranges[::2], ranges[1::2]):
+        start, n = outputs[first], outputs[stop] - outputs[first]
+        if parent is not None:
+            store.take(parent, (0, 0, start, 0), (0, 0, place, 0), (*store.shape[:2], n, store.shape[3]))
+        place += n
+    if source is not None:
+        store.held.write(outputs[source], (0, 0, place, 0))
+    store.put_away()
 
 
 def first_contact(
@@ -183,12 +204,12 @@ def first_contact(
         for argument, owner in owners.items():
             cache, value = rewritten.caches[argument], args[argument]
             assert owner is not None
-            active = None
+            active, last = None, None
             if argument in plan.owners:  # the chunk that another graph has just written is still in full precision
-                start, stop = written.last_range(owner)
+                start, stop = last = written.last_range(owner)
                 active = Active(in_four_dimensions(owner).permute(cache.axes)[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
-            store = adopt(owner, cache.axes, cache.bits, config, views, cache.quantizer)
+            store = adopt(owner, cache.axes, cache.bits, config, views, cache.quantizer, last)
             store.active = active
             store.join(stores)
         return run_packed(*args)

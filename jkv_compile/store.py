@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .errors import PackedCacheError
+from .held import Held
 from .host_memory import HostMemory, Parked
 from .kernels import layout, reference
 from .kernels.quantizers import grid_of, grid_within
@@ -68,11 +69,14 @@ class Line:
 
 
 class Family(weakref.WeakSet["Store"]):
-    """The stores of one configuration, how it corrects attention, and whether they live in host memory."""
+    """The stores of one configuration, how it corrects attention, and whether they live in host memory.
 
-    def __init__(self, correction: str, offload: Offload | None = None) -> None:
+    window: how many tokens it holds in full precision, of the first ones and of the newest.
+    """
+
+    def __init__(self, correction: str, offload: Offload | None = None, window: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
-        self.correction, self.offload = correction, offload
+        self.correction, self.offload, self.window = correction, offload, window
 
 
 class Store:
@@ -108,6 +112,9 @@ class Store:
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self.tells_steps = False  # whether graphs tell Δ of what they read of it, for another graph to correct by
         self._family: Family | None = None
+        self.window = 0, 0  # how many tokens are to be held in full precision, of the first ones and of the newest
+        self._held: Held | None = None
+        self._room: tuple[int, int] | None = None  # for as many, where it is told rather than known
         self._renewed = 0  # how far the range written last has reached from the first token; -1, it has grown
 
     @classmethod
@@ -134,7 +141,7 @@ class Store:
     def of_this_kind(self, shape: Sequence[int], strides: Sequence[int], codes: Tensor, scales: Tensor) -> Store:
         """A store of other data, that reads and is quantized as this one."""
         new = Store(shape, strides, self.dtype, self.bits, codes, scales, self.quantizer)
-        new.tells_steps = self.tells_steps
+        new.tells_steps, new.window = self.tells_steps, self.window
         return new
 
     @property
@@ -184,6 +191,37 @@ class Store:
             active.park(self.host)
 
     @property
+    def held(self) -> Held | None:
+        """What is held in full precision for good: the first tokens and the newest, as far as they are known."""
+        if self._held is None and any(self.window):
+            self._held = Held.nothing(self.shape, self.dtype, self.device, *self.held_tokens)
+        return self._held
+
+    @property
+    def held_tokens(self) -> tuple[int, int]:
+        """How many of the first tokens, and of the newest before a chunk, are held in full precision."""
+        if self._held is not None:
+            return self._held.capacity
+        if self._room is not None or not any(self.window):
+            return self._room or (0, 0)
+        sink, recent = self.window
+        return (sink, recent) if self.grows else (min(sink, self.shape[TOKEN]), min(recent, self.shape[TOKEN]))
+
+    def hold(self, held: Held | None) -> None:
+        """Hold this instead; it belongs to this store alone."""
+        self._held = held
+        self.put_away()
+
+    def put_away(self) -> None:
+        """What is held of an offloaded cache goes to host memory, until it is asked for."""
+        if self._held is not None and self.host is not None and self.host.slot is None:  # otherwise with the slot
+            self._held.park(self.host)
+
+    def told_of(self, held_tokens: tuple[int, int]) -> None:
+        """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision."""
+        self._room = held_tokens
+
+    @property
     def owner(self) -> object:
         """The same for all stores that lie in the same memory."""
         return self._line or self
@@ -206,16 +244,22 @@ class Store:
         """
         shared = self._line is not None and any(s.shape[TOKEN] > self.shape[TOKEN] for s in self._line.stores)
         lies = self.memory if self.host is None else self.host.pages
-        return (0 if shared else sum(t.nbytes for t in lies)) + self.active_bytes
+        return (0 if shared else sum(t.nbytes for t in lies)) + self.active_bytes + self.held_bytes
 
     @property
     def active_bytes(self) -> int:
         return self.active.nbytes if self.active else 0
 
     @property
+    def held_bytes(self) -> int:
+        """The part of `packed_bytes` that is there for the first tokens and the newest."""
+        return self._held.nbytes if self._held else 0
+
+    @property
     def host_bytes(self) -> int:
         """The part of `packed_bytes` that lies in host memory since the cache is offloaded."""
-        on_device = self.active_bytes - (self.active.parked_bytes if self.active else 0)
+        whole = [x for x in (self.active, self._held) if x]
+        on_device = sum(x.nbytes - x.parked_bytes for x in whole)
         return 0 if self.host is None else self.packed_bytes - on_device
 
     @property
@@ -240,6 +284,8 @@ class Store:
         if family is None:
             return
         family.add(self)
+        if not any(self.window):
+            self.window = family.window  # of a cache that was loaded from a file, say
         holds_data = self.numel > 0 and self.device.type != "meta"
         if family.offload is not None and self.host is None and holds_data:
             full_row = self.full_precision_bytes // max(1, self.shape[TOKEN])
@@ -249,6 +295,7 @@ class Store:
         host.stores.add(self)
         self.host, self._codes, self._scales = host, host.codes, host.scales
         self.active = self.active  # which goes to host memory, too
+        self.put_away()
 
     # ---- growing ----
 
@@ -279,6 +326,8 @@ class Store:
         new._line, new.grows = line, True
         line.join(new)
         new.join(self._family)
+        if self.held is not None:
+            new.take(self, (0, 0, 0, 0), (0, 0, 0, 0), self.shape)
         return new
 
     def _with_room(self, codes: Tensor, scales: Tensor, room: int) -> tuple[Tensor, Tensor, HostMemory | None]:
@@ -308,6 +357,12 @@ class Store:
 
     # ---- writing ----
 
+    def changing(self) -> None:
+        """A compiled graph is about to write to it: what is held of the chunk at hand is so no longer."""
+        self.active = None
+        if self._held is not None:
+            self._held.changing()
+
     def write(self, source: Tensor, starts: Sequence[int], keep_active: bool) -> None:
         """Quantize `source` `[b, h, n, D]` into the box that begins at `starts` (batch, head, token, channel).
 
@@ -318,6 +373,9 @@ class Store:
         self.active = None
         with self._changing(starts, (batch, heads, tokens), anew=True) as (codes, scales):
             _ops.append(codes, scales, self._stored(_as_float(source)), 0, self.bits)
+        if self.held is not None:
+            self.held.write(source, starts)
+            self.put_away()
         if keep_active and (batch, heads) == self.shape[:2] and tokens:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -342,8 +400,15 @@ class Store:
         self, source: Tensor | Store, axis: int, index: Tensor, starts: Sequence[int], lengths: Sequence[int]
     ) -> None:
         """Write `source`, to be quantized or packed as this is, to some indices of one axis of a box."""
+        if self.held is not None:
+            if isinstance(source, Tensor) and axis == TOKEN:
+                self.held.write_at(source, index, starts)
+            else:
+                self.held.forget((starts, lengths))
+            self.put_away()
         if isinstance(source, Tensor):
             quantized = self._like(tuple(source.shape), self.strides)
+            quantized.window = 0, 0
             quantized.write(source, (0, 0, 0, 0), keep_active=False)
             source = quantized
         self.own()
@@ -359,6 +424,9 @@ class Store:
         with self._changing(starts, lengths, anew=True) as (codes, scales):
             codes.copy_(codes_of_value.expand_as(codes))
             scales.copy_(scales_of_value.expand_as(scales))
+        if self.held is not None:
+            self.held.fill(value, (starts, lengths))
+            self.put_away()
         self._drop_active(starts[TOKEN], starts[TOKEN] + lengths[TOKEN])
 
     def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
@@ -369,6 +437,9 @@ class Store:
         with self._changing(starts, mask.shape) as (codes, scales):
             codes.copy_(torch.where(mask.unsqueeze(-1), codes_of_value, codes))
             scales.copy_(torch.where(mask[:, :, None, :, None], scales_of_value, scales))
+        if self.held is not None:
+            self.held.fill_where(mask, value, starts)
+            self.put_away()
         self._drop_active(starts[TOKEN], starts[TOKEN] + mask.shape[2])
 
     def move(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
@@ -388,7 +459,20 @@ class Store:
             with self._changing(starts, lengths, anew=True) as box:
                 for to, data in zip(box, new):
                     to.copy_(data.clone() if other is self else data)
+        self.take(other, source, starts, lengths)
         self._drop_active(b, b + n)
+
+    def take(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """A box becomes that of another store (or of this one): what that holds of it in full precision comes along,
+        where it belongs to what is held here."""
+        if self.held is None:
+            return
+        if other is self and tuple(source[:2]) == tuple(starts[:2]):
+            self.held.move((source, lengths), starts[TOKEN])
+        else:
+            self.held.receive((starts, lengths), other.held.pieces((source, lengths)) if other.held else [])
+            other.put_away()
+        self.put_away()
 
     # ---- reading ----
 
@@ -396,6 +480,9 @@ class Store:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
         codes, scales = self._whole_box(starts, lengths)
         out = self._from_grid(_ops.dequantize(codes, scales, 0, lengths[TOKEN], self.bits, dtype))
+        if self.held is not None:
+            self.held.put_over(out, starts)
+            self.put_away()
         held = self._active_in(starts, lengths)
         if held is not None:
             out[:, :, held.start : held.stop] = held.data
@@ -405,6 +492,9 @@ class Store:
         """Δ of a box as stored, float32 `[b, h, n, G]`; zero where the range written last is held in full precision."""
         _, scales = self._whole_box(starts, lengths)
         delta = reference.quantization_step(scales, self.bits)
+        if self.held is not None:
+            self.held.zero_steps(delta, starts)
+            self.put_away()
         held = self._active_in(starts, lengths)
         if held is not None:
             delta[:, :, held.start : held.stop] = 0
@@ -441,6 +531,11 @@ class Store:
             held = self._active_in(starts, lengths)
             if held is not None and axis != TOKEN:
                 new.active = Active(held.data.index_select(axis, index), held.start, held.stop)
+            if self.held is not None and new.held is not None and axis != TOKEN:
+                known = self.held.pieces((starts, lengths))
+                pieces = [(region, at, tokens.index_select(axis, index)) for region, at, tokens in known]
+                new.held.receive(((0, 0, 0, 0), shape), pieces)
+                self.put_away()
         new.join(self._family)
         return new
 
@@ -473,6 +568,9 @@ class Store:
             new = self.of_this_kind(self.shape, self.strides, codes, scales)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
+            if self._held is not None:
+                new.hold(Held(change(self._held.data), self._held.ranges.clone()))
+                self.put_away()
         new.grows = self.grows
         new.join(self._family)
         return new
@@ -484,13 +582,14 @@ class Store:
         codes, scales = (t if self._line is None else t.contiguous() for t in self.data())  # no room
         if self.host is not None and get_spawning_popen() is not None:
             self._inherited = codes, scales  # a process that is being spawned takes them over from this one
-        return rebuild_store, (*layout, codes, scales, active, self.quantizer)
+        args = (*layout, codes, scales, active, self.quantizer)
+        return rebuild_store, args if self._held is None else (*args, (self._held.data, self._held.ranges, self.window))
 
     # ---- pieces ----
 
     def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
         new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.device, self.quantizer)
-        new.grows, new.tells_steps = self.grows, self.tells_steps
+        new.grows, new.tells_steps, new.window = self.grows, self.tells_steps, self.window
         new.join(self._family)
         return new
 
@@ -610,6 +709,7 @@ def rebuild_store(
     scales: Tensor,
     active: tuple[Tensor, int, int] | None,
     quantizer: str = "rtn",
+    held: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
 ) -> Store:
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
     batch, heads, tokens, head_dim = shape
@@ -644,7 +744,34 @@ def rebuild_store(
                 f"a saved packed cache holds {list(data.shape)} in full precision for tokens {start}:{stop}"
             )
         store.active = Active(data, start, stop)
+    if held is not None:
+        rows, ranges, window = held
+        if not _fit(rows, ranges, shape):
+            raise PackedCacheError(
+                f"a saved packed cache of {list(shape)} holds {list(rows.shape)} in full precision for good, which its "
+                f"ranges {ranges.tolist()} do not tell tokens of"
+            )
+        store.window = (window[0], window[1])
+        store.hold(Held(rows, ranges))
     return store
+
+
+def _fit(rows: Tensor, ranges: Tensor, shape: Sequence[int]) -> bool:
+    """Whether each range of tokens lies within a cache of `shape`, and its rows within their region."""
+    batch, heads, tokens, head_dim = shape
+    if ranges.dtype != torch.int64 or ranges.dim() != 3 or tuple(ranges.shape) not in ((batch, 1, 4), (batch, 3, 4)):
+        return False
+    sizes = ranges[0, :, 3].tolist()
+    if min(sizes) < 0 or tuple(rows.shape) != (batch, heads, sum(sizes), head_dim) or sizes[1:2] != sizes[2:]:
+        return False
+    for entry in ranges.tolist():
+        first = 0
+        for i, (start, stop, row, n) in enumerate(entry):
+            inside = first <= row and row + stop - start <= first + n and (i > 0 or row == start)
+            if n != sizes[i] or not 0 <= start <= stop <= tokens or (start < stop and not inside):
+                return False
+            first += n
+    return True
 
 
 def _as_float(source: Tensor) -> Tensor:

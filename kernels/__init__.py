@@ -3,4 +3,5 @@
 from . import ops as ops  # isort: skip  (defines the library that the others add to)
 from . import dense as dense
 from . import grids as grids
+from . import held as held
 from . import indexed as indexed

@@ -173,9 +173,9 @@ class Kernels:
     """The loaded library: the operators of `ops`, for CPU tensors, in C++.
 
     `append`, `append_kv`, `move`, `fill`, `dequantize`, `rotate`, `round_unbiased`, `round_rotated`, `attention` (which
-    is `ops.attention_lse`) and `attention_active` take the arguments of the operators. They raise NotImplementedError
-    where they do not take them, with which `jkv::` operators would go to Python: the exact correction, steps per block
-    of tokens in an append, dtypes and layouts that nothing produces.
+    is `ops.attention_lse`), `attention_active` and `attention_held` take the arguments of the operators. They raise
+    NotImplementedError where they do not take them, with which `jkv::` operators would go to Python: the exact
+    correction, steps per block of tokens in an append, dtypes and layouts that nothing produces.
 
     Attributes:
         half_precision: whether the library's bf16 products work here.
@@ -203,6 +203,7 @@ class Kernels:
         self.dequantize, self.rotate = operators.dequantize.default, operators.rotate.default
         self.round_unbiased, self.round_rotated = operators.round_unbiased.default, operators.round_rotated.default
         self.attention, self.attention_active = operators.attention_lse.default, operators.attention_active.default
+        self.attention_held = operators.attention_held.default
         self.configure(FEW_ROWS, half_precision=True)
 
     @staticmethod

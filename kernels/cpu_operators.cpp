@@ -234,6 +234,85 @@ template <bool LSE> bool attention_active(const IValue* a, Stack& results) {
   return attention(a, a + 11, call, LSE, results);
 }
 
+// Tokens start … stop - 1, in rows `row` … of one of the tensors that hold tokens in full precision (held.py).
+struct Run {
+  i64 start, stop, row;
+  size_t tensor;
+};
+
+bool runs_of(const c10::List<Tensor>& told, std::vector<Run>& runs) {
+  for (size_t i = 0; i < told.size(); i++) {
+    const Tensor ranges = told[i];
+    if (ranges.scalar_type() != at::kLong || !ranges.is_cpu()) return false;
+    const i64* data = ranges.data_ptr<i64>();
+    if (ranges.dim() == 1 && ranges.size(0) == 2) {
+      if (data[0] < data[ranges.stride(0)]) runs.push_back({data[0], data[ranges.stride(0)], 0, i});
+      continue;
+    }
+    if (ranges.dim() != 3 || ranges.size(0) < 1 || ranges.size(2) != 4 || ranges.stride(2) != 1) return false;
+    for (i64 region = 0; region < ranges.size(1); region++) {
+      const i64* first = data + region * ranges.stride(1);
+      for (i64 b = 1; b < ranges.size(0); b++)
+        if (!std::equal(first, first + 4, first + b * ranges.stride(0))) return false;  // entries differ: in Python
+      if (first[0] < first[1]) runs.push_back({first[0], first[1], first[2], i});
+    }
+  }
+  return true;
+}
+
+const Run* run_with(const std::vector<Run>& runs, i64 token) {
+  for (const Run& run : runs)
+    if (run.start <= token && token < run.stop) return &run;
+  return nullptr;
+}
+
+// What is held in full precision is attended where it lies: neither it nor the mask is copied.
+template <bool LSE> bool attention_held(const IValue* a, Stack& results) {
+  if (!a[9].isIntList()) return false;
+  const Tensor& query = a[0].toTensor();
+  const c10::List<Tensor> keys = a[5].toTensorList(), values = a[7].toTensorList();
+  const i64 shared[] = {query.size(0), a[10].toTensor().size(1)};
+  for (bool of_keys : {true, false})
+    for (const Tensor x : of_keys ? keys : values)
+      if (x.dim() != 4 || x.stride(3) != 1 || x.scalar_type() != query.scalar_type() || x.sizes().slice(0, 2) != at::IntArrayRef(shared) ||
+          x.size(3) != a[of_keys ? 10 : 11].toTensor().size(3))
+        return false;
+  std::vector<Run> key_runs, value_runs;
+  if (!runs_of(a[6].toTensorList(), key_runs) || !runs_of(a[8].toTensorList(), value_runs)) return false;
+  std::vector<i64> bounds;
+  for (const auto* runs : {&key_runs, &value_runs})
+    for (const Run& run : *runs) {
+      const auto& tensors = runs == &key_runs ? keys : values;
+      if (run.row < 0 || run.row + run.stop - run.start > tensors.get(run.tensor).size(2)) return false;
+      bounds.push_back(run.start), bounds.push_back(run.stop);
+    }
+  std::sort(bounds.begin(), bounds.end());
+
+  const auto ranges = a[9].toIntList();
+  AttentionCall call;
+  i64 column = 0, row = 0;
+  for (size_t i = 0; i + 1 < ranges.size(); i += 2) {
+    const i64 start = ranges[i], stop = ranges[i + 1];
+    if (!within(start, stop, a[1].toTensor()) || !within(start, stop, a[3].toTensor())) return false;
+    i64 packed = start;  // from here to `at`, nothing is held
+    for (i64 at = start, end; at < stop; at = end) {
+      const auto next = std::upper_bound(bounds.begin(), bounds.end(), at);
+      end = next == bounds.end() ? stop : min(*next, stop);
+      const Run *key = run_with(key_runs, at), *value = run_with(value_runs, at);
+      if (!key || !value) continue;
+      add_packed(call, packed, at, column + packed - start);
+      Plain k = plain(keys.get(key->tensor)), v = plain(values.get(value->tensor));
+      const i64 width = query.element_size();
+      k.data += (key->row + at - key->start) * k.s * width, v.data += (value->row + at - value->start) * v.s * width;
+      call.spans.push_back({false, 0, end - at, column + at - start, k, v, row});
+      row += end - at, packed = end;
+    }
+    add_packed(call, packed, stop, column + packed - start);
+    column += stop - start;
+  }
+  return attention(a, a + 10, call, LSE, results);
+}
+
 template <int N, bool (*F)(const IValue*, Stack&)> struct Operator {
   static bool attempt(Stack* stack) {
     Stack results;
@@ -265,6 +344,8 @@ template <class F> void for_each(F f) {
   f("attention_lse", Operator<14, attention<true>>());
   f("attention_active", Operator<19, attention_active<false>>());
   f("attention_active_lse", Operator<19, attention_active<true>>());
+  f("attention_held", Operator<18, attention_held<false>>());
+  f("attention_held_lse", Operator<18, attention_held<true>>());
 }
 
 c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("jkv::") + name).c_str(), ""); }

@@ -110,7 +110,10 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     shape = holder.shape
     numbers = [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in shape]
     head_dim = numbers[plan.axes[3]]
-    tokens = math.prod(numbers) // head_dim
+    tokens, length = math.prod(numbers) // head_dim, numbers[plan.axes[2]]
+    sink, recent = (min(n, length) for n in plan.held)
+    held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
+    packed = packed_bytes((1, 1, tokens, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric)
     return CacheUse(
         name=input_name(holder.node),
         role="keys" if is_key else "values",
@@ -119,9 +122,9 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
         bits=plan.bits,
         group_size=plan.group_size,
         full_precision_bytes=math.prod(numbers) * holder.dtype.itemsize,
-        packed_bytes=packed_bytes(
-            (1, 1, tokens, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric
-        ),
+        packed_bytes=packed + held_bytes,
+        sink=sink,
+        recent=recent,
     )
 
 

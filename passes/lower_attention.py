@@ -161,6 +161,13 @@ def _packed_attention(
     if isinstance(cached[0].content, Scattered):
         mask = _scattered_mask(pieces, mask, cached[0])
     settings = (mask, False, call.scale, pieces.plans[key_cache].bits, pieces.plans[value_cache].bits, correction)
+    if pieces.plans[key_cache].holds and pieces.plans[value_cache].holds:
+        sides = [pieces.all_held(cache) for cache in (key_cache, value_cache)]
+        held = [x for cache, (rows, told) in zip((key_cache, value_cache), sides) for x in (
+            [pieces.to_grid(row, cache) for row in rows], told
+        )]  # fmt: skip
+        target = ops.attention_held_lse.default if call.lse else ops.attention_held.default
+        return pieces.call(target, query, *components, *held, ranges, key, value, *settings)
     if len(cached) == 1 and not key_cache.writes and not value_cache.writes:
         args = (*components, *pieces.active(key_cache), *pieces.active(value_cache), *ranges, key, value, *settings)
         return pieces.call(ops.attention_active_lse.default if call.lse else ops.attention_active.default, query, *args)

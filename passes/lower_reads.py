@@ -23,6 +23,9 @@ def materialize(pieces: Pieces, read: Read) -> Node:
     def dequantized(first: int, stop: int) -> Node:
         codes, scales = pieces.packed(holder)
         args = number(first), number(stop), plan.bits, holder.dtype
+        if plan.holds:
+            settings = number(first), number(stop), plan.bits, plan.group_size, plan.quantizer, holder.dtype
+            return pieces.call(ops.dequantize_held.default, codes, scales, *pieces.all_held(holder), *settings)
         if holder.writes:
             node = pieces.call(ops.dequantize.default, codes, scales, *args)
         else:
@@ -62,6 +65,8 @@ def steps(pieces: Pieces, read: Read) -> Node:
             node = pieces.call(unpaired, node, grid.pairs, plan.group_size)
         if not holder.writes:
             node = pieces.call(_outside, node, pieces.component(holder, "active_range"), number(first))
+        if plan.holds:
+            node = pieces.call(_outside_held, node, pieces.held(holder)[1], number(first))
         return pieces.method("to", node, holder.dtype)
 
     def zeros(fresh: Node) -> Node:
@@ -75,6 +80,14 @@ def _outside(delta: torch.Tensor, active_range: torch.Tensor, first: int) -> tor
     tokens = torch.arange(delta.shape[2], device=delta.device)[:, None] + first
     start, stop = active_range.to(delta.device).unbind()
     return delta.masked_fill((tokens >= start) & (tokens < stop), 0.0)
+
+
+def _outside_held(delta: torch.Tensor, held_ranges: torch.Tensor, first: int) -> torch.Tensor:
+    """The same for tokens that are held for good, which `held_ranges` `[B, regions, 4]` tell."""
+    tokens = torch.arange(delta.shape[2], device=delta.device) + first
+    start, stop = held_ranges[..., :2, None].to(delta.device).unbind(2)  # [B, regions, 1] each
+    held = ((tokens >= start) & (tokens < stop)).any(1)
+    return delta.masked_fill(held[:, None, :, None], 0.0)
 
 
 def _put(pieces: Pieces, node: Node, positions: Node, fresh: Node) -> Node:

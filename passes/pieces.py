@@ -20,7 +20,7 @@ from .uncertainty import StepLayout
 
 ops = torch.ops.jkv
 
-Component = Literal["plain", "codes", "scales", "active", "active_range", "first_token", "steps"]
+Component = Literal["plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "first_token", "steps"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,18 @@ class CachePlan:
     """How one cache is stored: `axes[role]` is the tensor's dimension for (batch, head, token, channel).
 
     quantizer: as `kernels.quantizers.Grid` spells it.
+    held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
     """
 
     axes: tuple[int, ...]
     bits: int
     group_size: int
     quantizer: str
+    held: tuple[int, int] = (0, 0)
+
+    @property
+    def holds(self) -> bool:
+        return any(self.held)
 
 
 class Pieces:
@@ -93,6 +99,18 @@ class Pieces:
     def active(self, holder: Holder) -> tuple[Node, Node]:
         """What a cache holds in full precision, in the basis that it is stored in, and its range."""
         return self.to_grid(self._own(holder, "active"), holder), self.component(holder, "active_range")
+
+    def held(self, holder: Holder) -> tuple[Node, Node]:
+        """What a cache holds in full precision for good, as it was written, and which tokens those are."""
+        return self._own(holder, "held"), self._own(holder, "held_ranges")
+
+    def all_held(self, holder: Holder) -> tuple[list[Node], list[Node]]:
+        """All that a cache holds in full precision, and of each which tokens those are; the range that another graph
+        has written is among it where this graph writes none."""
+        both = [self.held(holder)]
+        if not holder.writes:
+            both.append((self._own(holder, "active"), self.component(holder, "active_range")))
+        return [held for held, _ in both], [ranges for _, ranges in both]
 
     def _own(self, holder: Holder, kind: Component) -> Node:
         """A component; of a cache that is part of a tensor, its batch entries."""

@@ -16,10 +16,12 @@ from ..config import Config
 from ..geometry import same
 from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
+from ..kernels.held import no_ranges
 from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
 from ..report import GraphReport, Rejected
-from .actions import Append, Attend, Dense, Fill, Holder, Returned, Tracking
+from ..store import Store
+from .actions import Append, Attend, Dense, Fill, Holder, Returned, Scatter, Tracking
 from .apart import tell_apart
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
@@ -28,7 +30,7 @@ from .filled import join_filled
 from .handed import Attended, Handed, Passages
 from .nodes import example
 from .own_tokens import hold_what_changes, make_own
-from .pieces import CachePlan
+from .pieces import CachePlan, Component
 from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
@@ -38,6 +40,10 @@ from .uncertainty import StepLayout
 from .unpacked import Unknown, Unpacked
 
 Action = Attend | Dense | Returned
+NEWEST_UNKNOWN = (
+    "packed, but recent={} is not honoured: it is written at places that a tensor holds, so that which tokens are the "
+    "newest is not known"
+)
 UNKNOWN = "what it reads is written to, and has no three to five dimensions of which one runs along tokens"
 ONE_SIDE = "only one of key and value comes from a cache"
 
@@ -98,11 +104,23 @@ class Plan:
                 inputs.append(self.first_tokens[argument])
             elif component == "active_range":
                 inputs.append(static_input(torch.zeros(2, dtype=torch.int64)))
+            elif component in ("held", "held_ranges"):
+                inputs.append(_held_input(value._store, component))
             elif component == "steps":
                 inputs.append(input_like(self.handed_in[argument]))
             else:
                 inputs.append(getattr(value, component))  # the tensor that Dynamo has seen
         return inputs
+
+
+def _held_input(store: Store, component: Component) -> Tensor:
+    """An example of what a cache holds in full precision for good, or of which tokens those are."""
+    batch, heads, _, head_dim = map(int, store.shape)
+    sink, recent = store.held_tokens
+    if component == "held_ranges":
+        return static_input(no_ranges(batch, sink, recent))
+    rows = batch, heads, sink + 2 * recent, head_dim
+    return static_input(torch.zeros(rows, dtype=store.dtype, device=store.device))
 
 
 def plan_graph(
@@ -185,6 +203,7 @@ def _plan(
             matches[node] = replace(matches[node], lowering=f"dequantized, not corrected: {why}")
     lowered = {a.call.node for a in tracking.attends} | plan.rewritten.uncorrected.keys()
     report.matches = [match for node, match in matches.items() if node in lowered]
+    report.rejections += _without_newest(tracking, plans)
     _note(plan, unknown, {n.meta.get(SPELLED, n.name) for n in matches if n in lowered})
     report.after = graph_text(plan.rewritten.graph.graph)
     plan.owners = {i: o for i, o in view.owners.items() if i in plan.rewritten.caches}
@@ -195,6 +214,14 @@ def _plan(
         scratch = GraphReport(0, "untouched")
         plan.instead = _plan(gm, example_inputs, config, written, scratch, layouts, made, adopting=False)
     return plan
+
+
+def _without_newest(tracking: Tracking, plans: dict[Holder, CachePlan]) -> list[Rejected]:
+    """Caches whose newest tokens are to be held in full precision, and are not."""
+    scattered = [w for w in tracking.writes if isinstance(w, Scatter) and w.holder in plans]
+    asked = [(w, plans[w.holder].held[1]) for w in scattered]
+    told = (Rejected(source_line(w.node), NEWEST_UNKNOWN.format(recent)) for w, recent in asked if recent)
+    return list(dict.fromkeys(told))
 
 
 def _note(plan: Plan, unknown: Unknown, matched: set[str]) -> None:
@@ -402,7 +429,7 @@ def _glimpses(view: _View) -> list[Glimpse]:
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
     group_size = int(store.group_size)  # of what is traced with dynamic sizes, an expression
-    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer)
+    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer, store.held_tokens)
 
 
 def _adoptable(
@@ -444,7 +471,8 @@ def _adoptable(
                     parts = sum(h.node is holder.node for h in tracking.caches)
                     if parts > 1 or keys == values:  # keys and values lie in one tensor
                         bits = max(config.key_bits, config.value_bits)
-                    plans.setdefault(holder, CachePlan(axes, bits, config.group_size, config.quantizer))
+                    held = config.sink, config.recent
+                    plans.setdefault(holder, CachePlan(axes, bits, config.group_size, config.quantizer, held))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)
         if other is not None:  # the tensor is packed as a whole

@@ -54,6 +54,7 @@ class OutputStore:
     dtype: torch.dtype  # of that tensor
     active: tuple[int, int, int] | None  # data, start, stop: tokens that another graph attends in full precision
     after: bool = False  # codes and scales are those of the new tokens alone, that come after the whole old cache
+    held: tuple[list[int], int | None] | None = None  # bounds of the old tokens' ranges, new ones in full precision
 
 
 @dataclass
@@ -268,10 +269,27 @@ class _Rewriter:
             else:
                 tokens = number(write.start), number(write.stop)
                 self.pieces.call(ops.fill.default, codes, scales, *tokens, float(write.value))
+            if plan.holds:
+                self._hold(write)
         target = node.args[0]
         if node.users and isinstance(target, Node):  # in-place methods return what they write to
             node.replace_all_uses_with(target)
         self.graph.erase_node(node)
+
+    def _hold(self, write: Append | Scatter | Move | Fill) -> None:
+        """What a write does to the tokens that are held in full precision for good."""
+        held, number = self.pieces.held(write.holder), self.pieces.number
+        if isinstance(write, Append):
+            self.pieces.call(ops.hold.default, *held, self._held(write), number(write.start))
+        elif isinstance(write, Scatter):
+            self.pieces.call(ops.hold_at.default, *held, self._held(write), write.positions)
+        elif isinstance(write, Move):
+            args = number(write.source), number(write.destination), number(write.length)
+            self.pieces.call(ops.hold_moved.default, *held, *args)
+        else:
+            self.pieces.call(
+                ops.hold_number.default, *held, number(write.start), number(write.stop), float(write.value)
+            )
 
     def _stored(self, write: Append | Scatter, fresh: Fresh, length: int) -> Node:
         """What a write puts into a cache, in the basis that the cache is stored in."""
@@ -331,11 +349,14 @@ class _Rewriter:
         made = pieces.call(ops.extend.default, *packed)
         codes, scales = (add(pieces.call(operator.getitem, made, i)) for i in range(2))
         strides = [add(copy.strides[axes.index(role)] if role in axes else 1) for role in range(4)]
-        active = None
-        if fresh and not returned.grows:
-            held = pieces.method("clone", value, memory_format=torch.contiguous_format)
-            active = add(held), add(cached[-1].stop), add(segments[-1].stop)
-        return OutputStore(self.position[cache.node], codes, scales, strides, copy.dtype, active, after)
+        active, held, source = None, None, None
+        if fresh and (plan.holds or not returned.grows):
+            source = add(pieces.method("clone", value, memory_format=torch.contiguous_format))
+        if source is not None and not returned.grows:
+            active = source, add(cached[-1].stop), add(segments[-1].stop)
+        if plan.holds:
+            held = [add(p) for s in cached for p in (s.content.first, s.content.first + s.length)], source
+        return OutputStore(self.position[cache.node], codes, scales, strides, copy.dtype, active, after, held)
 
     def _keep_written(self, add: Callable[[Any], int]) -> None:
         """Ranges that are written, and attended to by another graph if at all, go out in full precision."""
@@ -364,10 +385,13 @@ class _Rewriter:
             if len(ranges) == len(writes):
                 self.rewritten.changed[argument] = [(add(start), add(stop)) for start, stop in ranges]
 
-    def _held(self, write: Append) -> Node:
+    def _held(self, write: Append | Scatter) -> Node:
         """What a write puts into a cache, in full precision."""
-        fresh, roles = Fresh(write.value, write.axes, write.first), self.pieces.roles(write.holder)
-        return self.pieces.canonical(fresh, write.stop - write.start, roles, write.holder.dtype)
+        if isinstance(write, Scatter):
+            fresh, length = Fresh(write.value, write.axes, 0), example(write.positions).shape[0]
+        else:
+            fresh, length = Fresh(write.value, write.axes, write.first), write.stop - write.start
+        return self.pieces.canonical(fresh, length, self.pieces.roles(write.holder), write.holder.dtype)
 
     def _order_inputs(self) -> None:
         components = {node: (self.position[cache], kind) for (cache, kind), node in self.pieces.components.items()}

@@ -23,12 +23,13 @@ def new_cache(
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
     quantizer: str = "rtn",
+    **window: int,
 ) -> tuple[Tensor, Tensor]:
-    """A packed cache of random numbers, and the plain tensor it was made from."""
+    """A packed cache of random numbers, and the plain tensor it was made from; `window` is sink and recent."""
     sizes = {"b": batch, "s": tokens, "h": heads, "d": head_dim}
     plain = torch.randn([sizes[axis] for axis in layout]).to(dtype)
     cache = plain.clone()
-    adopt(cache, AXES[layout], bits, Config(bits=bits, group_size=GROUP), quantizer=quantizer)
+    adopt(cache, AXES[layout], bits, Config(bits=bits, group_size=GROUP, **window), quantizer=quantizer)
     assert isinstance(cache, PackedKV)
     return cache, plain
 
@@ -71,6 +72,24 @@ def packed_data(cache: Tensor) -> tuple[Tensor, Tensor]:
     window = cache.window()
     codes, scales = cache._store._whole_box(window.starts, window.lengths)
     return codes.clone(), scales.clone()
+
+
+def assert_held_exactly(cache: Tensor, plain: Tensor) -> list[int]:
+    """Whatever a packed cache says that it holds in full precision is what a plain tensor has; returns which tokens.
+
+    plain: `[B, H, S, D]`.
+    """
+    assert isinstance(cache, PackedKV)
+    store = cache._store
+    if store.held is None:
+        return []
+    out = torch.full(store.shape, torch.nan, dtype=store.dtype)
+    store.held.put_over(out, (0, 0, 0, 0))
+    known = ~out.isnan()
+    assert torch.equal(out[known], plain.to(store.dtype)[known])
+    step = store.quantization_step((0, 0, 0, 0), store.shape)
+    assert not (step * known[..., :1]).any()  # and is not corrected
+    return known.all(3).all(1).all(0).nonzero().flatten().tolist()
 
 
 def assert_same_bits(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:

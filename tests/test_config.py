@@ -38,6 +38,9 @@ BAD = {
         r"quantizer='quarrot': expected one of \('rtn', 'quarot', 'unbiased', 'symmetric', .*\)",
     ),
     "offload to where there is no memory": ({"offload": "disk"}, r"offload=.disk.: expected one of .None, .cpu.."),
+    "a negative sink": ({"sink": -1}, r"sink=-1: expected a number of tokens of at least 0, .* a chunk"),
+    "a sink of bytes": ({"sink": 1.5e6}, r"sink=1500000.0: expected a number of tokens"),
+    "recent as a flag": ({"recent": True}, r"recent=True: expected a number of tokens"),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
 }
 
@@ -103,6 +106,12 @@ def test_presets_are_ordered_by_what_they_cost():
 def test_without_a_preset_nothing_changes():
     assert jkv_backend().config == Config()
     assert jkv_backend(4).config == Config(bits=4)
+
+
+def test_sink_and_recent_make_a_configuration_of_their_own():
+    backend = jkv_backend(preset="memory", sink=4680, recent=1560)
+    assert (backend.config.sink, backend.config.recent) == (4680, 1560)
+    assert backend != jkv_backend(preset="memory") and backend == jkv_backend(preset="memory", sink=4680, recent=1560)
 
 
 def test_unknown_preset_is_named():

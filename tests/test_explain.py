@@ -55,7 +55,7 @@ class TestAccounts(expecttest.TestCase):
         self.assertExpectedInline(
             text(explain(model, chunk(), model.new_cache(1, 64), 8)),
             """\
-jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None)
+jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0)
 graphs: 1; attention over caches that can be packed: 1, left in full precision: 0; their caches take 128.0 KiB, packed 12.0 KiB
 graph of 28 nodes: adopted, its caches are packed when it is called
   + tests/models.py in attend
@@ -72,7 +72,7 @@ graph of 28 nodes: adopted, its caches are packed when it is called
         self.assertExpectedInline(
             text(explain(model, chunk(), model.new_cache(1, 64), 8, bits=(4, 2))),
             """\
-jkv_compile.explain with Config(bits=(4, 2), group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None)
+jkv_compile.explain with Config(bits=(4, 2), group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0)
 graphs: 2; attention over caches that can be packed: 1, left in full precision: 0; their caches take 128.0 KiB, packed 16.0 KiB
 graph of 19 nodes: untouched, it runs as written
   ! tests/models.py forward
@@ -93,7 +93,7 @@ graph of 13 nodes: adopted, its caches are packed when it is called
         self.assertExpectedInline(
             text(explain(model, chunk(), model.new_cache(1, 64), 8)),
             """\
-jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None)
+jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0)
 graphs: 1; attention over caches that can be packed: 0, left in full precision: 1
 graph of 34 nodes: untouched, it runs as written
   - tests/test_explain.py in attend
@@ -108,7 +108,7 @@ graph of 34 nodes: untouched, it runs as written
         self.assertExpectedInline(
             text(explain(model, chunk(DIM), past)),
             """\
-jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None)
+jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0)
 graphs: 1; attention over caches that can be packed: 1, left in full precision: 0; their caches take 4.0 KiB, packed 384 B
 graph of 25 nodes: watched, the past that it attends is packed when it comes a second time
   + tests/idioms/models.py in forward
@@ -144,7 +144,9 @@ def test_settings_and_the_models_own_keywords_are_told_apart() -> None:
         explain(model, chunk(), model.new_cache(1, 64), 8, bits=5)
 
 
-@pytest.mark.parametrize("settings", [{"bits": 2}, {"preset": "memory"}, {"preset": "smallest"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"bits": 2}, {"preset": "memory"}, {"preset": "smallest"}, {"sink": 5, "recent": 70}], ids=str
+)
 def test_bytes_are_those_that_packing_takes(settings: dict[str, Any]) -> None:
     model, backend = SelfAttention(), fresh_backend(**{"bits": 2, **settings})
     cache = model.new_cache(1, 64)
@@ -154,6 +156,7 @@ def test_bytes_are_those_that_packing_takes(settings: dict[str, Any]) -> None:
     memory = backend.memory()
     assert sum(c.full_precision_bytes for c in caches) == memory.full_precision_bytes
     assert sum(c.packed_bytes for c in caches) == memory.packed_bytes
+    assert ("5 first and 64 newest tokens in full precision" in str(caches[0])) == ("sink" in settings)
 
 
 def test_a_group_size_that_does_not_fit_is_part_of_the_account() -> None:

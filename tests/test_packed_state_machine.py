@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jkv_compile import PackedKV, materialize
 from jkv_compile.packed_copies import canonical_strides
-from tests.caches import AXES, ROUNDING, assert_agrees, assert_same_bits, new_cache, packed_data
+from tests.caches import AXES, ROUNDING, assert_agrees, assert_held_exactly, assert_same_bits, new_cache, packed_data
 
 MOST_TOKENS = 24
 fractions = st.floats(0, 1, exclude_max=True)
@@ -32,12 +32,16 @@ class PackedCacheMachine(RuleBasedStateMachine):
         batch=st.integers(1, 2),
         seed=st.integers(0, 2**16),
         quantizer=st.sampled_from(["rtn", "rtn/pairs64", "symmetric", "symmetric/pairs64"]),
+        sink=st.sampled_from([0, 0, 5, 20]),
+        recent=st.sampled_from([0, 0, 3, 20]),
     )
-    def allocate(self, layout: str, batch: int, seed: int, quantizer: str) -> None:
+    def allocate(self, layout: str, batch: int, seed: int, quantizer: str, sink: int, recent: int) -> None:
         torch.manual_seed(seed)
         self.parent: tuple[Tensor, Tensor] | None = None
         self.dim = layout.index("s")
-        self.cache, self.plain = new_cache(layout, batch=batch, tokens=12, heads=2, head_dim=64, quantizer=quantizer)
+        self.cache, self.plain = new_cache(
+            layout, batch=batch, tokens=12, heads=2, head_dim=64, quantizer=quantizer, sink=sink, recent=recent
+        )
 
     def range(self, start: float, length: float) -> tuple[int, int]:
         """A range of at least one token."""
@@ -201,6 +205,13 @@ class PackedCacheMachine(RuleBasedStateMachine):
         if active is not None:
             held = self.part(self.cache, active.start, active.stop - active.start)
             assert torch.equal(materialize(held), self.part(self.plain, active.start, active.stop - active.start))
+
+    @invariant()
+    def first_and_newest_tokens_in_full_precision_are_exact(self) -> None:
+        window = self.cache.window()
+        order = [dim for axis in range(4) for dim in range(4) if window.axes[dim] == axis]
+        if len(order) == 4:
+            assert_held_exactly(self.cache, self.plain.permute(order))
 
 
 TestPackedCacheMachine = PackedCacheMachine.TestCase

@@ -36,6 +36,20 @@ def test_two_bits_in_groups_of_32_are_three_effective_bits():
     assert 16 * model.cache_bytes(2, 2, 64, symmetric=True) / model.full_bytes == 2.25
 
 
+def test_first_and_newest_tokens_are_counted_beside_the_packed_ones(capsys):
+    model = plan.Model("tiny", 0, 3, 4, 2, 128, 50, 10)
+    held = 3 * 2 * 2 * (7 + 2 * 5) * 128 * 2  # layers, keys and values, heads
+    assert model.cache_bytes(2, 2, 32, window=(7, 5)) == model.cache_bytes(2, 2, 32) + held
+    assert model.held_bytes(60, 0) == model.full_bytes
+    model, gpu = plan.MODELS["self-forcing"], plan.GPUS["h100"]
+    fits = [plan.tokens_that_fit(model, gpu, 2, 32, window=window) for window in ((0, 0), (4680, 0), (4680, 4680))]
+    assert fits == sorted(fits, reverse=True) and len(set(fits)) == 3
+    assert plan.main(["--sink", "4680", "--recent", "1560"]) == 0
+    assert "first 4,680 tokens, and 1,560 before" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.main(["--sink", "-1"])
+
+
 @pytest.mark.parametrize("gpu", plan.GPUS)
 @pytest.mark.parametrize("model", plan.MODELS)
 def test_modelled_overheads_are_bounds_and_never_free(model, gpu):

@@ -5,6 +5,9 @@ Nothing here knows how a model holds its cache. Between calls every token is qua
 again changes nothing: a token of grid values is quantized to those values). What an error in one channel of a cache
 does to the attended keys is found by making that error, and looking at the keys: the correction of each score follows,
 whatever the model has done to them in between.
+
+Of tokens that are held in full precision no more is known than where they lie: the first ones are not quantized (but
+for those that had been before they were moved there), and the newest are quantized so many calls later.
 """
 
 from __future__ import annotations
@@ -63,16 +66,27 @@ class Simulated(nn.Module):
     """The eager model on simulated caches, packed when and as those of its compiled twin are.
 
     Scores are corrected while `corrects` is set: it takes a call of the model per channel.
+
+    sink, delay: how many first tokens are never quantized, and for how many more calls new ones are not.
     """
 
     def __init__(
-        self, model: nn.Module, twin: Watched, bits: int, group_size: int = 32, correction: str = "taylor"
+        self,
+        model: nn.Module,
+        twin: Watched,
+        bits: int,
+        group_size: int = 32,
+        correction: str = "taylor",
+        sink: int = 0,
+        delay: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.twin = model, twin
         self.bits, self.group_size, self.correction = bits, group_size, correction
         self.corrects = True
-        self.known: list[Tensor] = []  # caches after the last call: as they were left, token by token
+        self.known: list[list[Tensor]] = [[]] * (1 + delay)  # caches after the last calls, as they were left
+        self.sink = sink
+        self.rounded: list[Tensor] = []  # what quantized tokens were read as
         self.produce, self.write = (getattr(model, name, None) for name in ("produce", "write"))
 
     def forward(self, *args: Any) -> Any:
@@ -89,7 +103,7 @@ class Simulated(nn.Module):
                 result = self.model(*args)
         else:
             result = self.model(*args)
-        self.known = [t.clone() for t in caches_of(self.model, (*args, result)).values()]
+        self.known = [*self.known[1:], [t.clone() for t in caches_of(self.model, (*args, result)).values()]]
         return result
 
     def _quantize(self, cache: Tensor, quantizer: str | None) -> Tensor:
@@ -109,12 +123,27 @@ class Simulated(nn.Module):
         codes, scales = reference.quantize(stored, self.bits, self.group_size, symmetric=grid.symmetric)
         read = reference.dequantize(codes, scales, self.bits).view(cache.shape) @ basis.mT
         step = reference.quantization_step(scales, self.bits).repeat_interleave(self.group_size, -1).view(cache.shape)
-        old = torch.zeros(cache.shape, dtype=torch.bool)
-        for known in self.known:
-            if known.shape == cache.shape:
-                old |= (known == cache).all(-1, keepdim=True)
+        rounded = _are_among(self.rounded, cache)
+        old = (_are_among(self.known[0], cache) & ~self._sink(cache)) | rounded
+        self.rounded.append(torch.where(old & ~rounded, read, torch.nan))
         cache.copy_(torch.where(old, read, cache))
         return torch.stack([step[..., c, None] * basis[:, c] * old for c in range(head_dim)])
+
+    def _sink(self, cache: Tensor) -> Tensor:
+        """Which elements are of the first tokens: of all dimensions but channels, theirs is the longest."""
+        axis = max(range(cache.dim() - 1), key=lambda d: cache.shape[d])
+        first = torch.arange(cache.shape[axis]) < self.sink
+        return first.view([-1 if d == axis else 1 for d in range(cache.dim())]).expand_as(cache)
+
+
+def _are_among(known: list[Tensor], cache: Tensor) -> Tensor:
+    """Whether heads of tokens are such as others hold somewhere: `[…, 1]`."""
+    tokens = cache.reshape(-1, cache.shape[-1])
+    found = torch.zeros(len(tokens), dtype=torch.bool)
+    for other in known:
+        if other.shape[-1] == cache.shape[-1]:
+            found |= (tokens[:, None] == other.reshape(-1, cache.shape[-1])).all(-1).any(1)
+    return found.view(*cache.shape[:-1], 1)
 
 
 def _basis(quantizer: str, head_dim: int, group_size: int) -> Tensor:

@@ -9,10 +9,10 @@ import expecttest
 from .test_two_bits import run
 
 
-def changes(name: str) -> str:
+def changes(name: str, **settings: int) -> str:
     """All graphs over packed caches, one after the other; without their inputs."""
     graphs = []
-    for before, after in run(name).graphs:
+    for before, after in run(name, **settings).graphs:
         lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
         left_out = ("---", "+++", "@@", "-inputs", "+inputs")
         graphs.append("".join(f"{line[0]} {line[1:]}\n" for line in lines if not line.startswith(left_out)))

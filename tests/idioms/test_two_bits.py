@@ -45,10 +45,14 @@ class Run:
 @functools.cache
 def run(name: str, **settings: Any) -> Run:
     steps, stable_from = CASES[name]
-    return _run(steps, stable_from, **settings)
+    return run_beside_simulation(steps, stable_from, **settings)
 
 
-def _run(steps: Case, stable_from: int, group_size: int = 32, simulated: str = "taylor", **settings: Any) -> Run:
+def run_beside_simulation(
+    steps: Case, stable_from: int, group_size: int = 32, simulated: str = "taylor", held: dict[str, int] | None = None,
+    **settings: Any,
+) -> Run:  # fmt: skip
+    """`held`: what the simulation is told of tokens in full precision."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     watched: list[Watched] = []
@@ -56,7 +60,7 @@ def _run(steps: Case, stable_from: int, group_size: int = 32, simulated: str = "
 
     def twins(model: nn.Module, backend: JKVBackend) -> tuple[Callable[..., Any], nn.Module]:
         watched.append(Watched(model, torch.compile(model, backend=backend)))
-        simulations.append(Simulated(copy.deepcopy(model), watched[-1], 2, group_size, simulated))
+        simulations.append(Simulated(copy.deepcopy(model), watched[-1], 2, group_size, simulated, **(held or {})))
         return watched[-1], simulations[-1]
 
     backend = fresh_backend(bits=2, group_size=group_size, **settings)
@@ -96,7 +100,7 @@ def test_full_precision_memory_is_freed(name: str, quantizer: str, effective: fl
 
 @pytest.mark.parametrize("rope", ["", "interleaved"], ids=["on packed keys", "on dequantized keys"])
 def test_a_missing_correction_would_be_seen(rope: str) -> None:
-    assert _run(fixed_past(rope), 3, correction="none").error > 1e-3
+    assert run_beside_simulation(fixed_past(rope), 3, correction="none").error > 1e-3
 
 
 @pytest.mark.parametrize("quantizer, correction", [
@@ -111,7 +115,7 @@ def test_keys_changed_after_the_read_are_corrected_score_by_score(turned: str, q
         "correction": correction,
         "group_size": 16 if "half of" in turned or "of half" in turned else 32,
     }
-    outcome = _run(steps, 3, simulated=correction, **settings)
+    outcome = run_beside_simulation(steps, 3, simulated=correction, **settings)
     assert outcome.error < 2e-5
     keys, values = outcome.quantizers
     apart = grid.removeprefix("rtn") or ("/groups" if grid_of(quantizer).rotates else "")

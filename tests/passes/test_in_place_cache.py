@@ -211,10 +211,11 @@ def test_a_graph_that_writes_keeps_its_chunk_exact_until_the_next_write() -> Non
         assert backend.memory().active_bytes == 2 * active.data.numel() * 4
 
 
-def test_inductor_makes_no_copy_of_the_packed_cache() -> None:
+@pytest.mark.parametrize("window", [{}, {"sink": 6, "recent": 8}], ids=str)
+def test_inductor_makes_no_copy_of_the_packed_cache(window: dict[str, int]) -> None:
     from torch._inductor.utils import run_and_get_code
 
-    backend = fresh_backend(inner="inductor", bits=2)
+    backend = fresh_backend(inner="inductor", bits=2, **window)
     model = SelfAttention()
     compiled = torch.compile(model, backend=backend)
     cache = model.new_cache(1, 48)
@@ -229,6 +230,9 @@ def test_inductor_makes_no_copy_of_the_packed_cache() -> None:
     stores = [name.strip() for name in append[append.index("(") + 1 :].split(",")[:4]]
     assert len(set(stores)) == 4 and set(stores) <= inputs, "append works on the caller's memory, not on a copy"
     assert all(name in attention for name in stores)
+    held = [line[line.index("(") + 1 :].split(", ")[:2] for line in calls if "jkv.hold." in line]
+    assert len(held) == (2 if window else 0)
+    assert all(name in inputs and f"[{name}]" in attention for names in held for name in names)
 
 
 class Untouched(SelfAttention):

@@ -51,6 +51,8 @@ class Case:
     dynamic: bool | None = None
     quantizer: str = "rtn"
     correction: str = "taylor"
+    sink: int = 0
+    recent: int = 0
     tokens: int = 48
     events: tuple[tuple[int, int, str], ...] = ((4, 1, "nothing"), (4, 1, "nothing"), (4, 1, "nothing"))
 

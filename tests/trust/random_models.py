@@ -125,7 +125,8 @@ def run(case: Case, seed: int) -> Outcome:
     network = Network(case)
     if case.grad_mode == "grad":
         network.requires_grad_()
-    backend = fresh_backend(group_size=case.group_size, quantizer=case.quantizer, correction=case.correction)
+    settings = {name: getattr(case, name) for name in ("group_size", "quantizer", "correction", "sink", "recent")}
+    backend = fresh_backend(**settings)
     eager, compiled = Side(case, copy.deepcopy(network)), Side(case, network)
     for (mine, name, _), (_, _, tensor) in zip(list(compiled.tensors()), list(eager.tensors())):
         if compiled.caches is not None:

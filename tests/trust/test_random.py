@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from . import drawing, programs, random_models, random_programs
+from . import drawing, programs, random_held, random_models, random_programs
 from .layers import Case
 from .search import attempt
 
@@ -96,6 +96,12 @@ def test_what_random_models_have_found_stays_right(name: str) -> None:
 @pytest.mark.parametrize("seed", (9000, 9002, 9004, 9007))
 def test_random_model_is_as_eager_or_refused(seed: int) -> None:
     outcome = attempt(random_models.run, drawing.draw(random.Random(seed)), seed)
+    assert outcome is not None and not outcome.failure, outcome
+
+
+@pytest.mark.parametrize("seed", (9001, 9003, 9005))
+def test_random_model_that_holds_tokens_in_full_precision_is_as_eager_or_refused(seed: int) -> None:
+    outcome = attempt(random_models.run, random_held.draw_held(seed), seed)
     assert outcome is not None and not outcome.failure, outcome
 
 
