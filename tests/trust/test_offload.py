@@ -317,9 +317,11 @@ class OffloadedMachine(PackedCacheMachine):
         batch=st.integers(1, 2),
         seed=st.integers(0, 2**16),
         quantizer=st.sampled_from(["rtn", "rtn/pairs64", "symmetric", "symmetric/pairs64"]),
+        sink=st.sampled_from([0, 0, 5, 20]),
+        recent=st.sampled_from([0, 0, 3, 20]),
     )
-    def allocate(self, layout: str, batch: int, seed: int, quantizer: str) -> None:
-        super().allocate(layout, batch, seed, quantizer)
+    def allocate(self, layout: str, batch: int, seed: int, quantizer: str, sink: int, recent: int) -> None:
+        super().allocate(layout, batch, seed, quantizer, sink, recent)
         self.cache._store.join(FAMILY)
 
     @rule()
