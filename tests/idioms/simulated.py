@@ -103,7 +103,9 @@ class Simulated(nn.Module):
                 result = self.model(*args)
         else:
             result = self.model(*args)
-        self.known = [*self.known[1:], [t.clone() for t in caches_of(self.model, (*args, result)).values()]]
+        held = [*caches_of(self.model, args).values()]
+        grown = [t for t in caches_of(self.model, (args[0], result)).values() if not held or _grew(t, held)]
+        self.known = [*self.known[1:], [t.clone() for t in (*held, *grown)]]
         return result
 
     def _quantize(self, cache: Tensor, quantizer: str | None) -> Tensor:
@@ -134,6 +136,14 @@ class Simulated(nn.Module):
         axis = max(range(cache.dim() - 1), key=lambda d: cache.shape[d])
         first = torch.arange(cache.shape[axis]) < self.sink
         return first.view([-1 if d == axis else 1 for d in range(cache.dim())]).expand_as(cache)
+
+
+def _grew(tensor: Tensor, caches: list[Tensor]) -> bool:
+    """Whether it is one of them, with tokens after it."""
+    for cache in caches:
+        if cache.dim() == tensor.dim() and all(n <= m for n, m in zip(cache.shape, tensor.shape)):
+            return torch.equal(tensor[tuple(map(slice, cache.shape))], cache)
+    return False
 
 
 def _are_among(known: list[Tensor], cache: Tensor) -> Tensor:
