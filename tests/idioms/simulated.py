@@ -140,10 +140,8 @@ class Simulated(nn.Module):
 
 def _grew(tensor: Tensor, caches: list[Tensor]) -> bool:
     """Whether it is one of them, with tokens after it."""
-    for cache in caches:
-        if cache.dim() == tensor.dim() and all(n <= m for n, m in zip(cache.shape, tensor.shape)):
-            return torch.equal(tensor[tuple(map(slice, cache.shape))], cache)
-    return False
+    fitting = [c for c in caches if c.dim() == tensor.dim() and all(n <= m for n, m in zip(c.shape, tensor.shape))]
+    return any(torch.equal(tensor[tuple(map(slice, c.shape))], c) for c in fitting)
 
 
 def _are_among(known: list[Tensor], cache: Tensor) -> Tensor:
