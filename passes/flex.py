@@ -47,7 +47,7 @@ class CorrectedScores(nn.Module):
     at most `most`, where that is finite.
     """
 
-    def __init__(self, score_mod: nn.Module, groups: int, repeat: int, most: float) -> None:
+    def __init__(self, score_mod: nn.Module, groups: int, repeat: int, most: float = math.inf) -> None:
         super().__init__()
         self.score_mod, self.groups, self.repeat, self.most = score_mod, groups, repeat, most
 

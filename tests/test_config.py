@@ -29,7 +29,7 @@ BAD = {
     "group as a bool": ({"group_size": True}, r"group_size=True: expected an int"),
     "unknown correction": (
         {"correction": "tailor"},
-        r"correction='tailor': expected one of \('taylor', 'exact', 'none'\)",
+        r"correction='tailor': expected one of \('taylor', 'clamped', 'exact', 'none'\)",
     ),
     "no correction by None": ({"correction": None}, r"correction=None: expected one of .*'none'"),
     "unknown inner compiler": ({"inner": "nvfuser"}, r"inner='nvfuser': expected one of .*'inductor'"),

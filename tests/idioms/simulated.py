@@ -140,8 +140,8 @@ class Simulated(nn.Module):
 
 def _grew(tensor: Tensor, caches: list[Tensor]) -> bool:
     """Whether it is one of them, with tokens after it."""
-    fitting = [c for c in caches if c.dim() == tensor.dim() and all(n <= m for n, m in zip(c.shape, tensor.shape))]
-    return any(torch.equal(tensor[tuple(map(slice, c.shape))], c) for c in fitting)
+    shorter = (c for c in caches if c.dim() == tensor.dim() and all(n <= m for n, m in zip(c.shape, tensor.shape)))
+    return any(torch.equal(tensor[tuple(map(slice, cache.shape))], cache) for cache in shorter)
 
 
 def _are_among(known: list[Tensor], cache: Tensor) -> Tensor:
