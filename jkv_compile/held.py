@@ -14,7 +14,8 @@ from .host_memory import HostMemory, Parked
 from .kernels import held as rules
 
 Box = tuple[Sequence[int], Sequence[int]]  # where it begins, and its lengths
-Pieces = list[tuple[int, int, Tensor]]  # as `kernels.held.pieces_of` tells them
+Piece = tuple[int, int, Tensor]  # as `kernels.held.pieces_of` tells them
+Pieces = list[tuple[int | None, Piece]]  # and of which batch entry of the box; None: of each
 
 
 class Held:
@@ -121,14 +122,20 @@ class Held:
         """What is held of a box."""
         data, ranges, _ = self._part(box)
         (_, _, start, _), (_, _, n, _) = box
-        return rules.pieces_of(data, ranges, start, start + n)
+        return [
+            (entry, piece)
+            for entry, part in _entries(len(data), rules.alike(ranges))
+            for piece in rules.pieces_of(data[part], ranges[part], start, start + n)
+        ]
 
     def receive(self, box: Box, pieces: Pieces) -> None:
         """A box becomes one of another cache, of which this is held."""
         self.changing()
         data, ranges, whole = self._part(box)
         (_, _, start, _), (_, _, n, _) = box
-        rules.receive(data, ranges, start, start + n, pieces if whole else [])
+        for entry, part in _entries(len(data), rules.alike(ranges) and all(of is None for of, _ in pieces)):
+            own = [(region, at, x if of == entry else x[part]) for of, (region, at, x) in pieces if of in (None, entry)]
+            rules.receive(data[part], ranges[part], start, start + n, own if whole else [])
 
     def put_over(self, out: Tensor, starts: Sequence[int]) -> None:
         """What is held into `out` `[b, h, n, D]`, which has the other tokens of a box."""
@@ -147,3 +154,19 @@ class Held:
         (i, j, *_), (n, m, *_) = box
         data = self.data
         return data[i : i + n, j : j + m], self.ranges[i : i + n], m == data.shape[1]
+
+
+def _entries(batch: int, alike: bool) -> list[tuple[int | None, slice]]:
+    """Batch entries, one by one unless all are alike."""
+    return [(None, slice(None))] if alike else [(i, slice(i, i + 1)) for i in range(batch)]
+
+
+def select(pieces: Pieces, axis: int, index: Tensor) -> Pieces:
+    """What is held of the given indices, on its device, of batch entries (axis 0) or heads (1)."""
+    chosen: Pieces = []
+    for entry, (region, at, tokens) in pieces:
+        if axis == 0 and entry is not None:
+            chosen += [(new, (region, at, tokens)) for new, old in enumerate(index.tolist()) if old == entry]
+        else:
+            chosen.append((entry, (region, at, tokens.index_select(axis, index))))
+    return chosen

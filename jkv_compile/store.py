@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
 from .errors import PackedCacheError
-from .held import Held
+from .held import Held, select
 from .host_memory import HostMemory, Parked
 from .kernels import layout, reference
 from .kernels.quantizers import grid_of, grid_within
@@ -532,8 +532,7 @@ class Store:
             if held is not None and axis != TOKEN:
                 new.active = Active(held.data.index_select(axis, index), held.start, held.stop)
             if self.held is not None and new.held is not None and axis != TOKEN:
-                known = self.held.pieces((starts, lengths))
-                pieces = [(region, at, tokens.index_select(axis, index)) for region, at, tokens in known]
+                pieces = select(self.held.pieces((starts, lengths)), axis, index)
                 new.held.receive(((0, 0, 0, 0), shape), pieces)
                 self.put_away()
         new.join(self._family)

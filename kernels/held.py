@@ -109,6 +109,11 @@ def _common(entries: list[list[list[int]]]) -> list[list[int]]:
     return common
 
 
+def alike(ranges: Tensor) -> bool:
+    """Whether the same tokens are held of all batch entries."""
+    return ranges.dim() == 1 or bool((ranges == ranges[:1]).all())
+
+
 def runs_of(ranges: Tensor) -> list[Run]:
     """What is held of all batch entries; of `[start, stop]`, that range."""
     if ranges.dim() == 1:
@@ -224,7 +229,7 @@ def put_over(out: Tensor, held: Tensor, held_ranges: Tensor, start: int) -> None
 
 def held_by_entry(held_ranges: Tensor) -> Iterator[tuple[slice, Run]]:
     """What is held of which batch entries."""
-    apart = held_ranges.dim() > 1 and not bool((held_ranges == held_ranges[:1]).all())
+    apart = not alike(held_ranges)
     for i, ranges in enumerate(held_ranges[:, None] if apart else [held_ranges]):
         for run in runs_of(ranges):
             yield slice(i, i + 1) if apart else slice(None), run
@@ -248,8 +253,8 @@ def receive(
     bare = not any(map(len, regions.runs[BEFORE:]))
     for region, first, tokens in pieces:
         begin, end = start + first, start + first + tokens.shape[2]
-        last = min(end, regions.rows[SINK])
-        if begin < last:
+        last, sink = min(end, regions.rows[SINK]), regions.runs[SINK]
+        if begin < last and (region == SINK or not len(sink) or (begin <= sink.stop and sink.start <= last)):
             held[:, :, begin:last] = tokens[:, :, : last - begin]
             regions.join_sink(begin, last)
         if bare and BEFORE <= region < len(regions.runs):

@@ -44,10 +44,13 @@ def test_reads_are_exact_where_tokens_are_held_and_their_steps_are_zero() -> Non
     assert not steps[:, :, :6].any() and steps[:, :, 6:].all()
 
 
-@pytest.mark.parametrize("copied", [
+COPIES = pytest.mark.parametrize("copied", [
     torch.clone, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: unpack_bytes(pack_bytes(x)),
     lambda x: _saved(x), lambda x: x.to("cpu", copy=True), lambda x: x[:, :, :],
 ], ids=["clone", "deepcopy", "pickle", "bytes", "save", "to", "view"])  # fmt: skip
+
+
+@COPIES
 def test_copies_hold_what_their_original_does_and_go_their_own_way(copied) -> None:
     packed, plain = cache()
     other = copied(packed)
@@ -55,6 +58,22 @@ def test_copies_hold_what_their_original_does_and_go_their_own_way(copied) -> No
     if other._store is not packed._store:
         other[:, :, 1:3] = 5.0 + torch.randn(2, 2, 2, 64)
         assert_held_exactly(packed, plain)
+
+
+@COPIES
+@pytest.mark.parametrize("window", [{"sink": 0}, {"recent": 0}, {}, {"sink": 20}], ids=str)
+def test_copies_read_the_same_where_batch_entries_hold_different_tokens(copied, window) -> None:
+    packed, plain = cache(**window)
+    new = torch.randn(2, 3, 64)
+    for x in (packed, plain):
+        x[1, :, 4:7] = new
+    other = copied(packed)
+    assert_held_exactly(other, plain)
+    assert torch.equal(materialize(other), materialize(packed))
+    order = torch.tensor([1, 0, 1])
+    assert torch.equal(materialize(packed.index_select(0, order)), materialize(packed)[order])
+    assert torch.equal(materialize(packed.index_select(1, order)), materialize(packed)[:, order])
+    assert torch.equal(materialize(packed[1:].clone()), materialize(packed)[1:])
 
 
 def _saved(x: Tensor) -> Tensor:
