@@ -40,6 +40,29 @@ inline Ints add_dot(Ints sum, Words codes, i32 weights) {
 #endif
 }
 
+// Where there is no such instruction, but one that multiplies bytes of one operand, unsigned, with those of another, signed,
+// and adds neighbours: sums of few words fit into the halves of theirs. Their multiples are added up from time to time.
+#if !defined(__AVX512VNNI__) && (defined(__AVX2__) || defined(__AVX512BW__))
+#define JKV_HALVES 1
+typedef int16_t Halves __attribute__((vector_size(4 * LANES)));
+inline Halves products_of_bytes(Words of_unsigned, Words of_signed) {
+#ifdef __AVX512BW__
+  return (Halves)_mm512_maddubs_epi16((__m512i)of_unsigned, (__m512i)of_signed);
+#else
+  return (Halves)_mm256_maddubs_epi16((__m256i)of_unsigned, (__m256i)of_signed);
+#endif
+}
+inline Ints add_halves(Ints sum, Halves x, int factor) {
+#ifdef __AVX512BW__
+  return sum + (Ints)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(factor));
+#else
+  return sum + (Ints)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(factor));
+#endif
+}
+// How many products of words of bytes, of which one kind is at most `a` and the other `b`, fit into halves of a sum.
+constexpr i64 words_in_halves(i64 a, i64 b) { return 0x7fff / (2 * a * b); }
+#endif
+
 // Words of n tokens to codes of four channels in a word, [dim / 4][PITCH].
 template <int BITS> void quads_of_channels(const u32* words, i64 dim, int n, u32* __restrict out) {
   Quads<BITS> quads(words, dim);
@@ -53,6 +76,17 @@ template <int BITS> void quads_of_channels(const u32* words, i64 dim, int n, u32
 // Words of the same byte of four tokens.
 inline void interleave(const u8* x0, const u8* x1, const u8* x2, const u8* x3, i64 bytes, u32* __restrict words) {
   i64 b = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (; b + 16 <= bytes; b += 16) {
+    auto at = [&](const u8* x) { return _mm_loadu_si128((const __m128i*)(x + b)); };
+    auto store = [&](int i, __m128i low, __m128i high) {
+      _mm_storeu_si128((__m128i*)(words + b + i), _mm_unpacklo_epi16(low, high));
+      _mm_storeu_si128((__m128i*)(words + b + i + 4), _mm_unpackhi_epi16(low, high));
+    };
+    store(0, _mm_unpacklo_epi8(at(x0), at(x1)), _mm_unpacklo_epi8(at(x2), at(x3)));
+    store(8, _mm_unpackhi_epi8(at(x0), at(x1)), _mm_unpackhi_epi8(at(x2), at(x3)));
+  }
+#endif
   for (; b + 16 <= bytes; b += 16) {
     const auto rows01 = __builtin_shufflevector(load_vector<Pair>(x0 + b), load_vector<Pair>(x1 + b), 0, 1, 2, 3);
     const auto rows23 = __builtin_shufflevector(load_vector<Pair>(x2 + b), load_vector<Pair>(x3 + b), 0, 1, 2, 3);
@@ -183,7 +217,7 @@ struct FewRows {
   // The products of ROWS queries from `row` on with a block of keys. Codes of plane p are multiplied where they are, as 2^(bits p) times
   // as much: from the last plane of a group to the first, sums are shifted instead.
   template <int ROWS> void dot_keys(int row, int padded) {
-    constexpr int COUNT = ROWS > 2 ? 2 : 4;  // vectors of keys at a time: as many sums as hide the latency
+    constexpr int COUNT = VECTORS<ROWS>;  // of keys at a time
     const int bits = a.keys.bits;
     const i64 size = dim / groups / 4, plane = dim * bits / 32;  // in words
     for (i64 g = 0; g < groups; g++) {
@@ -191,6 +225,31 @@ struct FewRows {
       const i64 start = g * size, stop = start + size, first = start / plane, last = (stop - 1) / plane;
       for (int j = 0; j < padded; j += COUNT * LANES) {
         Ints sum[COUNT][2 * ROWS] = {};
+#if JKV_HALVES
+        const i64 most = words_in_halves((1 << bits) - 1, 128);
+        Halves part[COUNT][2 * ROWS] = {};
+        auto flush = [&] {
+          #pragma GCC unroll 4
+          for (int v = 0; v < COUNT; v++)
+            #pragma GCC unroll 8
+            for (int r = 0; r < 2 * ROWS; r++) sum[v][r] = add_halves(sum[v][r], part[v][r], 1), part[v][r] = Halves{};
+        };
+        for (i64 q = start, held = 0; q < stop;) {
+          const i64 p = q / plane, end = min(min(stop, (p + 1) * plane), q + most);
+          if (held + end - q > most) flush(), held = 0;
+          held += end - q;
+          const u32 mask = ((1u << bits) - 1) * 0x01010101u;
+          const u32* words = s.words.data + j - p * plane * PITCH;
+          for (; q < end; q++)
+            #pragma GCC unroll 4
+            for (int v = 0; v < COUNT; v++) {
+              const Words x = load_vector<Words>(words + q * PITCH + v * LANES) >> (int)(bits * p) & mask;
+              #pragma GCC unroll 8
+              for (int r = 0; r < 2 * ROWS; r++) part[v][r] += products_of_bytes(x, Words{} + load_vector<u32>(query + r * dim + 4 * q));
+            }
+        }
+        flush();
+#else
         for (i64 p = last; p >= first; p--) {
           const u32 mask = ((1u << bits) - 1) * 0x01010101u << bits * p;
           const u32* words = s.words.data + j - p * plane * PITCH;
@@ -206,6 +265,7 @@ struct FewRows {
             #pragma GCC unroll 8
             for (int r = 0; r < 2 * ROWS; r++) sum[v][r] >>= p > first ? bits : bits * first;
         }
+#endif
         #pragma GCC unroll 4
         for (int v = 0; v < COUNT; v++)
           #pragma GCC unroll 8
@@ -213,6 +273,8 @@ struct FewRows {
       }
     }
   }
+  // Vectors that ROWS rows are multiplied with at a time: as many sums as hide the latency, and as there are registers for.
+  template <int ROWS> static constexpr int VECTORS = LANES == 16 ? (ROWS > 2 ? 2 : 4) : ROWS > 2 ? 1 : 4 / ROWS;
   template <class F> void by_rows(F f) const {
     for (int row = 0; row < rows; row += DIRECT_ROWS) {
       switch (rows - row) {
@@ -313,7 +375,7 @@ struct FewRows {
   }
   // The products of ROWS rows of weights from `row` on with a block of values, whose codes are multiplied where they are in bytes.
   template <int ROWS> void dot_values(int row, int quads) {
-    constexpr int COUNT = ROWS > 2 ? 2 : 4;  // vectors of channels at a time
+    constexpr int COUNT = VECTORS<ROWS>;  // of channels at a time
     const i64 size = dv / value_groups;
     for (i64 g = 0; g < value_groups; g++) {
       i64 c = g * size;
@@ -326,8 +388,36 @@ struct FewRows {
     const i64 plane = dv * bits / 8;
     const i8* weights = s.weights.data + (g * rows + row) * 2 * PITCH;
     const u32* words[COUNT];
-    u32 mask[COUNT];
     Ints sum[COUNT][2 * ROWS] = {};
+#if JKV_HALVES
+    const i64 most = words_in_halves((1 << bits) - 1, 128);
+    const u32 mask = ((1u << bits) - 1) * 0x01010101u;
+    int shift[COUNT];
+    #pragma GCC unroll 4
+    for (int v = 0; v < COUNT; v++) {
+      const i64 channel = c + v * LANES;
+      words[v] = s.words.data + channel % plane, shift[v] = bits * (channel / plane);
+    }
+    for (i64 q = 0; q < quads;) {
+      Halves part[COUNT][2 * ROWS] = {};
+      for (const i64 end = min<i64>(quads, q + most); q < end; q++)
+        #pragma GCC unroll 4
+        for (int v = 0; v < COUNT; v++) {
+          const Words x = load_vector<Words>(words[v] + q * plane) >> shift[v] & mask;
+          #pragma GCC unroll 8
+          for (int r = 0; r < 2 * ROWS; r++) part[v][r] += products_of_bytes(x, Words{} + load_vector<u32>(weights + r * PITCH + 4 * q));
+        }
+      #pragma GCC unroll 4
+      for (int v = 0; v < COUNT; v++)
+        #pragma GCC unroll 8
+        for (int r = 0; r < 2 * ROWS; r++) sum[v][r] = add_halves(sum[v][r], part[v][r], 1);
+    }
+    #pragma GCC unroll 4
+    for (int v = 0; v < COUNT; v++)
+      #pragma GCC unroll 8
+      for (int r = 0; r < 2 * ROWS; r++) store_vector(s.output.data + ((g * rows + row) * 2 + r) * dv + c + v * LANES, sum[v][r]);
+#else
+    u32 mask[COUNT];
     #pragma GCC unroll 4
     for (int v = 0; v < COUNT; v++) {
       const i64 channel = c + v * LANES;
@@ -345,6 +435,7 @@ struct FewRows {
       #pragma GCC unroll 8
       for (int r = 0; r < 2 * ROWS; r++)
         store_vector(s.output.data + ((g * rows + row) * 2 + r) * dv + c + v * LANES, sum[v][r] >> bits * int((c + v * LANES) / plane));
+#endif
   }
 };
 

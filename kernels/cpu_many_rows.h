@@ -14,6 +14,11 @@ namespace {
 template <int BITS> struct Digits {
   static constexpr bool PAIRS = BITS == 2;  // of channels
   static constexpr int SHIFT = 8 - BITS;    // codes then fill a byte
+#if JKV_HALVES
+  static constexpr int SHIFTED = 0;         // codes are small, and sums of high bytes are shifted instead
+#else
+  static constexpr int SHIFTED = SHIFT;     // codes that meet high bytes
+#endif
   static constexpr i32 PLACES = PAIRS ? 8 : 1 << SHIFT;  // of queries, above those of high bytes
   static constexpr i32 UNIT = (1 << SHIFT) / PLACES;     // what a query's last place is in sums
   static constexpr float QUERY = PAIRS ? 123 * 8 : 127 * PLACES + PLACES / 2 - 1, WEIGHT = 255 << SHIFT;  // the greatest, about
@@ -33,11 +38,40 @@ inline Ints add_dot_signed(Ints sum, Words codes, i32 weights) {
 // store(vector, sums of rows) of ROWS rows of words of bytes times [words] rows of VECTORS vectors of words. 16 sums hide the
 // latency of a product, and 4 vectors to a row take no more loads than there is time for. All stays in registers as long
 // as one address is enough for all rows: words of the left operand are ROW and WORD apart.
-constexpr int TILE_ROWS = 4;
-template <bool SIGNED_CODES, int ROWS, int VECTORS, int ROW, int WORD, class Store>
-inline __attribute__((always_inline)) void multiply(const i32* left, const u32* right, i64 right_pitch, i64 words, Store store) {
+constexpr int TILE_ROWS = 4, TILE_VECTORS = LANES == 16 ? 4 : 2;
+template <bool SIGNED_CODES, int BITS, int ROWS, int VECTORS, int ROW, int WORD, class Store>
+inline __attribute__((always_inline)) void multiply(const i32* left, const u32* right, i64 right_pitch, i64 high_words, i64 low_words, Store store) {
   Ints sum[VECTORS][ROWS] = {};
-  for (i64 w = 0; w < words; w++, right += right_pitch, left += WORD) {
+#if JKV_HALVES
+  auto add = [&](i64 words, i64 at_a_time, int factor) __attribute__((always_inline)) {
+    for (i64 w = 0; w < words;) {
+      Halves part[VECTORS][ROWS] = {};
+      for (const i64 end = min(words, w + at_a_time); w < end; w++, right += right_pitch, left += WORD) {
+        Words x[VECTORS];
+        #pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) x[v] = load_vector<Words>(right + v * LANES);
+        #pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          const Words y = Words{} + (u32)left[r * ROW];
+          #pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; v++) part[v][r] += SIGNED_CODES ? products_of_bytes(y, x[v]) : products_of_bytes(x[v], y);
+        }
+      }
+      #pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++)
+        #pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) sum[v][r] = add_halves(sum[v][r], part[v][r], factor);
+    }
+  };
+  // Weights meet signed codes, queries unsigned ones or, in what is left of pairs of them, up to nine times as large ones.
+  constexpr i64 CODE = SIGNED_CODES ? 1 << (BITS - 1) : (1 << BITS) - 1, MOST = SIGNED_CODES ? 255 : 127;
+  constexpr i64 LOW_MOST = SIGNED_CODES ? 255 : Digits<BITS>::PAIRS ? 9 * 32 : Digits<BITS>::PLACES;
+  const u32* first = right;
+  add(high_words, words_in_halves(CODE, MOST), 1 << Digits<BITS>::SHIFT);
+  if (SIGNED_CODES) right = first;  // one operand for both
+  add(low_words, words_in_halves(CODE, LOW_MOST), 1);
+#else
+  for (i64 w = 0; w < high_words + low_words; w++, right += right_pitch, left += WORD) {
     Words x[VECTORS];
     #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) x[v] = load_vector<Words>(right + v * LANES);
@@ -48,6 +82,7 @@ inline __attribute__((always_inline)) void multiply(const i32* left, const u32* 
       for (int v = 0; v < VECTORS; v++) sum[v][r] = SIGNED_CODES ? add_dot_signed(sum[v][r], x[v], y) : add_dot(sum[v][r], x[v], y);
     }
   }
+#endif
   #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; v++) store(v, sum[v]);
 }
@@ -191,7 +226,7 @@ struct ManyRows {
     const i64 quads = dim / groups / 4;
     for (i64 q = 0; q < quads; q++) {
       #pragma omp simd
-      for (int j = 0; j < n; j++) out[q * PITCH + j] = codes[q * PITCH + j] << D::SHIFT;
+      for (int j = 0; j < n; j++) out[q * PITCH + j] = codes[q * PITCH + j] << D::SHIFTED;
     }
     out += quads * PITCH;
     for (i64 q = 0; q < (D::PAIRS ? quads / 2 : quads); q++) {
@@ -212,19 +247,26 @@ struct ManyRows {
       interleave(row(0), row(1), row(2), row(3), dv * BITS / 8, s.words.data);
       quads_of_tokens<BITS>(s.words.data, dv, 1, s.quads.data);
       #pragma omp simd
-      for (i64 c = 0; c < dv; c++) high[c] = codes[c] << Digits<BITS>::SHIFT ^ SIGN, low[c] = (codes[c] + (SIGN - ZERO)) ^ SIGN;
+      for (i64 c = 0; c < dv; c++) {
+        if (Digits<BITS>::SHIFTED) high[c] = codes[c] << Digits<BITS>::SHIFT ^ SIGN;
+        (Digits<BITS>::SHIFTED ? low : high)[c] = (codes[c] + (SIGN - ZERO)) ^ SIGN;
+      }
     }
   }
 
   // Scores of queries m0 … m0 + m, corrected, in units of log2: [m][PITCH].
   void score(int m0, int m, int padded, const float* step, const float* zero, const float* square, float* scores) const {
-    for (int j = 0; j < padded; j += 4 * LANES)
+    by_bits(a.keys.bits, [&](auto bits) { score<bits>(m0, m, padded, step, zero, square, scores); });
+  }
+  template <int BITS> void score(int m0, int m, int padded, const float* step, const float* zero, const float* square, float* scores) const {
+    const i64 high_words = dim / groups / 4;
+    for (int j = 0; j < padded; j += TILE_VECTORS * LANES)
       for (int r0 = 0; r0 < m; r0 += TILE_ROWS)
         for (i64 g = 0; g < groups; g++) {
           const float *of = s.of_query.data + (g * rows + m0 + r0) * 4, *st = step + g * PITCH + j, *ze = zero + g * PITCH + j, *sq = square + g * PITCH + j;
           float* to = scores + r0 * PITCH + j;
           const u32* keys = s.keys.data + g * query_words * PITCH + j;
-          multiply<false, TILE_ROWS, 4, 1, TILE_ROWS>(query(g, m0 + r0), keys, PITCH, query_words, [&](int v, const Ints* sums) {
+          multiply<false, BITS, TILE_ROWS, TILE_VECTORS, 1, TILE_ROWS>(query(g, m0 + r0), keys, PITCH, high_words, query_words - high_words, [&](int v, const Ints* sums) {
             auto at = [&](const float* x) { return load_vector<Floats>(x + v * LANES); };
             const Floats steps = at(st), zeros = at(ze), squares = at(sq);
             #pragma GCC unroll 4
@@ -272,6 +314,8 @@ struct ManyRows {
   static Floats power(Floats x) {
 #ifdef __AVX512F__
     x = (Floats)_mm512_max_ps(_mm512_set1_ps(-120), (__m512)x);
+#elif defined(__AVX2__)
+  x = (Floats)_mm256_max_ps(_mm256_set1_ps(-120), (__m256)x);
 #else
     x = x < -120 ? Floats{} - 120 : x;
 #endif
@@ -302,19 +346,27 @@ struct ManyRows {
   // Of numbers in bytes: of what was rounded, so that its error meets codes as far as they are from the middle one.
   template <int BITS> static float sum_of_bytes(const i32* x, int quarter) {
     Ints sum = {};
+#if JKV_HALVES
+    auto add = [&](int i, int factor) { sum = add_halves(sum, products_of_bytes(load_vector<Words>(x + i), Words{} + EACH), factor); };
+    for (int i = 0; i < quarter; i += LANES) add(i, 1 << Digits<BITS>::SHIFT), add(quarter + i, 1);
+#else
     for (int i = 0; i < quarter; i += LANES) sum = add_dot(sum, load_vector<Words>(x + i), (1 << Digits<BITS>::SHIFT) * (i32)EACH);
     for (int i = quarter; i < 2 * quarter; i += LANES) sum = add_dot(sum, load_vector<Words>(x + i), (i32)EACH);
+#endif
     return total(__builtin_convertvector(sum, Floats));
   }
 
   // output += weights · values; `part` is what a row's weights are to be multiplied by.
   void add_values(int m, int padded, const float* part, float* output) const {
-    const i64 size = dv / value_groups, words = padded / 2;
+    by_bits(a.values.bits, [&](auto bits) { add_values<bits>(m, padded, part, output); });
+  }
+  template <int BITS> void add_values(int m, int padded, const float* part, float* output) const {
+    const i64 size = dv / value_groups, words = padded / 4;
     for (i64 g = 0; g < value_groups; g++) {
       i64 c = g * size;
       auto tile = [&](auto count, auto vectors) {
         for (int r0 = 0; r0 < m; r0 += count)
-          multiply<true, count, vectors, WEIGHT_WORDS, 1>(weights(g, r0), s.values.data + c, value_pitch, words, [&](int v, const Ints* sums) {
+          multiply<true, BITS, count, vectors, WEIGHT_WORDS, 1>(weights(g, r0), s.values.data + c, value_pitch, words, words, [&](int v, const Ints* sums) {
             #pragma GCC unroll 8
             for (int r = 0; r < count; r++) {
               float* to = output + (r0 + r) * value_pitch + c + v * LANES;
@@ -324,8 +376,8 @@ struct ManyRows {
           });
         c += vectors * LANES;
       };
-      while (c + 4 * LANES <= (g + 1) * size) tile(std::integral_constant<int, 4>(), std::integral_constant<int, 4>());
-      while (c + 2 * LANES <= (g + 1) * size) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 2>());
+      while (c + TILE_VECTORS * LANES <= (g + 1) * size) tile(std::integral_constant<int, TILE_ROWS>(), std::integral_constant<int, TILE_VECTORS>());
+      while (TILE_VECTORS > 2 && c + 2 * LANES <= (g + 1) * size) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 2>());
       while (c < (g + 1) * size) tile(std::integral_constant<int, 8>(), std::integral_constant<int, 1>());
     }
   }

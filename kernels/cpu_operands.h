@@ -1,7 +1,7 @@
 // Blocks of packed keys and values as operands of `brgemm`.
 #pragma once
 #include <ATen/native/CPUBlas.h>
-#ifdef __AVX512F__
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -16,15 +16,19 @@ constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two 
 constexpr int WEIGHTS = KEYS + 32;  // the same in bf16, in whole cache lines
 constexpr float LOG2E = 1.44269504f;
 
-typedef u8 Bytes __attribute__((vector_size(64)));
-typedef u16 HalfWords __attribute__((vector_size(64)));
-typedef u32 Words __attribute__((vector_size(64)));
-typedef i32 Ints __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
-constexpr int LANES = 16;  // of 32 bits
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int LANES = 8;  // of 32 bits: compilers keep larger vectors than the processor's in memory
+#else
+constexpr int LANES = 16;
+#endif
+typedef u16 HalfWords __attribute__((vector_size(4 * LANES)));
+typedef u32 Words __attribute__((vector_size(4 * LANES)));
+typedef i32 Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
 
+typedef u8 Bytes __attribute__((vector_size(64)));
 typedef u64 Pair __attribute__((vector_size(16)));
-typedef u8 Piece __attribute__((vector_size(16)));
+typedef u8 Piece __attribute__((vector_size(LANES)));
 template <class V> V load_vector(const void* from) { V v; memcpy(&v, from, sizeof v); return v; }
 template <class V> void store_vector(void* to, V v) { memcpy(to, &v, sizeof v); }
 
@@ -103,6 +107,14 @@ void part_halves(const u16* pairs, int n, float* __restrict first, float* __rest
     const __m512i x = _mm512_loadu_si512(pairs + 2 * j);
     _mm512_storeu_ps(first + j, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
     _mm512_storeu_ps(second + j, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))));
+  }
+#elif defined(__AVX2__) && defined(__F16C__)
+  for (; j + 8 <= n; j += 8) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)(pairs + 2 * j));
+    const __m256i parted = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32(x, 16));
+    const __m256i ordered = _mm256_permute4x64_epi64(parted, 0xd8);
+    _mm256_storeu_ps(first + j, _mm256_cvtph_ps(_mm256_castsi256_si128(ordered)));
+    _mm256_storeu_ps(second + j, _mm256_cvtph_ps(_mm256_extracti128_si256(ordered, 1)));
   }
 #endif
   #pragma omp simd
@@ -202,7 +214,7 @@ void tabulate(i64 groups, int n, const float* step, const float* zero, int dista
     }
 }
 
-// 16 bytes to words. Compilers take elements one by one here, and two instructions for one below.
+// Bytes to words. Compilers take elements one by one here, and two instructions for one below.
 inline Words widen(const u8* x) {
 #ifdef __AVX512F__
   return (Words)_mm512_cvtepu8_epi32(load_vector<__m128i>(x));

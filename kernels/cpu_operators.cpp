@@ -367,7 +367,7 @@ void jkv_configure(i64 rows, bool half, bool bytes) { few_rows = rows, half_prec
 
 // Whether the compiler had instructions for products of bytes.
 bool jkv_multiplies_bytes() {
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
   return true;
 #else
   return false;
