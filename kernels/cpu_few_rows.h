@@ -59,6 +59,12 @@ inline Ints add_halves(Ints sum, Halves x, int factor) {
   return sum + (Ints)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(factor));
 #endif
 }
+// In a register: compilers would rather load it again for each product, which is then all that takes time.
+inline Words loaded(const u32* from) {
+  Words x = load_vector<Words>(from);
+  asm("" : "+x"(x));
+  return x;
+}
 // How many products of words of bytes, of which one kind is at most `a` and the other `b`, fit into halves of a sum.
 constexpr i64 words_in_halves(i64 a, i64 b) { return 0x7fff / (2 * a * b); }
 #endif

@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) void multiply(const i32* left, const u32* 
       for (const i64 end = min(words, w + at_a_time); w < end; w++, right += right_pitch, left += WORD) {
         Words x[VECTORS];
         #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) x[v] = load_vector<Words>(right + v * LANES);
+        for (int v = 0; v < VECTORS; v++) x[v] = loaded(right + v * LANES);
         #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
           const Words y = Words{} + (u32)left[r * ROW];
