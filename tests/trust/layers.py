@@ -421,7 +421,7 @@ class Layer(nn.Module):
         if kind == "copy":
             return [cache[name].clone()]
         if kind == "mean":
-            return [cache[name].float().mean((0, -1))]
+            return [cache[name].float().square().mean((0, -1))]  # a mean of both signs may be next to nothing
         if kind == "keys":
             return [k]
         return []
