@@ -2,6 +2,9 @@
 // Plain loops that the compiler vectorises. NaN and infinity propagate: never compile with -ffinite-math-only or -ffast-math.
 #pragma once
 #include <c10/util/Half.h>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -126,6 +129,19 @@ inline u16 to_bfloat16(float f) {
   return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 inline u16 to_half(float f) { return c10::Half(f).x; }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int LANES = 8;  // of 32 bits: compilers keep larger vectors than the processor's in memory
+#else
+constexpr int LANES = 16;
+#endif
+typedef u16 HalfWords __attribute__((vector_size(4 * LANES)));
+typedef u32 Words __attribute__((vector_size(4 * LANES)));
+typedef i32 Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+
+template <class V> V load_vector(const void* from) { V v; memcpy(&v, from, sizeof v); return v; }
+template <class V> void store_vector(void* to, V v) { memcpy(to, &v, sizeof v); }
 
 template <i64 DTYPE> struct Element { typedef u16 type; };
 template <> struct Element<FLOAT32> { typedef float type; };

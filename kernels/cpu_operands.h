@@ -1,9 +1,6 @@
 // Blocks of packed keys and values as operands of `brgemm`.
 #pragma once
 #include <ATen/native/CPUBlas.h>
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #include "cpu_kernels.h"
 
@@ -16,21 +13,9 @@ constexpr int PITCH = KEYS + 16;  // row pitch of block buffers: a power of two 
 constexpr int WEIGHTS = KEYS + 32;  // the same in bf16, in whole cache lines
 constexpr float LOG2E = 1.44269504f;
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int LANES = 8;  // of 32 bits: compilers keep larger vectors than the processor's in memory
-#else
-constexpr int LANES = 16;
-#endif
-typedef u16 HalfWords __attribute__((vector_size(4 * LANES)));
-typedef u32 Words __attribute__((vector_size(4 * LANES)));
-typedef i32 Ints __attribute__((vector_size(4 * LANES)));
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-
 typedef u8 Bytes __attribute__((vector_size(64)));
 typedef u64 Pair __attribute__((vector_size(16)));
 typedef u8 Piece __attribute__((vector_size(LANES)));
-template <class V> V load_vector(const void* from) { V v; memcpy(&v, from, sizeof v); return v; }
-template <class V> void store_vector(void* to, V v) { memcpy(to, &v, sizeof v); }
 
 // Two floats to a pair of bf16, rounding halves away from zero; NaN only in its canonical form.
 inline u32 pair(float low, float high) { return (as_bits(low) + 0x8000) >> 16 | ((as_bits(high) + 0x8000) & 0xffff0000u); }

@@ -1,4 +1,7 @@
 // CPU kernels that write and read the packed cache: append, dequantize, move, fill. Layout: layout.py; semantics: ops.py.
+#include <limits>
+#include <numeric>
+
 #include "cpu_kernels.h"
 
 namespace {
@@ -6,8 +9,7 @@ namespace {
 constexpr int BATCH = 4096;  // values quantized at a time
 
 struct Quantizer {
-  float values[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];
-  i32 low[BATCH], high[BATCH];
+  float values[BATCH], low[BATCH], high[BATCH], delta[BATCH], origin[BATCH], inverse[BATCH];  // of values; the rest of groups
   u32 scales[BATCH];  // step, and zero point above it
   u8 codes[BATCH];
 };
@@ -31,33 +33,43 @@ template <int BITS> void pack_row(const u32* __restrict codes, i64 dim, u8* __re
     }
 }
 
+// Vectors, as compilers do not see through all of what comes between.
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
+inline Floats at_most(Floats x, float most) { return x < most ? x : Floats{} + most; }   // of NaN, `most`
+inline Floats at_least(Floats x, float least) { return x > least ? x : Floats{} + least; }
 // Round to nearest even, for magnitudes up to 65504.
-inline u32 small_half(float f) {
-  const u32 u = as_bits(f), magnitude = u & 0x7fffffff;
-  const u32 normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  const u32 subnormal = as_bits(as_float(magnitude) + .5f) - 0x3f000000;  // its last place is that of the sum
-  return (magnitude < 0x38800000 ? subnormal : normal) | (u >> 16 & 0x8000);
+inline Words small_half(Floats x) {
+  const Words u = (Words)x, size = u & 0x7fffffffu;
+  const Words normal = (size - 0x38000000u + 0xfffu + (size >> 13 & 1)) >> 13;
+  const Words subnormal = (Words)((Floats)size + .5f) - 0x3f000000u;  // its last place is that of the sum
+  return (size < 0x38800000u ? subnormal : normal) | (u >> 16 & 0x8000u);
 }
+inline Floats of_small_half(Words h) { return (Floats)((Words)((Floats)((h & 0x7fffu) << 13) * 0x1p112f) | (h & 0x8000u) << 16); }
 
-// The order of floats as integers: -NaN < -inf < … < inf < NaN. Its own inverse.
+// The order of floats as integers: -NaN < -inf < … < inf < NaN. Its own inverse. It is that of 16-bit formats, too.
 inline i32 in_order(i32 bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+inline int16_t in_order(int16_t bits) { return bits ^ (bits >> 15 & 0x7fff); }
+
+template <i64 DTYPE> void find_range(const typename Element<DTYPE>::type* x, i64 size, float& lowest, float& highest) {
+  typedef std::conditional_t<DTYPE == FLOAT32, i32, int16_t> Ordered;
+  Ordered low = std::numeric_limits<Ordered>::max(), high = std::numeric_limits<Ordered>::min();
+  #pragma omp simd reduction(min : low) reduction(max : high)
+  for (i64 c = 0; c < size; c++) {
+    Ordered bits;
+    memcpy(&bits, x + c, sizeof bits);
+    const Ordered ordered = in_order(bits);
+    low = min(low, ordered), high = max(high, ordered);
+  }
+  auto value = [](Ordered ordered) {
+    const Ordered bits = in_order(ordered);
+    return get<DTYPE>((const char*)&bits, 0);
+  };
+  lowest = value(low), highest = value(high);
+}
 
 // Codes of the values of some groups, in the low bits of words: (x - origin) / delta, rounded to nearest even. A quotient
 // is on the same side of a tie as x - origin is of that multiple of delta, which 24 bits hold.
 template <int BITS> void choose_codes(const Quantizer& q, i64 first, i64 last, i64 size, u32* __restrict codes) {
-  if (BITS == 2) {
-    for (i64 g = first; g < last; g++, codes += size) {
-      const float *x = q.values + g * size, origin = q.origin[g], t1 = q.delta[g] * .5f, t2 = q.delta[g] * 1.5f, t3 = q.delta[g] * 2.5f;
-      #pragma omp simd
-      for (i64 c = 0; c < size; c++) {
-        const float d = x[c] - origin;
-        u32 code = d > t1 ? 1 : 0;
-        code = d >= t2 ? 2 : code;
-        codes[c] = d > t3 ? 3 : code;
-      }
-    }
-    return;
-  }
   const float most = (1 << BITS) - 1, magic = 12582912;  // adding it rounds to an integer, in the low bits
   float closest = 0;  // to a tie: there, and only there, a product with the inverse may round otherwise than the quotient
   for (i64 g = first; g < last; g++) {
@@ -84,51 +96,108 @@ template <int BITS> void choose_codes(const Quantizer& q, i64 first, i64 last, i
   }
 }
 
+// LANES values.
+template <i64 DTYPE> inline Floats widened(const char* x, i64 at) {
+  if constexpr (DTYPE == FLOAT32) return load_vector<Floats>(x + 4 * at);
+  typedef u16 Narrow __attribute__((vector_size(2 * LANES)));
+  const Narrow bits = load_vector<Narrow>(x + 2 * at);
+  if constexpr (DTYPE == BFLOAT16) return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)bits);
+#else
+  float values[LANES];
+  for (int i = 0; i < LANES; i++) values[i] = half(bits[i]);
+  return load_vector<Floats>(values);
+#endif
+}
+// The lowest bytes of words.
+inline void store_bytes(u8* to, Words x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(halves, halves));
+#else
+  for (int i = 0; i < LANES; i++) to[i] = x[i];
+#endif
+}
+
+// The same for one token at 2 bits, packed: a code says how many of three multiples a value is above.
+template <i64 DTYPE> void pack_two_bits(const char* x, const float* origin, const float* delta, const i64* group, i64 run, i64 n, u8* __restrict out) {
+  for (i64 first = 0; first < n; first += run) {
+    float from[4], t1[4], t2[4], t3[4];
+    for (int i = 0; i < 4; i++) {
+      const i64 g = *group++;
+      from[i] = origin[g], t1[i] = delta[g] * .5f, t2[i] = delta[g] * 1.5f, t3[i] = delta[g] * 2.5f;
+    }
+    i64 b = first;
+    for (; b + LANES <= first + run; b += LANES) {
+      Ints byte = {};
+      #pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const Floats d = widened<DTYPE>(x, i * n + b) - from[i];
+        byte -= ((Ints)(d > t1[i]) + (Ints)(d >= t2[i]) + (Ints)(d > t3[i])) << 2 * i;  // what is true is -1
+      }
+      store_bytes(out + b, (Words)byte);
+    }
+    for (; b < first + run; b++) {
+      u32 byte = 0;
+      for (int i = 0; i < 4; i++) {
+        const float d = get<DTYPE>(x, i * n + b) - from[i];
+        byte |= u32((d > t1[i]) + (d >= t2[i]) + (d > t3[i])) << 2 * i;
+      }
+      out[b] = byte;
+    }
+  }
+}
+
 // Quantizes tokens as reference.quantize does, bit for bit: true division, ties to even, steps rounded before codes.
 // One step after the other for a batch of groups: each step is short, and would wait for the one before it.
 template <i64 DTYPE>
 void quantize_tokens(const char* source, i64 source_s, i64 tokens, const Packed& cache, u8* out, u16* scales, Quantizer& q) {
-  const int levels = 1 << cache.bits;
+  const float levels = 1 << cache.bits;
   const i64 dim = cache.dim, groups = cache.groups, size = dim / groups;
-  for (i64 t = 0; t < tokens; t++) {
-    float* values = q.values + t * dim;
-    #pragma omp simd
-    for (i64 c = 0; c < dim; c++) values[c] = get<DTYPE>(source, t * source_s + c);
-  }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float* x = q.values + g * size;
-    i32 low = INT32_MAX, high = INT32_MIN;
-    #pragma omp simd reduction(min : low) reduction(max : high)
-    for (i64 c = 0; c < size; c++) {
-      const i32 ordered = in_order(as_bits(x[c]));
-      low = min(low, ordered), high = max(high, ordered);
-    }
-    q.low[g] = low, q.high[g] = high;
-  }
+  typedef typename Element<DTYPE>::type Value;
+  for (i64 t = 0; t < tokens; t++)
+    for (i64 g = 0; g < groups; g++) find_range<DTYPE>((const Value*)source + t * source_s + g * size, size, q.low[t * groups + g], q.high[t * groups + g]);
   const bool symmetric = cache.symmetric;
   const float ratio = (float)((symmetric ? 2 * levels : levels) / (levels - 1.)), implied = cache.implied_zero();
-  #pragma omp simd
-  for (i64 g = 0; g < tokens * groups; g++) {
-    const float low = as_float(in_order(q.low[g])), high = as_float(in_order(q.high[g]));
-    const float peak = std::fabs(high) < INF ? max(std::fabs(low), std::fabs(high)) : INF, range = symmetric ? peak : high - low;
-    const bool finite = std::fabs(range) < INF;
-    const float product = range * ratio, step = half(small_half(product < 65504.f ? product : 65504.f));
-    const float difference = low - step, above = difference < 65504.f ? difference : 65504.f;
-    const u32 zero_bits = small_half(above > -65504.f ? above : -65504.f), step_bits = small_half(step);
-    q.scales[g] = finite ? step_bits | zero_bits << 16 : 0x7e007e00;
-    const bool some = finite && step > 0;
-    q.delta[g] = some ? step / levels : NAN;  // of which nothing is a multiple: codes are 0
-    q.origin[g] = some ? (symmetric ? implied * step : half(zero_bits)) + step : 0;
-    q.inverse[g] = some ? 1 / (step / levels) : 0;
+  for (i64 g = 0; g < tokens * groups; g += LANES) {
+    const Floats low = load_vector<Floats>(q.low + g), high = load_vector<Floats>(q.high + g), a = magnitude(low), b = magnitude(high);
+    const Floats range = symmetric ? (b < INF ? (a < b ? b : a) : Floats{} + INF) : high - low;
+    const Words step_bits = small_half(at_most(range * ratio, 65504.f));
+    const Floats step = of_small_half(step_bits);
+    const Words zero_bits = small_half(at_least(at_most(low - step, 65504.f), -65504.f));
+    const Ints finite = magnitude(range) < INF, some = finite & (Ints)(step > 0);
+    store_vector(q.scales + g, finite ? step_bits | zero_bits << 16 : Words{} + 0x7e007e00u);
+    const Floats delta = some ? step / levels : Floats{} + NAN;  // of which nothing is a multiple: codes are 0
+    const Floats origin = (symmetric ? implied * step : of_small_half(zero_bits)) + step;
+    store_vector(q.delta + g, delta), store_vector(q.inverse + g, some ? 1 / delta : Floats{}), store_vector(q.origin + g, some ? origin : Floats{});
   }
-  for (i64 g = 0; g < tokens * groups; g++) {
-    u16* p = scales + g % groups * cache.scales_g + g / groups * cache.scales_s;
-    p[0] = q.scales[g];
-    if (!symmetric) p[1] = q.scales[g] >> 16;
+  for (i64 g = 0; g < groups; g++)
+    for (i64 t = 0; t < tokens; t++) {
+      u16* p = scales + g * cache.scales_g + t * cache.scales_s;
+      const u32 pair = q.scales[t * groups + g];
+      p[0] = pair;
+      if (!symmetric) p[1] = pair >> 16;
+    }
+  if (cache.bits == 2) {
+    const i64 n = dim / 4, run = std::gcd(n, size);  // channels of a plane; so many of them are of one group
+    i64 group[MOST_CHANNELS], *next = group;         // of the four planes' runs: divisions would cost more than all the rest
+    for (i64 first = 0; first < n; first += run)
+      for (int i = 0; i < 4; i++) *next++ = (i * n + first) / size;
+    for (i64 t = 0; t < tokens; t++)
+      pack_two_bits<DTYPE>((const char*)((const Value*)source + t * source_s), q.origin + t * groups, q.delta + t * groups, group, run, n, out + t * cache.codes_s);
+    return;
   }
   by_bits(cache.bits, [&](auto bits) {
     for (i64 t = 0; t < tokens; t++) {
-      u32 codes[1024];
+      float* values = q.values + t * dim;
+      #pragma omp simd
+      for (i64 c = 0; c < dim; c++) values[c] = get<DTYPE>(source, t * source_s + c);
+      u32 codes[MOST_CHANNELS];
       choose_codes<bits>(q, t * groups, (t + 1) * groups, size, codes);
       pack_row<bits>(codes, dim, out + t * cache.codes_s);
     }
