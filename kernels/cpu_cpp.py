@@ -180,8 +180,8 @@ class Kernels:
     Attributes:
         half_precision: whether the library's bf16 products work here.
         byte_products: whether cached keys and values take products of bytes in loops of ours, where the library has no
-            bf16 ones and the processor has VNNI. Without either, everything runs in float32.
-        multiplies_bytes: whether the processor that this was compiled for has VNNI.
+            bf16 ones and the processor has VNNI or AVX2. Without either, everything runs in float32.
+        multiplies_bytes: whether the processor that this was compiled for has VNNI or AVX2.
         few_rows: up to how many query rows per key/value head take codes where they lie, as integers; 0 where the
             library's integer products fail and there are none of ours.
 
