@@ -90,7 +90,13 @@ def as_attention(node: Node) -> AttentionCall | None:
         names = ("query", "key", "value", "mask", "causal", "scale")
         query, key, value, mask, causal, scale = ({**dict(zip(names, node.args)), **node.kwargs}[n] for n in names)
         return AttentionCall(node, query, key, value, mask, causal, scale, 0.0, lse=True)  # type: ignore[arg-type]
-    return None if is_dtensor(node.meta.get("example_value")) else sdpa_call(node)
+    call = None if is_dtensor(node.meta.get("example_value")) else sdpa_call(node)
+    return None if call is None or too_many_dimensions(call) else call
+
+
+def too_many_dimensions(call: AttentionCall) -> bool:
+    """Whether there is more than a batch before the heads, which SDPA allows and nothing here expects."""
+    return call.query.meta["example_value"].dim() > 4
 
 
 def sdpa_call(node: Node) -> AttentionCall | None:

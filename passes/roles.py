@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..compat import is_wrapped
 from ..geometry import Window, locate, same
 from ..packed import PackedKV
-from .attention_forms import as_attention
+from .attention_forms import as_attention, sdpa_call
 from .nodes import CONCATENATIONS, as_write, copied, example, identity, joined_along, name_of
 
 _PROJECTIONS = {"linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"}
@@ -136,7 +136,7 @@ class Roles:
 
 def projects(node: Node) -> bool:
     """Whether a node is a layer's: attention, or the product with a matrix of weights."""
-    if as_attention(node) is not None or name_of(node) in _PROJECTIONS:
+    if as_attention(node) is not None or sdpa_call(node) is not None or name_of(node) in _PROJECTIONS:
         return True
     weights = any(isinstance(v := example(a), nn.Parameter) and v.dim() > 1 for a in node.all_input_nodes)
     return weights and name_of(node) not in ARITHMETIC

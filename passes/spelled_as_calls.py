@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from ..geometry import same
-from .attention_forms import AttentionArguments, Causal, NotCanonical, as_attention
+from .attention_forms import AttentionArguments, Causal, NotCanonical, as_attention, sdpa_call, too_many_dimensions
 from .nodes import example
 from .small_integers import small_integers
 
@@ -138,6 +138,8 @@ def attention_call(node: Node) -> AttentionArguments | None:
         return AttentionArguments(
             call.query, call.key, call.value, call.mask, call.scale, causal, call.dropout, layout="HLD"
         )
+    if (call := sdpa_call(node)) is not None and too_many_dimensions(call):
+        raise NotCanonical(f"its query has {example(call.query).dim()} dimensions")
     convention = _convention(node.target)
     if convention is None:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jkv_compile import is_packed
@@ -15,6 +16,7 @@ from ..harness import fresh_backend, twins
 from ..idioms.models import CHUNK, DIM, HEAD_DIM, HEADS, Projections
 
 TOKENS = 48
+VIEWS = 4
 SHAPE = (1, TOKENS, HEADS, HEAD_DIM)
 
 
@@ -63,6 +65,31 @@ class SomeEntries(Sliced):
         return (t[:1] for t in state)
 
 
+class PerView(Sliced):
+    """World models that attend within each view: `[B, S, view, H, D]`, and attention over five dimensions."""
+
+    def forward(self, x: Tensor, state: Any, start: int) -> Tensor:
+        q, k, v = (t.unflatten(1, (-1, VIEWS)) for t in self.project(x))
+        start, end = start // VIEWS, (start + x.shape[1]) // VIEWS
+        state[0][:, start:end] = k
+        state[1][:, start:end] = v
+        q, keys, values = (t.permute(0, 2, 3, 1, 4) for t in (q, state[0][:, :end], state[1][:, :end]))
+        o = F.scaled_dot_product_attention(q, keys, values)
+        return self.out(o.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2))
+
+
+class PerViewGrown(PerView):
+    """The same, as a concatenation that grows."""
+
+    def forward(self, x: Tensor, state: Any, start: int) -> Tensor:
+        q, k, v = (t.unflatten(1, (-1, VIEWS)) for t in self.project(x))
+        state["k"] = k if state["k"] is None else torch.cat([state["k"], k], 1)
+        state["v"] = v if state["v"] is None else torch.cat([state["v"], v], 1)
+        q, keys, values = (t.permute(0, 2, 3, 1, 4) for t in (q, state["k"], state["v"]))
+        o = F.scaled_dot_product_attention(q, keys, values)
+        return self.out(o.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2))
+
+
 def gaps() -> Tensor:
     return torch.empty_strided(SHAPE, (TOKENS * 100, 100, HEAD_DIM, 1)).zero_()
 
@@ -91,6 +118,10 @@ CASES: dict[str, tuple[type[Sliced], Callable[[], Any], str, str]] = {
     "keys that are written beside values that are not": (
         OneSlot, lambda: (torch.zeros(SHAPE), torch.randn(SHAPE)), "NOT_A_CACHE", "only one of key and value"
     ),
+    "attention of each view": (
+        PerView, lambda: tuple(torch.zeros(1, TOKENS // VIEWS, VIEWS, HEADS, HEAD_DIM) for _ in range(2)), "SPELLING",
+        "its query has 5 dimensions",
+    ),
 }  # fmt: skip
 
 
@@ -112,3 +143,16 @@ def test_the_reason_is_on_record(name: str) -> None:
         assert report.rejections
     first = backend.reports[0].rejections[0]
     assert (first.kind.name, words in first.reason) == (reason, True), first
+
+
+@pytest.mark.filterwarnings("ignore::jkv_compile.NotRewrittenWarning")
+def test_a_past_that_grows_of_each_view_is_left_alone() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend(bits=2)
+    compiled, eager = twins(PerViewGrown(), backend)
+    state, reference = ({"k": None, "v": None} for _ in range(2))
+    with torch.no_grad():
+        for start in range(0, 5 * CHUNK, CHUNK):
+            x = torch.randn(1, CHUNK, DIM)
+            assert torch.equal(compiled(x, state, start), eager(x, reference, start))
+    assert any("its query has 5 dimensions" in r.reason for report in backend.reports for r in report.rejections)
