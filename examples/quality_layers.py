@@ -85,6 +85,15 @@ class LayerStudy(TorchFunctionMode):
         return self.calls // len(self.stored)
 
 
+def store_chunks(setting: Setting, history: dict[str, Tensor], tokens: int) -> tuple[Quantized, Quantized]:
+    """Keys and values ``k``, ``v`` [B, H, S, D], each chunk of so many tokens quantized by itself."""
+    keys, values = (
+        join([quantize(part) for part in history[name].split(tokens, 2)])
+        for name, quantize in zip("kv", setting.quantizers(), strict=True)
+    )
+    return keys, values
+
+
 @torch.no_grad()
 def study_layers(
     transformer: CausalVideoTransformer,
@@ -93,8 +102,12 @@ def study_layers(
     settings: Sequence[Setting],
     seed: int,
     on_setting: Callable[[], object],
+    store: Callable[[Any, dict[str, Tensor], int], tuple[Quantized, Quantized]] = store_chunks,
 ) -> list[Record]:
-    """Records of one clip, latents bfloat16 [N, F, C, h, w], and one draw of the noise."""
+    """Records of one clip, latents bfloat16 [N, F, C, h, w], and one draw of the noise.
+
+    store: how a setting quantizes a layer's history.
+    """
     config = transformer.config
     caches = transformer.allocate_cache(1, (HISTORY + 1) * config.chunk_frames)
     sampler = Sampler(transformer, config, caches)
@@ -108,11 +121,7 @@ def study_layers(
     stored: list[dict[Setting, tuple[Quantized, Quantized]]] = [{} for _ in caches]
     for setting in dict.fromkeys(s.storage for s in settings):
         for layer, kept in zip(stored, history, strict=True):
-            keys, values = (
-                join([quantize(part) for part in kept[name].split(tokens, 2)])
-                for name, quantize in zip("kv", setting.quantizers(), strict=True)
-            )
-            layer[setting] = keys, values
+            layer[setting] = store(setting, kept, tokens)
     with LayerStudy(cached, stored, settings) as study:
         reference = decode(autoencoder, sampler.denoise(noise))
 

@@ -55,6 +55,7 @@ def adopt(
     views: Sequence[Tensor] = (),
     quantizer: str | None = None,
     written: tuple[int, int] | None = None,
+    centered: bool = False,
 ) -> Store:
     """Pack a plain cache tensor in place; what it holds is quantized.
 
@@ -65,6 +66,7 @@ def adopt(
         views: plain views of the tensor that become windows on the packed cache with it.
         quantizer: as `kernels.quantizers.Grid` spells it; the configuration's where it is not given.
         written: the tokens that were written last, where that is known.
+        centered: whether tokens are stored less the mean of those that it holds.
 
     Raises:
         ConfigurationError: groups do not tile its head_dim.
@@ -75,10 +77,14 @@ def adopt(
         canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
         quantizer or config.quantizer,
     )  # fmt: skip
+    if centered:
+        store.center = _mean(canonical)
     for start in range(0, canonical.shape[2], BLOCK):
         block = canonical[:, :, start : start + BLOCK]
         if block.any():  # an empty store reads as zeros already
             store.write(block, (0, 0, start, 0), keep_active=False)
+        elif store.center is not None:
+            store.fill(0.0, (0, 0, start, 0), block.shape)
     store.window = config.sink, config.recent
     if store.held is not None:
         store.held.write(canonical, (0, 0, 0, 0))
@@ -93,6 +99,19 @@ def adopt(
         target.__dict__.update(swap_attributes)
         del packed
     return store
+
+
+def _mean(canonical: Tensor) -> Tensor:
+    """The mean per channel of tokens that are not zero, `[B, H, 1, D]` in the cache's dtype; 0 where there are none."""
+    batch, heads, _, head_dim = canonical.shape
+    total = torch.zeros(batch, heads, 1, head_dim, dtype=torch.float32, device=canonical.device)
+    count = torch.zeros(batch, heads, 1, 1, dtype=torch.float32, device=canonical.device)
+    for block in canonical.split(BLOCK, 2):
+        count += block.ne(0).any(3, keepdim=True).sum(2, keepdim=True)
+        total += block.float().sum(2, keepdim=True)
+    mean = (total / count.clamp_min(1)).to(canonical.dtype)
+    with torch.inference_mode(False):  # one kind of tensor, whatever the mode: it outlives it
+        return torch.where(mean.isfinite(), mean, 0.0).clone()
 
 
 def _filled(canonical: Tensor) -> int:

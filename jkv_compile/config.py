@@ -13,6 +13,7 @@ Correction = Literal["taylor", "clamped", "exact", "none"]
 Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 Offload = Literal["cpu"]
+Center = Literal["keys", "values"]
 
 
 # What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.1x
@@ -49,6 +50,10 @@ class Config:
         sink: how many of a cache's first tokens are held in full precision beside the packed ones, and attended so.
         recent: how many of the tokens that come before the chunk at hand are; they take twice their bytes, as those of
             the chunk that will come before the next one are held meanwhile (`kernels.held`).
+        center: quantize tokens less each channel's mean, which is taken once, of the tokens that a cache holds when it
+            is packed, and kept beside the packed data: True, or "keys" or "values" alone (a tensor of both is of
+            either). Scores of keys that are all shifted alike shift alike, which
+            softmax does not see; results over values are shifted back (`kernels.centers`).
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -63,6 +68,7 @@ class Config:
     offload: Offload | None = None
     sink: int = 0
     recent: int = 0
+    center: bool | Center = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -86,6 +92,7 @@ class Config:
             ("quantizer", self.quantizer, QUANTIZERS),
             ("inner", self.inner, get_args(Inner)),
             ("strict", self.strict, (True, False)),
+            ("center", self.center, (True, False, *get_args(Center))),
             ("offload", self.offload, (None, *get_args(Offload))),
         ):
             if value not in allowed:
@@ -96,6 +103,10 @@ class Config:
                     f"{name}={tokens!r}: expected a number of tokens of at least 0, which are held in full precision; "
                     "a chunk of the model's is usual"
                 )
+
+    def centers(self, *sides: str) -> bool:
+        """Whether what is of these sides, "keys" or "values", is stored less a mean."""
+        return self.center is True or self.center in sides
 
     @property
     def key_bits(self) -> int:

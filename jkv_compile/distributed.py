@@ -21,6 +21,7 @@ from .errors import ConfigurationError
 from .flat import pack_bytes as pack_bytes
 from .flat import unpack_bytes as unpack_bytes
 from .packed import PackedKV
+from .store import TOKEN
 
 __all__ = [
     "all_gather",
@@ -208,8 +209,9 @@ def rebalance(cache: Tensor, dim: int, sizes: Sequence[int] | None = None, group
         sent, and codes, steps and zero points are the same.
 
     Raises:
-        ConfigurationError: the sizes are not those of a partition.
+        ConfigurationError: the sizes are not those of a partition, or tokens of ranks are stored less other means.
     """
+    _check_means(cache, dim, "rebalance")
     held = _gather_numbers(cache.shape[dim], cache.device, group)
     ranks, total = len(held), sum(held)
     wanted = [total // ranks + (i < total % ranks) for i in range(ranks)] if sizes is None else list(sizes)
@@ -234,8 +236,10 @@ def exchange(cache: Tensor, scatter_dim: int, gather_dim: int, group: Group = No
     Heads for tokens, say: a cache that holds its tokens of all heads becomes one of all tokens of its heads.
 
     Raises:
-        ConfigurationError: the number of ranks does not divide the size along `scatter_dim`.
+        ConfigurationError: the number of ranks does not divide the size along `scatter_dim`, or tokens of ranks are
+            stored less other means.
     """
+    _check_means(cache, gather_dim, "exchange")
     ranks, size = dist.get_world_size(group), cache.shape[scatter_dim]
     if size % ranks:
         raise ConfigurationError(
@@ -244,6 +248,17 @@ def exchange(cache: Tensor, scatter_dim: int, gather_dim: int, group: Group = No
         )
     parts = [cache.narrow(scatter_dim, i * size // ranks, size // ranks) for i in range(ranks)]
     return torch.cat([part for part in _all_to_all(parts, cache, group) if part is not None], gather_dim)
+
+
+def _check_means(cache: Tensor, dim: int, what: str) -> None:
+    """Refuse to put tokens of several ranks into one cache where each rank has taken means of its own."""
+    window = cache.find_window() if isinstance(cache, PackedKV) else None
+    centered = isinstance(cache, PackedKV) and cache._store.centered
+    if centered and (window is None or window.axes[dim] == TOKEN):
+        raise ConfigurationError(
+            f"{what} along tokens, dimension {dim}, of a cache that was packed with center=True: each rank stores its "
+            "tokens less means of its own, so that codes of several ranks make no one cache; use center=False"
+        )
 
 
 def _all_to_all(parts: Sequence[Tensor | None], cache: Tensor, group: Group) -> list[Tensor | None]:

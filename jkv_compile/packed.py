@@ -93,7 +93,8 @@ class PackedKV(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         store = self._store
-        context = store.dtype, store.bits, store.quantizer, store.tells_steps, store.held_tokens, self.dtype
+        settings = store.quantizer, store.tells_steps, store.held_tokens, store.centered
+        context = store.dtype, store.bits, *settings, self.dtype
         return ["codes", "scales", "first_token"], (*self._layout, *context)
 
     @property
@@ -118,14 +119,14 @@ class PackedKV(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, dtype = context
+        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, centered, dtype = context
         if len(shape) == CHANNEL:
             dims, (channels, order) = shape, strides
             shape = [*(1 if d is None else size[d] for d in dims), channels]
             strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         store.tells_steps = tells_steps
-        store.told_of(held_tokens)
+        store.told_of(held_tokens, centered)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
         packed._first_token, packed._told = inner["first_token"], context[:2]
@@ -240,7 +241,8 @@ class PackedKV(torch.Tensor):
     def _components(self) -> list[Tensor]:
         """All memory that a write changes."""
         held = self._store.held
-        return [*self._store.memory, *([] if held is None else [held.data, held.ranges])]
+        center = [] if self._store.center is None else [self._store.center]
+        return [*self._store.memory, *center, *([] if held is None else [held.data, held.ranges])]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:
         return packed_save.deepcopy_window(self, memo)

@@ -113,6 +113,10 @@ def cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
             return NotImplemented
         if not all(a == b for a, b, n in zip(origin.axes, window.axes, part.shape) if n != 1):
             return NotImplemented
+        here = first._store.alike(part._store, origin.starts, window.starts, (*window.lengths[:2], 0, 0))
+        if part._store.centered != first._store.centered or (axis == TOKEN and not here):
+            boxes.append(window.to_canonical(part.dequantize_window()))  # stored less other means: quantized anew
+            continue
         boxes.append((part._store, origin.starts, origin.lengths))
     if not any(not isinstance(box, Tensor) for box in boxes):
         return NotImplemented

@@ -12,7 +12,7 @@ from .errors import PackedCacheError
 from .geometry import Window
 from .packed import PackedKV
 from .packed_dispatch import aten, implements
-from .store import CHANNEL, Store
+from .store import CHANNEL, TOKEN, Store
 
 _MATERIALIZE = "use jkv_compile.materialize(cache) first"
 
@@ -127,7 +127,8 @@ def _write_indices(target: PackedKV, dim: int, index: Tensor, source: Tensor) ->
         raise PackedCacheError(f"index assignment to channels of a packed cache, which share steps; {_MATERIALIZE}")
     shape = [*target.shape[:dim], n, *target.shape[dim + 1 :]]
     part = Window(window.starts, tuple(n if a == axis else m for a, m in enumerate(window.lengths)), window.axes)
-    origin = packed_origin(source, target, part)
+    # Batch entries and heads that are written here and there are stored less means of their own.
+    origin = packed_origin(source, target, part) if axis == TOKEN or not store.centered else None
     data: Tensor | Store
     if origin is not None and source.shape == torch.Size(shape):
         moved: Store = source._store  # type: ignore[attr-defined]
@@ -148,6 +149,7 @@ def packed_origin(source: Tensor, target: PackedKV, window: Window) -> Window | 
     if origin is None or origin.lengths != window.lengths:
         return None
     agree = all(a == b for a, b, n in zip(origin.axes, window.axes, source.shape) if n != 1)
+    agree = agree and target._store.alike(source._store, origin.starts, window.starts, window.lengths)
     return origin if agree else None
 
 

@@ -86,6 +86,7 @@ class Awaited:
     bits: int
     quantizer: str
     tells_steps: bool
+    centered: bool
 
 
 class Passed:
@@ -210,7 +211,7 @@ def awaiting_call(
         for one in found:
             cache = None if one is None else one.cache()
             if one is not None and type(cache) is Tensor and obstacle(cache) is None and not is_ignored(cache):
-                store = adopt(cache, one.axes, one.bits, config, quantizer=one.quantizer)
+                store = adopt(cache, one.axes, one.bits, config, quantizer=one.quantizer, centered=one.centered)
                 store.tells_steps = one.tells_steps
                 store.join(stores)
                 packed = True
@@ -319,21 +320,24 @@ def _adopt(
 
     `packed` tells of each side whether there is a packed cache on it already.
     """
-    caches: dict[int, tuple[Tensor, tuple[int, ...], int]] = {}
+    caches: dict[int, tuple[Tensor, tuple[int, ...], int, bool]] = {}
     tensors = {id(cache): cache for source in sides[0] + sides[1] if isinstance(cache := source.cache(), Tensor)}
     again = {key for key, cache in tensors.items() if passed.attended.before(cache)}
     sides = [[s for s in side if id(s.cache()) in again] for side in sides]
     if not all(side or done for side, done in zip(sides, packed)):
         return PENDING
-    for side, bits in zip(sides, (config.key_bits, config.value_bits)):
+    for side, bits, name in zip(sides, (config.key_bits, config.value_bits), ("keys", "values")):
         for source in side:
             cache = tensors[id(source.cache())]
             if (axes := _axes(cache, source.tokens)) is None:
                 return REFUSED.format("it has no three or four dimensions of which one runs along tokens")
             known = caches.get(id(cache))
-            caches[id(cache)] = cache, axes, bits if known is None else max(bits, known[2])
+            centered = config.centers(name)
+            if known is not None:
+                bits, centered = max(bits, known[2]), centered or known[3]
+            caches[id(cache)] = cache, axes, bits, centered
     waits = False  # for views that are variables of the model's, until it returns
-    for cache, _, _ in caches.values():
+    for cache, *_ in caches.values():
         if is_ignored(cache):
             return REFUSED.format("jkv_compile.ignore was called for it")
         if (reason := obstacle(cache)) is not None:
@@ -348,15 +352,15 @@ def _adopt(
         if cache.shape[-1] % one.head_dim:
             return REFUSED.format(f"its last dimension is {cache.shape[-1]}, which heads of {one.head_dim} do not tile")
     pairs = {id(source.cache()): source.pairs or one.pairs for source in sides[0]}  # of keys
-    for cache, axes, bits in caches.values():
+    for cache, axes, bits, centered in caches.values():
         quantizer: str = config.quantizer
         if id(cache) in pairs:
             quantizer = str(grid_within(quantizer, cache.shape[-1], config.group_size, pairs[id(cache)]))
         tells_steps = id(cache) in pairs and config.correction != "none"
         if waits:
-            passed.awaited[id(cache)] = Awaited(weakref.ref(cache), axes, bits, quantizer, tells_steps)
+            passed.awaited[id(cache)] = Awaited(weakref.ref(cache), axes, bits, quantizer, tells_steps, centered)
             continue
-        store = adopt(cache, axes, bits, config, quantizer=quantizer)
+        store = adopt(cache, axes, bits, config, quantizer=quantizer, centered=centered)
         store.tells_steps = tells_steps
         store.join(stores)
     return PENDING if waits else None

@@ -98,6 +98,11 @@ def _moved(
 def _component(store: Store, component: str) -> Tensor:
     if component in ("codes", "scales"):
         return store.staged[component == "scales"]
+    if component == "center":
+        assert store.center is not None
+        return (
+            store.center.contiguous()
+        )  # of a copy of some heads it is a part of a larger one, and strides are compiled
     if component in ("held", "held_ranges"):
         assert store.held is not None
         return store.held.data if component == "held" else store.held.ranges
@@ -178,16 +183,25 @@ def _hold(store: Store, parent: Store | None, new: OutputStore, outputs: Sequenc
 
 
 def first_contact(
-    otherwise: Callable[..., Any], plan: Plan, config: Config, stores: Any, written: Written, passed: Passed
+    otherwise: Callable[..., Any],
+    as_written: Callable[..., Any],
+    plan: Plan,
+    config: Config,
+    stores: Any,
+    written: Written,
+    passed: Passed,
 ) -> Callable[..., Any]:
     """Adopt the plain caches among the arguments, then run the rewritten graph as it is.
 
     Dynamo recompiles as soon as it sees packed caches: this graph runs once per cache and is not worth a compilation.
     Where the caches cannot be adopted after all, `otherwise` (the graph without them) runs, and a warning says why.
+    Where means are to be taken of caches that hold nothing yet, `as_written` (the graph as it was) writes to them
+    first.
     """
     rewritten = plan.rewritten
     assert rewritten is not None
     run_packed = packed_call(plan, rewritten.graph.forward, stores, passed)
+    empty = Seen()
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)
@@ -201,6 +215,10 @@ def first_contact(
             if reason is not None:
                 _tell(plan, f"a cache stays in full precision: {reason}")
                 return otherwise(*args)
+        if len(plain) == len(rewritten.caches):
+            first = [o for i, o in owners.items() if rewritten.caches[i].centered and _is_new(o, empty)]
+            if first:
+                return as_written(*args)
         for argument, owner in owners.items():
             cache, value = rewritten.caches[argument], args[argument]
             assert owner is not None
@@ -209,12 +227,17 @@ def first_contact(
                 start, stop = last = written.last_range(owner)
                 active = Active(in_four_dimensions(owner).permute(cache.axes)[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
-            store = adopt(owner, cache.axes, cache.bits, config, views, cache.quantizer, last)
+            store = adopt(owner, cache.axes, cache.bits, config, views, cache.quantizer, last, cache.centered)
             store.active = active
             store.join(stores)
         return run_packed(*args)
 
     return call
+
+
+def _is_new(cache: Tensor | None, known: Seen) -> bool:
+    """Whether a cache holds nothing yet, and has not been asked about before."""
+    return cache is not None and not isinstance(cache, PackedKV) and not cache.any() and not known.before(cache)
 
 
 def _tell(plan: Plan, reason: str) -> None:
@@ -241,7 +264,7 @@ def watched_call(
     """
     rewritten = plan.rewritten
     assert rewritten is not None
-    adopting = first_contact(inner, plan, config, stores, written, passed)
+    adopting = first_contact(inner, inner, plan, config, stores, written, passed)
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)
@@ -251,7 +274,8 @@ def watched_call(
         alone = [i for i in again if i not in plan.owners and obstacle(args[i]) is None and not is_ignored(args[i])]
         for argument in alone:
             cache = rewritten.caches[argument]
-            adopt(args[argument], cache.axes, cache.bits, config, (), cache.quantizer).join(stores)
+            settings = (), cache.quantizer, None, cache.centered
+            adopt(args[argument], cache.axes, cache.bits, config, *settings).join(stores)
         return later(*args) if alone else inner(*args)
 
     return call

@@ -113,6 +113,8 @@ class Store:
         self.tells_steps = False  # whether graphs tell Δ of what they read of it, for another graph to correct by
         self._family: Family | None = None
         self.window = 0, 0  # how many tokens are to be held in full precision, of the first ones and of the newest
+        self.center: Tensor | None = None  # [B, H, 1, D] in `dtype`: what is stored are tokens less this
+        self._told_center = False  # that there is one, where it is told rather than known
         self._held: Held | None = None
         self._room: tuple[int, int] | None = None  # for as many, where it is told rather than known
         self._renewed = 0  # how far the range written last has reached from the first token; -1, it has grown
@@ -139,9 +141,9 @@ class Store:
         return cls(shape, strides, dtype, bits, codes, scales, quantizer)
 
     def of_this_kind(self, shape: Sequence[int], strides: Sequence[int], codes: Tensor, scales: Tensor) -> Store:
-        """A store of other data, that reads and is quantized as this one."""
+        """A store of other data of the same batch and heads, that reads and is quantized as this one."""
         new = Store(shape, strides, self.dtype, self.bits, codes, scales, self.quantizer)
-        new.tells_steps, new.window = self.tells_steps, self.window
+        new.tells_steps, new.window, new.center = self.tells_steps, self.window, self.center
         return new
 
     @property
@@ -217,9 +219,29 @@ class Store:
         if self._held is not None and self.host is not None and self.host.slot is None:  # otherwise with the slot
             self._held.park(self.host)
 
-    def told_of(self, held_tokens: tuple[int, int]) -> None:
-        """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision."""
-        self._room = held_tokens
+    def told_of(self, held_tokens: tuple[int, int], centered: bool) -> None:
+        """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision, and whether
+        it stores them less a mean."""
+        self._room, self._told_center = held_tokens, centered
+
+    @property
+    def centered(self) -> bool:
+        """Whether what is stored are tokens less a mean, see `kernels.centers`."""
+        return self.center is not None or self._told_center
+
+    def center_of(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor | None:
+        """The mean of a box's batch entries and heads, `[b, h, 1, D]`."""
+        if self.center is None:
+            return None
+        (i, j), (n, m) = starts[:2], lengths[:2]
+        return self.center[i : i + n, j : j + m]
+
+    def alike(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether a box of another store (or of this one) is stored less the same means as one of this."""
+        one, two = self.center_of(starts, lengths), other.center_of(source, lengths)
+        if one is None or two is None:
+            return one is two
+        return one.device == two.device and torch.equal(one, two)
 
     @property
     def owner(self) -> object:
@@ -244,7 +266,12 @@ class Store:
         """
         shared = self._line is not None and any(s.shape[TOKEN] > self.shape[TOKEN] for s in self._line.stores)
         lies = self.memory if self.host is None else self.host.pages
-        return (0 if shared else sum(t.nbytes for t in lies)) + self.active_bytes + self.held_bytes
+        own = 0 if shared else sum(t.nbytes for t in lies) + self.center_bytes
+        return own + self.active_bytes + self.held_bytes
+
+    @property
+    def center_bytes(self) -> int:
+        return 0 if self.center is None else self.center.nbytes
 
     @property
     def active_bytes(self) -> int:
@@ -259,7 +286,7 @@ class Store:
     def host_bytes(self) -> int:
         """The part of `packed_bytes` that lies in host memory since the cache is offloaded."""
         whole = [x for x in (self.active, self._held) if x]
-        on_device = sum(x.nbytes - x.parked_bytes for x in whole)
+        on_device = sum(x.nbytes - x.parked_bytes for x in whole) + self.center_bytes
         return 0 if self.host is None else self.packed_bytes - on_device
 
     @property
@@ -371,8 +398,10 @@ class Store:
         batch, heads, tokens, _ = source.shape
         self.own()
         self.active = None
+        center = self.center_of(starts, source.shape)
         with self._changing(starts, (batch, heads, tokens), anew=True) as (codes, scales):
-            _ops.append(codes, scales, self._stored(_as_float(source)), 0, self.bits)
+            stored = _as_float(source) if center is None else _as_float(source - center)
+            _ops.append(codes, scales, self._stored(stored), 0, self.bits)
         if self.held is not None:
             self.held.write(source, starts)
             self.put_away()
@@ -407,7 +436,10 @@ class Store:
                 self.held.forget((starts, lengths))
             self.put_away()
         if isinstance(source, Tensor):
-            quantized = self._like(tuple(source.shape), self.strides)
+            center = self.center_of(starts, lengths)
+            if center is not None and axis != TOKEN:
+                center = center.index_select(axis, index.to(center.device))
+            quantized = self._like(tuple(source.shape), self.strides, center)
             quantized.window = 0, 0
             quantized.write(source, (0, 0, 0, 0), keep_active=False)
             source = quantized
@@ -418,9 +450,10 @@ class Store:
         self.active = None
 
     def fill(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Set a box to a number: exactly where float16 holds it, as zero and all small integers."""
+        """Set a box to a number: exactly where float16 holds it, as zero and all small integers; less a mean, as any
+        other token."""
         self.own()
-        codes_of_value, scales_of_value = self._constant(value)
+        codes_of_value, scales_of_value = self._constant(value, starts, lengths)
         with self._changing(starts, lengths, anew=True) as (codes, scales):
             codes.copy_(codes_of_value.expand_as(codes))
             scales.copy_(scales_of_value.expand_as(scales))
@@ -432,7 +465,7 @@ class Store:
     def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
         """Set the tokens of a box where `mask`, bool `[b, h, n]`, is True to a number, as `fill` does."""
         self.own()
-        codes_of_value, scales_of_value = self._constant(value)
+        codes_of_value, scales_of_value = self._constant(value, starts, mask.shape)
         mask = mask.to(self.device)
         with self._changing(starts, mask.shape) as (codes, scales):
             codes.copy_(torch.where(mask.unsqueeze(-1), codes_of_value, codes))
@@ -449,6 +482,11 @@ class Store:
             PackedCacheError: codes of the other store mean something else here.
         """
         self._check_meaning(other)
+        if not self.alike(other, source, starts, lengths):
+            raise PackedCacheError(
+                "codes of a packed cache cannot be copied where tokens are stored less other means (center=True); "
+                "write jkv_compile.materialize(source) instead"
+            )
         self.own()
         n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
         if other is self and tuple(source[:2]) == tuple(starts[:2]) and self.host is None:
@@ -480,6 +518,9 @@ class Store:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
         codes, scales = self._whole_box(starts, lengths)
         out = self._from_grid(_ops.dequantize(codes, scales, 0, lengths[TOKEN], self.bits, dtype))
+        center = self.center_of(starts, lengths)
+        if center is not None:
+            out += center
         if self.held is not None:
             self.held.put_over(out, starts)
             self.put_away()
@@ -504,7 +545,7 @@ class Store:
 
     def extract(self, starts: Sequence[int], lengths: Sequence[int], strides: Sequence[int]) -> Store:
         """A copy of a box: bits, steps and zero points are the same."""
-        new = self._like(lengths, strides)
+        new = self._like(lengths, strides, self.center_of(starts, lengths))
         new.insert(self, starts, (0, 0, 0, 0), lengths)
         return new
 
@@ -528,6 +569,9 @@ class Store:
                 t.index_select(dim, index) for t, dim in zip(self._whole_box(starts, lengths), _dims(axis))
             )
             new = self.of_this_kind(shape, strides, codes, scales)
+            new.center = self.center_of(starts, lengths)
+            if new.center is not None and axis != TOKEN:
+                new.center = new.center.index_select(axis, index)
             held = self._active_in(starts, lengths)
             if held is not None and axis != TOKEN:
                 new.active = Active(held.data.index_select(axis, index), held.start, held.stop)
@@ -549,7 +593,14 @@ class Store:
         boxes = [p for p in parts if not isinstance(p, Tensor)]
         lengths = [tuple(p.shape) if isinstance(p, Tensor) else tuple(p[2]) for p in parts]
         shape = [sum(n[a] for n in lengths) if a == axis else lengths[0][a] for a in range(4)]
-        new = boxes[0][0]._like(shape, strides)
+        centers = [p[0].center_of(*p[1:]) for p in boxes]
+        center = centers[0]
+        if center is not None and axis != TOKEN:
+            blank = [center.new_zeros(*n[:2], 1, n[CHANNEL]) for n in lengths]
+            known = iter(centers)
+            with torch.inference_mode(False):
+                center = torch.cat([b if isinstance(p, Tensor) else next(known) for p, b in zip(parts, blank)], axis)  # type: ignore[misc]
+        new = boxes[0][0]._like(shape, strides, center)
         new.grows = new.grows or axis == TOKEN
         place = [0, 0, 0, 0]
         for part, n in zip(parts, lengths):
@@ -565,6 +616,7 @@ class Store:
         with torch.inference_mode(False):
             codes, scales = (change(t if self._line is None else t.contiguous()) for t in self.data())
             new = self.of_this_kind(self.shape, self.strides, codes, scales)
+            new.center = None if self.center is None else change(self.center)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
             if self._held is not None:
@@ -582,13 +634,17 @@ class Store:
         if self.host is not None and get_spawning_popen() is not None:
             self._inherited = codes, scales  # a process that is being spawned takes them over from this one
         args = (*layout, codes, scales, active, self.quantizer)
-        return rebuild_store, args if self._held is None else (*args, (self._held.data, self._held.ranges, self.window))
+        rows = None if self._held is None else (self._held.data, self._held.ranges, self.window)
+        if self.center is not None:
+            return rebuild_store, (*args, rows, self.center)
+        return rebuild_store, args if rows is None else (*args, rows)
 
     # ---- pieces ----
 
-    def _like(self, shape: Sequence[int], strides: Sequence[int]) -> Store:
+    def _like(self, shape: Sequence[int], strides: Sequence[int], center: Tensor | None) -> Store:
+        """An empty store that reads and is quantized as this one, less the mean of its own batch entries and heads."""
         new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.device, self.quantizer)
-        new.grows, new.tells_steps, new.window = self.grows, self.tells_steps, self.window
+        new.grows, new.tells_steps, new.window, new.center = self.grows, self.tells_steps, self.window, center
         new.join(self._family)
         return new
 
@@ -618,8 +674,18 @@ class Store:
                 f"{mine}; write jkv_compile.materialize(source) instead"
             )
 
-    def _constant(self, value: float) -> tuple[Tensor, Tensor]:
-        """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number."""
+    def _constant(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Codes `[1, 1, 1, W]` and scales `[1, 1, G, 1, 2]` of a token whose channels all are one number.
+
+        Less a mean, it is another for each of a box's batch entries and heads.
+        """
+        center = self.center_of(starts, lengths)
+        if center is not None:
+            batch, heads, groups = *lengths[:2], self._scales.shape[2]
+            codes = self._codes.new_zeros(batch, heads, 1, self._codes.shape[3])
+            scales = self._scales.new_zeros(batch, heads, groups, 1, self._scales.shape[4])
+            _ops.append(codes, scales, self._stored(_as_float(value - center)), 0, self.bits)
+            return codes, scales
         value = self._storable(value)
         width, (_, _, groups, _, numbers) = self._codes.shape[3], self._scales.shape
         codes, scales = self._codes.new_zeros(1, 1, 1, width), self._scales.new_zeros(1, 1, groups, 1, numbers)
@@ -709,6 +775,7 @@ def rebuild_store(
     active: tuple[Tensor, int, int] | None,
     quantizer: str = "rtn",
     held: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
+    center: Tensor | None = None,
 ) -> Store:
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
     batch, heads, tokens, head_dim = shape
@@ -736,6 +803,12 @@ def rebuild_store(
             f"scales {scales.dtype} {list(scales.shape)}"
         )
     store = Store(shape, strides, dtype, bits, codes, scales, quantizer)
+    if center is not None:
+        if tuple(center.shape) != (batch, heads, 1, head_dim) or center.dtype != dtype:
+            raise PackedCacheError(
+                f"a saved packed cache of {list(shape)}, {dtype}, has means {center.dtype} {list(center.shape)}"
+            )
+        store.center = center
     if active is not None:
         data, start, stop = active
         if tuple(data.shape) != (batch, heads, stop - start, head_dim) or not 0 <= start <= stop <= tokens:

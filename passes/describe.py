@@ -113,6 +113,7 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     tokens, length = math.prod(numbers) // head_dim, numbers[plan.axes[2]]
     sink, recent = (min(n, length) for n in plan.held)
     held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
+    center_bytes = plan.centered * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
     packed = packed_bytes((1, 1, tokens, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric)
     return CacheUse(
         name=input_name(holder.node),
@@ -122,7 +123,7 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
         bits=plan.bits,
         group_size=plan.group_size,
         full_precision_bytes=math.prod(numbers) * holder.dtype.itemsize,
-        packed_bytes=packed + held_bytes,
+        packed_bytes=packed + held_bytes + center_bytes,
         sink=sink,
         recent=recent,
     )

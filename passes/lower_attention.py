@@ -8,9 +8,10 @@ import operator
 import torch
 from torch.fx import Node
 
+from ..kernels.centers import uncentered, uncentered_lse
 from ..kernels.dense import grouped
 from ..kernels.reference import CLAMP
-from .actions import Attend, Dense, Holder
+from .actions import Attend, Dense
 from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
 from .nodes import example
@@ -28,8 +29,10 @@ def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
     query = _cast(pieces, call.query, dtype)
     cached = [s for s in attend.key if not isinstance(s.content, Fresh)]
     keys, values = (_fresh_parts(pieces, segments, dtype) for segments in (attend.key, attend.value))
+    # Rows that see no key are zeros, to which no mean is added; the log-sum-exp tells them.
+    told = call.lse or (pieces.plans[attend.value_cache].centered and (call.mask is not None or not keys))
     if cached:
-        result = _packed_attention(pieces, attend, query, cached, keys, values, correction)
+        result = _packed_attention(pieces, attend, query, cached, keys, values, correction, told)
     elif call.lse:
         tokens = pieces.concatenate(keys), pieces.concatenate(values)
         result = pieces.call(SDPA_LSE.default, query, *tokens, call.mask, call.is_causal, call.scale)
@@ -38,16 +41,29 @@ def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
         args = query, pieces.concatenate(keys), pieces.concatenate(values), call.mask, 0.0, call.is_causal
         keywords = {"scale": call.scale, "enable_gqa": bool(grouped)}
         result = pieces.call(sdpa, *args, **keywords)
-    _replace(pieces, call, result, attend.value_cache if cached else None)
+    told = told if cached else call.lse
+    result, lse = (pieces.call(operator.getitem, result, i) for i in range(2)) if told else (result, None)
+    if cached:
+        result, lse = _as_model_has_it(pieces, attend, query, result, lse)
+    _replace(pieces, call, result, lse)
 
 
-def _replace(pieces: Pieces, call: AttentionCall, result: Node, rotated: Holder | None) -> None:
-    """Put `result` in the place of a call, turned back from the basis of `rotated`, and laid out as it was."""
-    result, lse = (pieces.call(operator.getitem, result, i) for i in range(2)) if call.lse else (result, None)
-    if rotated is not None:
-        result = pieces.from_grid(result, rotated)
-        if call.result.stride() != _attention_stride(call.result):
-            result = pieces.method("contiguous", result)
+def _as_model_has_it(
+    pieces: Pieces, attend: Attend, query: Node, result: Node, lse: Node | None
+) -> tuple[Node, Node | None]:
+    """What the kernels return, turned back from the basis that values are stored in, and shifted by caches' means."""
+    result = pieces.from_grid(result, attend.value_cache)
+    if pieces.plans[attend.value_cache].centered:
+        result = pieces.call(uncentered, result, pieces.center(attend.value_cache), lse)
+    if attend.call.lse and pieces.plans[attend.key_cache].centered:
+        lse = pieces.call(uncentered_lse, lse, query, pieces.center(attend.key_cache), attend.call.scale)
+    if attend.call.result.stride() != _attention_stride(attend.call.result):
+        result = pieces.method("contiguous", result)
+    return result, lse
+
+
+def _replace(pieces: Pieces, call: AttentionCall, result: Node, lse: Node | None) -> None:
+    """Put `result`, and a log-sum-exp where the call returns one, in the place of a call."""
     if call.lse:
         for user in list(call.node.users):
             user.replace_all_uses_with(result if user.args[1] == 0 else lse)  # type: ignore[arg-type]
@@ -146,15 +162,18 @@ def _packed_attention(
     keys: list[Node],
     values: list[Node],
     correction: str,
+    lse: bool,
 ) -> Node:
-    """`jkv::attention`, or what returns its log-sum-exp too, in the basis that values are stored in."""
+    """`jkv::attention`, or with `lse` what returns its log-sum-exp too, in the basis that values are stored in."""
     call, number = attend.call, pieces.number
     key_cache, value_cache = attend.key_cache, attend.value_cache
     components = [*pieces.packed(key_cache), *pieces.packed(value_cache)]
     ranges = [number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
     query = pieces.to_grid(query, key_cache)
     key, value = (
-        pieces.to_grid(pieces.concatenate(parts), cache) if parts else pieces.no_tokens(query, cache)
+        pieces.to_grid(pieces.centered(pieces.concatenate(parts), cache, call.result.dtype), cache)
+        if parts
+        else pieces.no_tokens(query, cache)
         for parts, cache in ((keys, key_cache), (values, value_cache))
     )
     mask = _causal_mask(pieces, attend) if call.is_causal else call.mask
@@ -166,12 +185,12 @@ def _packed_attention(
         held = [x for cache, (rows, told) in zip((key_cache, value_cache), sides) for x in (
             [pieces.to_grid(row, cache) for row in rows], told
         )]  # fmt: skip
-        target = ops.attention_held_lse.default if call.lse else ops.attention_held.default
+        target = ops.attention_held_lse.default if lse else ops.attention_held.default
         return pieces.call(target, query, *components, *held, ranges, key, value, *settings)
     if len(cached) == 1 and not key_cache.writes and not value_cache.writes:
         args = (*components, *pieces.active(key_cache), *pieces.active(value_cache), *ranges, key, value, *settings)
-        return pieces.call(ops.attention_active_lse.default if call.lse else ops.attention_active.default, query, *args)
-    target = ops.attention_lse.default if call.lse else ops.attention.default
+        return pieces.call(ops.attention_active_lse.default if lse else ops.attention_active.default, query, *args)
+    target = ops.attention_lse.default if lse else ops.attention.default
     return pieces.call(target, query, *components, ranges, key, value, *settings)
 
 

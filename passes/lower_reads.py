@@ -25,12 +25,14 @@ def materialize(pieces: Pieces, read: Read) -> Node:
         args = number(first), number(stop), plan.bits, holder.dtype
         if plan.holds:
             settings = number(first), number(stop), plan.bits, plan.group_size, plan.quantizer, holder.dtype
-            return pieces.call(ops.dequantize_held.default, codes, scales, *pieces.all_held(holder), *settings)
+            node = pieces.call(ops.dequantize_held.default, codes, scales, *pieces.all_held(holder), *settings)
+            return pieces.call(torch.add, node, pieces.center(holder)) if plan.centered else node
         if holder.writes:
             node = pieces.call(ops.dequantize.default, codes, scales, *args)
         else:
             node = pieces.call(ops.dequantize_active.default, codes, scales, *pieces.active(holder), *args)
-        return pieces.from_grid(node, holder)
+        node = pieces.from_grid(node, holder)
+        return pieces.call(torch.add, node, pieces.center(holder)) if plan.centered else node
 
     return _assemble(
         pieces, read, dequantized, lambda fresh: fresh, lambda node, at, fresh: _put(pieces, node, at, fresh)

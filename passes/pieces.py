@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..geometry import constant, same
+from ..kernels.centers import centered
 from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
 from .actions import Holder
@@ -20,7 +21,9 @@ from .uncertainty import StepLayout
 
 ops = torch.ops.jkv
 
-Component = Literal["plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "first_token", "steps"]
+Component = Literal[
+    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "first_token", "steps"
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class CachePlan:
 
     quantizer: as `kernels.quantizers.Grid` spells it.
     held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
+    centered: what is stored are tokens less a mean, see `kernels.centers`.
     """
 
     axes: tuple[int, ...]
@@ -36,6 +40,7 @@ class CachePlan:
     group_size: int
     quantizer: str
     held: tuple[int, int] = (0, 0)
+    centered: bool = False
 
     @property
     def holds(self) -> bool:
@@ -97,20 +102,21 @@ class Pieces:
         return self._own(holder, "codes"), self._own(holder, "scales")
 
     def active(self, holder: Holder) -> tuple[Node, Node]:
-        """What a cache holds in full precision, in the basis that it is stored in, and its range."""
-        return self.to_grid(self._own(holder, "active"), holder), self.component(holder, "active_range")
+        """What a cache holds in full precision, as it would be stored but for the rounding, and its range."""
+        active = self.centered(self._own(holder, "active"), holder, holder.dtype)
+        return self.to_grid(active, holder), self.component(holder, "active_range")
 
     def held(self, holder: Holder) -> tuple[Node, Node]:
         """What a cache holds in full precision for good, as it was written, and which tokens those are."""
         return self._own(holder, "held"), self._own(holder, "held_ranges")
 
     def all_held(self, holder: Holder) -> tuple[list[Node], list[Node]]:
-        """All that a cache holds in full precision, and of each which tokens those are; the range that another graph
-        has written is among it where this graph writes none."""
+        """All that a cache holds in full precision, less its mean, and of each which tokens those are; the range that
+        another graph has written is among it where this graph writes none."""
         both = [self.held(holder)]
         if not holder.writes:
             both.append((self._own(holder, "active"), self.component(holder, "active_range")))
-        return [held for held, _ in both], [ranges for _, ranges in both]
+        return [self.centered(held, holder, holder.dtype) for held, _ in both], [ranges for _, ranges in both]
 
     def _own(self, holder: Holder, kind: Component) -> Node:
         """A component; of a cache that is part of a tensor, its batch entries."""
@@ -139,6 +145,14 @@ class Pieces:
         keywords = {} if dtype is None else {"dtype": dtype}
         return self.call(torch.ops.aten.new_empty.default, like, [batch, heads, 0, head_dim], **keywords)
 
+    def center(self, holder: Holder) -> Node:
+        """What tokens of a cache are stored less, `[B, H, 1, D]`."""
+        return self._own(holder, "center")
+
+    def centered(self, value: Node, holder: Holder, dtype: torch.dtype | None = None) -> Node:
+        """Tokens `[B, H, n, D]` less a cache's mean, where it has one; see `kernels.centers.centered`."""
+        return self.call(centered, value, self.center(holder), dtype) if self.plans[holder].centered else value
+
     def to_grid(self, value: Node, holder: Holder) -> Node:
         """A tensor `[…, D]` in the basis that a cache is stored in."""
         plan = self.plans[holder]
@@ -157,6 +171,10 @@ class Pieces:
 
     def stored(self, value: Node, holder: Holder) -> Node:
         """What is quantized of a tensor `[B, H, n, D]` that is written to a cache, see `kernels.quantizers`."""
+        return self.rounded(self.centered(value, holder), holder)
+
+    def rounded(self, value: Node, holder: Holder) -> Node:
+        """The same of one that is less the cache's mean already."""
         plan = self.plans[holder]
         grid = grid_of(plan.quantizer)
         if not grid.unbiased:

@@ -106,6 +106,10 @@ class Plan:
                 inputs.append(static_input(torch.zeros(2, dtype=torch.int64)))
             elif component in ("held", "held_ranges"):
                 inputs.append(_held_input(value._store, component))
+            elif component == "center":
+                batch, heads, _, head_dim = map(int, value._store.shape)
+                center = torch.zeros(batch, heads, 1, head_dim, dtype=value._store.dtype, device=value.device)
+                inputs.append(static_input(center))
             elif component == "steps":
                 inputs.append(input_like(self.handed_in[argument]))
             else:
@@ -429,7 +433,7 @@ def _glimpses(view: _View) -> list[Glimpse]:
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
     group_size = int(store.group_size)  # of what is traced with dynamic sizes, an expression
-    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer, store.held_tokens)
+    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer, store.held_tokens, store.centered)
 
 
 def _adoptable(
@@ -463,16 +467,18 @@ def _adoptable(
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
                 break
         else:
-            for pairs, bits in ((keys, config.key_bits), (values, config.value_bits)):
+            for pairs, bits, side in ((keys, config.key_bits, "keys"), (values, config.value_bits, "values")):
                 for holder, axes in pairs:
                     if holder.packed:
                         continue
                     config.check_head_dim(int(holder.shape[axes[3]]))
                     parts = sum(h.node is holder.node for h in tracking.caches)
+                    centered = config.centers(side)
                     if parts > 1 or keys == values:  # keys and values lie in one tensor
-                        bits = max(config.key_bits, config.value_bits)
+                        bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
                     held = config.sink, config.recent
-                    plans.setdefault(holder, CachePlan(axes, bits, config.group_size, config.quantizer, held))
+                    settings = bits, config.group_size, config.quantizer, held, centered
+                    plans.setdefault(holder, CachePlan(axes, *settings))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)
         if other is not None:  # the tensor is packed as a whole

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..geometry import same
+from ..kernels.centers import centered_number
 from ..kernels.quantizers import grid_of, grid_within
 from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
 from .join_appends import join_appends
@@ -263,6 +264,11 @@ class _Rewriter:
             elif isinstance(write, Move):
                 args = number(write.source), number(write.destination), number(write.length)
                 self.pieces.call(ops.move.default, codes, scales, *args)
+            elif plan.centered:  # no token of one number is one less the mean
+                length = number(write.stop - write.start)
+                filled = self.pieces.call(centered_number, float(write.value), self.pieces.center(write.holder), length)
+                value = self.pieces.rounded(filled, write.holder)
+                self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
             elif write.value and (fill := grid_of(plan.quantizer).fill_operator) is not None:
                 tokens = number(write.start), number(write.stop)
                 self.pieces.call(getattr(ops, fill).default, codes, scales, *tokens, plan.bits, float(write.value))

@@ -29,7 +29,8 @@ def new_cache(
     sizes = {"b": batch, "s": tokens, "h": heads, "d": head_dim}
     plain = torch.randn([sizes[axis] for axis in layout]).to(dtype)
     cache = plain.clone()
-    adopt(cache, AXES[layout], bits, Config(bits=bits, group_size=GROUP, **window), quantizer=quantizer)
+    config = Config(bits=bits, group_size=GROUP, **window)
+    adopt(cache, AXES[layout], bits, config, quantizer=quantizer, centered=bool(config.center))
     assert isinstance(cache, PackedKV)
     return cache, plain
 
