@@ -52,8 +52,8 @@ class Config:
             the chunk that will come before the next one are held meanwhile (`kernels.held`).
         center: quantize tokens less each channel's mean, which is taken once, of the tokens that a cache holds when it
             is packed, and kept beside the packed data: True, or "keys" or "values" alone (a tensor of both is of
-            either). Scores of keys that are all shifted alike shift alike, which
-            softmax does not see; results over values are shifted back (`kernels.centers`).
+            either). Scores of keys that are all shifted alike shift alike, which softmax does not see; results over
+            values are shifted back (`kernels.centers`).
 
     Raises:
         ConfigurationError: a value is not among those named above.
