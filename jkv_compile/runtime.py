@@ -100,9 +100,7 @@ def _component(store: Store, component: str) -> Tensor:
         return store.staged[component == "scales"]
     if component == "center":
         assert store.center is not None
-        return (
-            store.center.contiguous()
-        )  # of a copy of some heads it is a part of a larger one, and strides are compiled
+        return store.center.contiguous()  # strides are compiled, and those of a copy of some heads are a larger one's
     if component in ("held", "held_ranges"):
         assert store.held is not None
         return store.held.data if component == "held" else store.held.ranges
