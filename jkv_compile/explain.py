@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,9 +21,9 @@ from .explain_html import page
 from .passed import Passed, attending_call, handing_call
 from .passes.describe import input_name
 from .passes.dtensors import localise
-from .passes.pipeline import plan_graph
+from .passes.pipeline import Plan, plan_graph
 from .report import Break, CacheUse, GraphReport, Match, Note, Rejected, size_text
-from .runtime import recorded_call
+from .runtime import Seen, recorded_call, tell_watched
 from .snapshot import taken_back
 
 ELSEWHERE = (
@@ -134,7 +135,8 @@ def explain(model: Callable[..., Any], *args: Any, calls: int = 2, **kwargs: Any
         for _ in range(calls):
             compiled(*args, **kwargs)
     for report in watcher.graphs:
-        report.noted = [note for note in report.noted if not note.settled(watcher.caches)]
+        packed = [*watcher.caches, *(t for ref in watcher.may_come_again if (t := ref()) is not None)]
+        report.noted = [note for note in report.noted if not note.settled(packed)]
     explanation = Explanation(config, watcher.graphs, watcher.attentions)
     if not explanation.matches:
         for report, broken in zip(watcher.graphs, watcher.broken):
@@ -150,11 +152,12 @@ class _Watcher:
     __name__ = "jkv_compile.explain"
 
     def __init__(self, config: Config) -> None:
-        self.config, self.written, self.passed = config, Written(), Passed()
+        self.config, self.written, self.passed, self.seen = config, Written(), Passed(), Seen()
         self.graphs: list[GraphReport] = []
         self.broken: list[Break | None] = []  # where each of them ended early
         self.attentions = 0
         self.caches: list[Tensor] = []  # that would be packed
+        self.may_come_again: list[weakref.ref[Tensor]] = []  # that would be, if they do; held alive, they seem to
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         on_shards, rejected = localise(gm)
@@ -171,7 +174,10 @@ class _Watcher:
             plan = plan_graph(gm, example_inputs, self.config, self.written, made=made)
             plan.report.rejections = [*plan.report.rejections, *rejected]
             plan.report.noted = self.passed.notes(plan.unpacked, example_inputs)
-            self.caches += plan.caches(example_inputs)
+            if plan.outcome == "watched":
+                self.may_come_again += map(weakref.ref, plan.caches(example_inputs))
+            else:
+                self.caches += plan.caches(example_inputs)
         except ConfigurationError as error:
             self.graphs.append(
                 GraphReport(len(gm.graph.nodes), "untouched", rejections=[Rejected("graph", str(error))])
@@ -191,8 +197,22 @@ class _Watcher:
             inputs = list(gm.graph.find_nodes(op="placeholder"))
             plan.report.graph_break = Break(*broken, [input_name(inputs[i]) for i in dict.fromkeys(parted)])
         run: Callable[..., Any] = gm.forward
+        if plan.outcome == "watched" and plan.rewritten is not None:
+            run = self._told_of_watched(run, plan)
         if plan.attended:
             run = attending_call(run, plan.attended, plan.report, self.config, None, self.passed)
         if plan.handed:
             run = handing_call(run, plan.handed, self.passed)
         return recorded_call(run, plan, self.written) if plan.written else run
+
+    def _told_of_watched(self, run: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+        """Call `run`; the past that its attention reads may turn out to be made anew in each call."""
+        assert plan.rewritten is not None
+        caches = list(plan.rewritten.caches)
+        self.passed.watched.append(plan.report)
+
+        def call(*args: Any) -> Any:
+            tell_watched(plan.report, [t for i in caches if not self.seen.before(t := args[i])], self.passed)
+            return run(*args)
+
+        return call

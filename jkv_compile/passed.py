@@ -101,6 +101,7 @@ class Passed:
         self.attended = Seen()  # the caches whose tokens came to attention
         self.awaited: dict[int, Awaited] = {}  # by identity
         self.shared = Seen()  # the caches that were awaited
+        self.watched: list[GraphReport] = []  # of graphs that attend to a past that is packed if it comes again
         self.pending: dict[str, list[GraphReport]] = {}  # by source: where it is on record that they are to come again
 
     def __bool__(self) -> bool:
@@ -146,6 +147,11 @@ class Passed:
         """What to tell of a graph that is called with these arguments, but for what is known to be handed on."""
         unknown = [u for u in unpacked if not all(any(self.sources(arguments[i]) for i in side) for side in u.sides)]
         return list(dict.fromkeys(one.note(arguments) for one in unknown))
+
+    def remade(self, tensor: Tensor) -> bool:
+        """Whether a graph has made a tensor of one that is gone since, and that it is no view of."""
+        known = self._sources.get(id(tensor))
+        return known is not None and known[0]() is tensor and all(s.cache() is None for s in known[1])
 
     def record(self, output: Tensor, sources: Sequence[Source]) -> None:
         key = id(output)

@@ -40,6 +40,10 @@ class Reason(Enum):
         "its attention (TORCH_LOGS=graph_breaks shows what parts them: positions in tensors, for one), or tell with "
         "jkv_compile.mark_cache(tensor)."
     )
+    REMADE = (
+        "Write new tokens into a tensor that stays, cache[:, start:end] = k, or return keys and values as two tensors, "
+        "each the concatenation of the past and new tokens."
+    )
     UNATTENDED = (
         "Nothing, where it holds no keys or values. Otherwise have its attention compiled: it may run in eager code, "
         "behind a graph break or torch.compiler.disable, or be spelled in a way that jkv_compile.register_attention "
@@ -57,6 +61,8 @@ class Reason(Enum):
 _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"jkv_compile\.ignore", Reason.IGNORED),
     (r"attended in another graph, in eager code", Reason.UNATTENDED),
+    (r"spelling of attention which is not known", Reason.SPELLING),
+    (r"made anew in each call", Reason.REMADE),
     (r"which are not known to be of a cache", Reason.ELSEWHERE),
     (r"views of one tensor", Reason.SHARED_MEMORY),
     (r"in another graph|come so to this graph", Reason.GRAPH_BREAK),

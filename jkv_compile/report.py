@@ -199,6 +199,7 @@ class GraphReport:
         graph_break: where the graph ended early, where that parts a cache from its attention.
         noted: what was not known to be of a cache when the graph was compiled; `notes` are of what is plain still.
         seconds: what the passes took.
+        unmatched: what was matched, and turned out to be nothing that is ever packed; `rejections` tell of it.
     """
 
     nodes: int
@@ -211,6 +212,7 @@ class GraphReport:
     graph_break: Break | None = None
     seconds: float = 0.0
     noted: list[Note] = field(default_factory=list)
+    unmatched: list[Match] = field(default_factory=list)
 
     @property
     def notes(self) -> list[Note]:
@@ -219,7 +221,7 @@ class GraphReport:
 
     def to_dict(self) -> dict[str, Any]:
         told = {name: [r.to_dict() for r in getattr(self, name)] for name in ("rejections", "notes")}
-        return {name: value for name, value in asdict(self).items() if name != "noted"} | told
+        return {name: value for name, value in asdict(self).items() if name not in ("noted", "unmatched")} | told
 
     def __str__(self) -> str:
         sites: list[Match | Rejected | Break] = [*self.matches, *self.rejections, *self.notes]

@@ -18,7 +18,7 @@ from .hints import is_ignored, is_marked
 from .host_memory import HostMemory
 from .offload import Ranges, release, stage
 from .packed import PackedKV
-from .report import Rejected
+from .report import GraphReport, Rejected
 from .store import Active, Store
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .passes.rewrite import OutputStore, Rewritten
 
 NO_RANGE = (0, 0)
+REMADE = "the past that it attends is made anew in each call, in a form that is not packed: it stays in full precision"
 HALF_WRITTEN = (
     "jkv: raised inside a call that writes packed caches: as in eager mode, the tokens that it writes may hold old or "
     "new values; all others are as they were"
@@ -155,7 +156,7 @@ def _new_store(parent: Store, new: OutputStore, outputs: Sequence[Any]) -> Store
         _hold(store, None, new, outputs)
         return store
     store = parent.of_this_kind((*codes.shape[:3], parent.shape[3]), strides, codes, scales)
-    store.dtype, store.grows = new.dtype, True
+    store.dtype, store.grows = new.dtype, parent.grows or store.shape[2] != parent.shape[2]
     if new.active is not None:
         data, start, stop = (outputs[i] for i in new.active)
         store.active = Active(data, start, stop)
@@ -168,15 +169,13 @@ def _hold(store: Store, parent: Store | None, new: OutputStore, outputs: Sequenc
     """What a cache that a graph has made holds in full precision: of `parent`'s tokens and of new ones after them."""
     if store.held is None or new.held is None:
         return
-    ranges, source = new.held
-    place = 0
-    for first, stop in zip(ranges[::2], ranges[1::2]):
+    ranges, source, new_place = new.held
+    for first, stop, place in zip(ranges[::3], ranges[1::3], ranges[2::3]):
         start, n = outputs[first], outputs[stop] - outputs[first]
         if parent is not None:
-            store.take(parent, (0, 0, start, 0), (0, 0, place, 0), (*store.shape[:2], n, store.shape[3]))
-        place += n
+            store.take(parent, (0, 0, start, 0), (0, 0, outputs[place], 0), (*store.shape[:2], n, store.shape[3]))
     if source is not None:
-        store.held.write(outputs[source], (0, 0, place, 0))
+        store.held.write(outputs[source], (0, 0, outputs[new_place], 0))
     store.put_away()
 
 
@@ -263,12 +262,15 @@ def watched_call(
     rewritten = plan.rewritten
     assert rewritten is not None
     adopting = first_contact(inner, inner, plan, config, stores, written, passed)
+    passed.watched.append(plan.report)
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)
         again = [i for i in plain if seen.before(args[i])]
         if len(again) == len(plain):
+            tell_watched(plan.report, (), passed)
             return adopting(*args)
+        tell_watched(plan.report, [args[i] for i in plain if i not in again], passed)
         alone = [i for i in again if i not in plan.owners and obstacle(args[i]) is None and not is_ignored(args[i])]
         for argument in alone:
             cache = rewritten.caches[argument]
@@ -277,6 +279,24 @@ def watched_call(
         return later(*args) if alone else inner(*args)
 
     return call
+
+
+def tell_watched(report: GraphReport, new: Sequence[Tensor], passed: Passed) -> None:
+    """Have it on record, and warn, that what comes is no past that came before, but one that was made of it.
+
+    What is `new` may come again in a later call, and is packed then, which takes this back. It is told of all graphs of
+    the same attention: that of the first calls may never be called again.
+    """
+    if not new and report.unmatched:
+        report.matches, report.unmatched, report.outcome = report.unmatched, [], "watched"
+        report.rejections = [r for r in report.rejections if r.reason != REMADE]
+    elif report.matches and any(map(passed.remade, new)):
+        sources = list(dict.fromkeys(m.source for m in report.matches))
+        for each in passed.watched:
+            if each.matches and sources == list(dict.fromkeys(m.source for m in each.matches)):
+                each.matches, each.unmatched, each.outcome = [], each.matches, "untouched"
+                each.rejections += [Rejected(source, REMADE) for source in sources]
+        warnings.warn(f"jkv: {', '.join(sources)}: {REMADE}", NotRewrittenWarning, stacklevel=3)
 
 
 class Seen:

@@ -129,7 +129,7 @@ class Read:
 
 @dataclass
 class Returned:
-    """An output of the graph that is a view of a copy of cached tokens, alone or followed by tokens of the graph."""
+    """An output of the graph that is a view of a copy of cached tokens, alone or with some of the graph."""
 
     argument: Node
     copy: Holder

@@ -35,6 +35,7 @@ from .printing import graph_text
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
 from .sources import Sources
+from .spelled_writes import spell_out_writes
 from .tracking import ONE_PACKED, Tracker
 from .uncertainty import StepLayout
 from .unpacked import Unknown, Unpacked
@@ -260,6 +261,7 @@ class _View:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
         self.made = made
+        spell_out_writes(self.gm.graph)
         join_filled(self.gm.graph)
         tell_apart(self.gm.graph)
         make_own(self.gm.graph, read_out)

@@ -55,7 +55,7 @@ class OutputStore:
     dtype: torch.dtype  # of that tensor
     active: tuple[int, int, int] | None  # data, start, stop: tokens that another graph attends in full precision
     after: bool = False  # codes and scales are those of the new tokens alone, that come after the whole old cache
-    held: tuple[list[int], int | None] | None = None  # bounds of the old tokens' ranges, new ones in full precision
+    held: tuple[list[int], int | None, int] | None = None  # (start, stop, place) of old ranges; new tokens; their place
 
 
 @dataclass
@@ -350,10 +350,14 @@ class _Rewriter:
         ranges = [pieces.number(p) for s in cached for p in (s.content.first, s.content.first + s.length)]
         fresh = [pieces.canonical(s.content, s.length, axes, copy.dtype) for s in segments if s not in cached]  # type: ignore[arg-type]
         value = pieces.concatenate(fresh) if fresh else pieces.no_tokens(pieces.packed(cache)[1], cache, copy.dtype)
-        after = returned.grows and len(cached) == 1 and cache.part is None and _is_whole(cached[0], cache)
+        after = returned.grows and cached == segments[:1] and cache.part is None and _is_whole(cached[0], cache)
         packed = *pieces.packed(cache), [] if after else ranges, pieces.stored(value, cache), plan.bits
         made = pieces.call(ops.extend.default, *packed)
-        codes, scales = (add(pieces.call(operator.getitem, made, i)) for i in range(2))
+        components = [pieces.call(operator.getitem, made, i) for i in range(2)]
+        new = next((s for s in segments if s not in cached), None)
+        if new is not None and segments[-1] in cached:  # `extend` puts new tokens last
+            components = [self._inserted(x, dim, new, copy) for x, dim in zip(components, (2, 3))]
+        codes, scales = map(add, components)
         strides = [add(copy.strides[axes.index(role)] if role in axes else 1) for role in range(4)]
         active, held, source = None, None, None
         if fresh and (plan.holds or not returned.grows):
@@ -361,8 +365,17 @@ class _Rewriter:
         if source is not None and not returned.grows:
             active = source, add(cached[-1].stop), add(segments[-1].stop)
         if plan.holds:
-            held = [add(p) for s in cached for p in (s.content.first, s.content.first + s.length)], source
+            places = [add(p) for s in cached for p in (s.content.first, s.content.first + s.length, s.start)]  # type: ignore[union-attr]
+            held = places, source, add(new.start if new is not None else 0)
         return OutputStore(self.position[cache.node], codes, scales, strides, copy.dtype, active, after, held)
+
+    def _inserted(self, packed: Node, dim: int, new: Segment, copy: Holder) -> Node:
+        """Codes or scales of which the last tokens, the new ones, are put where they belong."""
+        end = copy.shape[copy.token_axis] - new.length
+        bounds = ((0, new.start), (end, end + new.length), (new.start, end))
+        shown = (slice(*map(self.pieces.number, b)) for b in bounds if not same(*b))
+        index = ((*[slice(None)] * dim, part) for part in shown)
+        return self.pieces.call(torch.cat, [self.pieces.call(operator.getitem, packed, i) for i in index], dim)
 
     def _keep_written(self, add: Callable[[Any], int]) -> None:
         """Ranges that are written, and attended to by another graph if at all, go out in full precision."""

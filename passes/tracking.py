@@ -123,12 +123,13 @@ class Tracker:
         return [Read(consumer, argument, holder, window, segments)]
 
     def _returned(self, argument: Node) -> bool:
-        """Record an output that is a copy of cached tokens, and after them tokens of the graph."""
+        """Record an output that is a copy of cached tokens, and after them, or in their midst, tokens of the graph."""
         copy = self.contents.holder(argument)
         if copy is None or copy.root is None or copy.repeats != 1 or None in copy.root_axes:
             return False
         kinds = [isinstance(s.content, Fresh) for s in copy.segments if not same(s.start, s.stop)]
-        if not kinds or all(kinds) or kinds != sorted(kinds):
+        appended = kinds == sorted(kinds)
+        if not kinds or all(kinds) or not (appended or kinds.count(True) == 1):
             return False
         for segment in copy.segments:
             content = segment.content
@@ -137,8 +138,12 @@ class Tracker:
         attended = {c for a in self.result.attends for c in (a.key_cache, a.value_cache)}
         attended |= {c for d in self.result.dense for c in d.caches}
         fresh = [s.content.node for s in copy.segments if isinstance(s.content, Fresh)]
-        mirrors = any(isinstance(w, Append) and w.holder is copy.root and w.value in fresh for w in self.result.writes)
+        mirrors = appended and any(
+            isinstance(w, Append) and w.holder is copy.root and w.value in fresh for w in self.result.writes
+        )
         grows = any(kinds) and copy.root in attended
+        if not appended and not grows:
+            return False
         self.result.returned.append(Returned(argument, copy, grows, mirrors and not grows))
         return True
 

@@ -35,7 +35,9 @@ ENTERS_UNFIT = ENTERS + "; nor could they be packed as they are: {}"
 UNFIT_PAST = "the past that it attends with new tokens cannot be packed: {}"
 ONE_TENSOR = "its keys and values are views of one tensor"
 WRITTEN, HANDED_ON = "written here", "read here and handed on"
+SPELLED_OTHERWISE = "{} is {}, and comes to the softmax of {}, in a spelling of attention which is not known"
 UNATTENDED = "{} is {}, and attended in another graph, in eager code, or not at all"
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,32 @@ class Unknown:
             entering = inputs[argument]
             known = argument in plans or self.sources.own(entering) & attended or entering in convolved
             if not known and not is_ignored(self.example_inputs[argument]):
-                reason = UNATTENDED.format(input_name(entering), how)
+                softmax = self._softmax_of(self.sources.own(entering))
+                name = input_name(entering)
+                reason = (
+                    UNATTENDED.format(name, how)
+                    if softmax is None
+                    else SPELLED_OTHERWISE.format(name, how, source_line(softmax))
+                )
                 yield Unpacked(source_line(node), ((argument,),), reason, while_alive=how == HANDED_ON)
+
+    def _softmax_of(self, own: int) -> Node | None:
+        """A softmax of what depends on an input, or whose weights meet something that does."""
+        behind: dict[Node, Node] = {}  # what is computed of one
+        for node in self.graph.nodes:
+            sides = [(behind.get(a), a) for a in node.all_input_nodes]
+            softmax = next((of for of, _ in sides if of is not None), None)
+            if name_of(node) in ("softmax", "_softmax"):
+                softmax = node
+                if self.sources.of(node) & own:
+                    return node
+            elif name_of(node) in _PRODUCTS and any(
+                of is None and self.sources.of(a) & own for of, a in sides if softmax
+            ):
+                return softmax
+            if softmax is not None:
+                behind[node] = softmax
+        return None
 
     def _written(self, inputs: Iterable[Node]) -> Iterator[tuple[Node, Node]]:
         """Inputs of which a part is written, and where."""

@@ -194,6 +194,6 @@ class TestGraphs(expecttest.TestCase):
 + mul_7 = mul(32, s89)
 + add_9 = add(256, mul_7)
 + clone_1 = v_1.clone(memory_format=torch.contiguous_format)
-+ return (linear_1, 1, 2, add, 32, add_1, add_2, 32, 1, 0, getitem, getitem_1, add_3, add_4, 32, 1, clone, 0, s69, 1, 2, add_5, 32, add_6, add_7, 32, 1, 0, getitem_2, getitem_3, add_8, add_9, 32, 1, clone_1, 0, s89)
++ return (linear_1, 1, 2, add, 32, add_1, add_2, 32, 1, 0, getitem, getitem_1, add_3, add_4, 32, 1, clone, 0, s69, 0, s69, 1, 2, add_5, 32, add_6, add_7, 32, 1, 0, getitem_2, getitem_3, add_8, add_9, 32, 1, clone_1, 0, s89, 0, s89)
 """,
         )

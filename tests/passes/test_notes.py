@@ -280,3 +280,34 @@ def test_a_cache_named_ignored_is_not_told_of() -> None:
     assert not any(report.noted for report in backend.reports)
     for hint in hints:
         hint.remove()
+
+
+def scores_joined(q: Tensor, past: Pair, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of the past and of new tokens are joined, and each part of the weights meets its own values."""
+    past_k, past_v = (t.transpose(1, 2) for t in past)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    p = torch.cat([q @ past_k.mT, q @ k.mT], -1).mul(HEAD_DIM**-0.5).softmax(-1)
+    n = past_k.shape[2]
+    return (p[..., :n] @ past_v + p[..., n:] @ v).transpose(1, 2)
+
+
+class SpelledOtherwise(Projections):
+    def forward(self, x: Tensor, cache: Pair, start: int) -> Tensor:
+        q, k, v = self.project(x)
+        past = cache[0][:, :start], cache[1][:, :start]
+        out = self.out(scores_joined(q, past, k, v).flatten(2))
+        put(cache, k, v, start)
+        return out
+
+
+@torch.no_grad()
+def test_attention_in_an_unknown_spelling_is_named() -> None:
+    backend = fresh_backend(inner="eager")
+    model, eager = twins(SpelledOtherwise(), backend)
+    ours, plain = whole(), whole()
+    for start in (8, 16, 24):
+        x = torch.randn(1, CHUNK, DIM)
+        assert torch.equal(model(x, ours, start), eager(x, plain, start))
+    notes = [note for report in backend.reports for note in report.notes]
+    assert len(notes) >= 2 and {note.kind for note in notes} == {Reason.SPELLING}
+    assert all("comes to the softmax of " in n.reason and "scores_joined" in n.reason for n in notes)
