@@ -58,7 +58,7 @@ def draw(rng: random.Random) -> Case:
         after_read=often("nothing", ("turned", "scaled", "contiguous", "cloned", "normalised"), 0.65),
         attention=often("sdpa", ("matmul", "einsum"), 0.75),
         mask=often("none", ("causal", "sparse", "one row", "batch", "bias", "additive"), 0.6),
-        scale=often(None, (0.1, 0.5), 0.75),
+        scale=often(None, (0.1, 0.25), 0.75),  # sharper ones have noise choose between two keys
         window=often(0, (6, 12, 20), 0.7),
         breaks=often("none", ("first", "inside", "before attention"), 0.7),
         also_returns=often("nothing", ("view", "copy", "mean", "keys"), 0.8),
