@@ -109,6 +109,11 @@ def _put(graph: Graph, node: Node) -> None:
         return
     if value.dtype != whole.dtype and not item:
         return
+    length = constant(whole.shape[1])
+    if not isinstance(length, int):
+        return
+    below = _call(graph, node, operator.mul, _call(graph, node, operator.lt, positions, 0), length)
+    positions = _call(graph, node, operator.add, positions, below)  # `index_copy_` counts none from the end
     _copy_to(graph, node, 1, positions, _call(graph, node, "unsqueeze", new, 0))
 
 

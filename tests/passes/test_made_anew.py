@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import jkv_compile
-from jkv_compile import NotRewrittenWarning, is_packed
+from jkv_compile import NotRewrittenWarning, PackedKV, is_packed
 from jkv_compile.reasons import Reason
 
 from ..harness import fresh_backend, relative_error, twins
@@ -168,3 +168,21 @@ def test_writes_at_positions_in_other_words(put: Callable[[Tensor, Tensor, Tenso
             assert relative_error(jkv_compile.materialize(t), plain[name]) < 0.01
     assert all(map(is_packed, ours.values()))
     assert not any(r.rejections or r.notes for r in backend.reports)
+
+
+def test_positions_that_count_from_the_end() -> None:
+    def step(cache: dict[str, Tensor], query: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+        first = torch.zeros_like(positions)
+        cache["k"].index_put_((first, positions), new[0])
+        cache["v"][first, positions] = new[0]
+        keys, values = (cache[name].transpose(1, 2) for name in ("k", "v"))
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    compiled = torch.compile(step, backend=fresh_backend(bits=8))
+    packed = {name: torch.randn(1, 16, 2, 64) for name in ("k", "v")}
+    plain = {name: cache.clone() for name, cache in packed.items()}
+    with torch.no_grad():
+        for positions in ([0, 1], [2, 3], [-2, -1]):
+            given = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 2, 64), torch.tensor(positions)
+            torch.testing.assert_close(compiled(packed, *given), step(plain, *given), rtol=0.05, atol=0.05)
+    assert isinstance(packed["k"], PackedKV) and isinstance(packed["v"], PackedKV)
