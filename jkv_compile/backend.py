@@ -22,7 +22,7 @@ from .config import Config, configure
 from .errors import ConfigurationError, NoCachedAttentionError, NotRewrittenWarning, OffloadWarning
 from .glimpse import Sightings, glimpsing_call
 from .offload import Offload
-from .passed import Passed, attending_call, awaiting_call, handing_call, told_call
+from .passed import Passed, attending_call, awaiting_call, begins_passage, handing_call, idle_call, told_call
 from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
@@ -162,6 +162,7 @@ class JKVBackend:
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
         if plan.glimpses:
             run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
+        alone = None if plan.written or layouts or begins_passage(plan.handed, example_inputs) else run
         if plan.attended:
             run = attending_call(run, plan.attended, plan.report, self.config, state.stores, state.passed)
         if plan.handed:
@@ -173,6 +174,8 @@ class JKVBackend:
         if plan.handed and not again:
             arguments = {one.argument for one in plan.handed}
             run = awaiting_call(run, arguments, self.config, state.stores, later, state.passed)
+        if alone is not None and alone is not run:
+            run = idle_call(alone, run, state.passed)
         if plan.outcome != "watched" or again:  # what is called again in the same call does not come again
             return run
         return watched_call(run, later(), plan, self.config, state.stores, state.written, state.seen, state.passed)

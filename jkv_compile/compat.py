@@ -107,12 +107,17 @@ def compile_inner(
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)
+        return _without_guard(aot_eager(gm, example_inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
-    return compile_fx(gm, example_inputs, config_patches=patches or None)
+    return _without_guard(compile_fx(gm, example_inputs, config_patches=patches or None))
+
+
+def _without_guard(compiled: Any) -> Any:
+    """What `torch._dynamo.disable` wraps: Dynamo wraps all that a backend returns once more, which takes its time."""
+    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def records_cuda_graphs(mode: str | None, options: dict[str, Any]) -> bool:

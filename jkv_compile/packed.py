@@ -92,10 +92,8 @@ class PackedKV(torch.Tensor):
         return self._first_token
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        store = self._store
-        settings = store.quantizer, store.tells_steps, store.held_tokens, store.centered
-        context = store.dtype, store.bits, *settings, self.dtype
-        return ["codes", "scales", "first_token"], (*self._layout, *context)
+        told = self._told or self._layout  # guards ask in every call
+        return ["codes", "scales", "first_token"], (*told, *self._store.settings, self.dtype)
 
     @property
     def _layout(self) -> tuple[Any, Any]:

@@ -107,6 +107,11 @@ class Passed:
     def __bool__(self) -> bool:
         return bool(self._sources)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is known of any tensor: then graphs that only pass on what is known have nothing to do."""
+        return not (self._sources or self._steps or self.awaited)
+
     def sources(self, tensor: Any) -> list[Source]:
         known = self._sources.get(id(tensor))
         if known is None or known[0]() is not tensor:
@@ -171,6 +176,20 @@ def _elsewhere(tensor: Tensor) -> Callable[[Source], bool]:
 def _version(tensor: Any) -> int | None:
     """How often a tensor has been changed in place; None for one of inference mode, which does not know."""
     return None if tensor.is_inference() else tensor._version
+
+
+def begins_passage(handed: Sequence[Handed], arguments: Sequence[Any]) -> bool:
+    """Whether a graph hands on tokens of a cache that is among its own arguments, or that it takes for one."""
+    return any(one.tokens is not None or isinstance(arguments[one.argument], PackedKV) for one in handed)
+
+
+def idle_call(inner: Callable[..., Any], passing: Callable[..., Any], passed: Passed) -> Callable[..., Any]:
+    """Call `passing`, which is `inner` and all that looks after what is handed on; `inner`, while nothing has been."""
+
+    def call(*args: Any) -> Any:
+        return inner(*args) if passed.is_idle else passing(*args)
+
+    return call
 
 
 def handing_call(inner: Callable[..., Any], handed: Sequence[Handed], passed: Passed) -> Callable[..., Any]:

@@ -42,31 +42,25 @@ def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any, passed: Pass
     """
     rewritten = plan.rewritten
     assert rewritten is not None
-    inputs, written, kept = rewritten.inputs, rewritten.written, rewritten.kept
-    changed, used = [*written, *(keep.argument for keep in kept)], list(rewritten.caches)
+    changed, used = [*rewritten.written, *(keep.argument for keep in rewritten.kept)], list(rewritten.caches)
+    inputs = [(i, None if kind == "plain" else _reader(kind, passed)) for i, kind in rewritten.inputs]
+    joined = rewritten.joined
     finish = _finisher(plan, passed) if rewritten.has_extra_outputs else None
 
-    def call(*args: Any) -> Any:
-        flat = []
-        for argument in rewritten.joined:
+    def call(*args: Any) -> Any:  # whatever this does, small models wait for it
+        for argument in joined:
             args[argument]._store.settle()
         for argument in changed:
             args[argument]._store.own()
-        here = [args[argument]._store for argument in used]
+        here, offloads = [args[argument]._store for argument in used], False
         for store in here:
             if not store.is_counted:
                 store.join(stores)
-        offloaded = stage(here)
+            offloads = offloads or store.host is not None
+        offloaded = stage(here) if offloads else None
         moved: dict[HostMemory, Ranges] | None = None
         try:
-            for argument, component in inputs:
-                value = args[argument]
-                if component == "first_token":
-                    flat.append(value.first_token.shape[0])
-                elif component == "steps":
-                    flat.append(passed.steps(value))
-                else:
-                    flat.append(value if component == "plain" else _component(value._store, component))
+            flat = [args[argument] if read is None else read(args[argument]) for argument, read in inputs]
             for argument in changed:
                 args[argument]._store.changing()
             outputs = inner(*flat)
@@ -96,18 +90,20 @@ def _moved(
     return moved
 
 
-def _component(store: Store, component: str) -> Tensor:
-    if component in ("codes", "scales"):
-        return store.staged[component == "scales"]
-    if component == "center":
-        assert store.center is not None
-        return store.center.contiguous()  # strides are compiled, and those of a copy of some heads are a larger one's
-    if component in ("held", "held_ranges"):
-        assert store.held is not None
-        return store.held.data if component == "held" else store.held.ranges
+def _reader(component: str, passed: Passed) -> Callable[[Any], Any]:
+    """Gets what a graph is given in place of an argument: of a packed cache, or Δ of what another graph has read."""
+    return passed.steps if component == "steps" else _READERS[component]
+
+
+def _center(cache: PackedKV) -> Tensor:
+    center = cache._store.center
+    assert center is not None
+    return center.contiguous()  # strides are compiled, and those of a copy of some heads are a larger one's
+
+
+def _active(cache: PackedKV) -> Tensor:
+    store = cache._store
     active = store.active
-    if component == "active_range":
-        return torch.tensor(NO_RANGE if active is None else (active.start, active.stop))
     if active is None or active.data.shape[2] < 2:  # sizes 0 and 1 are special to compilers: never pass them
         batch, heads, _, head_dim = store.shape
         padded = torch.zeros(batch, heads, 2, head_dim, dtype=store.dtype, device=store.device)
@@ -115,6 +111,23 @@ def _component(store: Store, component: str) -> Tensor:
             padded[:, :, : active.data.shape[2]] = active.data
         return padded
     return active.data
+
+
+def _active_range(cache: PackedKV) -> Tensor:
+    active = cache._store.active
+    return torch.tensor(NO_RANGE if active is None else (active.start, active.stop))
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "codes": lambda cache: cache._store.staged[0],
+    "scales": lambda cache: cache._store.staged[1],
+    "first_token": lambda cache: cache.first_token.shape[0],
+    "center": _center,
+    "held": lambda cache: cache._store.held.data,
+    "held_ranges": lambda cache: cache._store.held.ranges,
+    "active": _active,
+    "active_range": _active_range,
+}
 
 
 def _finisher(plan: Plan, passed: Passed) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from .offload import Offload
 
 _ops = torch.ops.jkv
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what `jkv::append` takes
+NOTHING = 0, 0
 TOKEN, CHANNEL = 2, 3  # canonical axes are (batch, head, token, channel)
 
 
@@ -112,7 +113,7 @@ class Store:
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self.tells_steps = False  # whether graphs tell Δ of what they read of it, for another graph to correct by
         self._family: Family | None = None
-        self.window = 0, 0  # how many tokens are to be held in full precision, of the first ones and of the newest
+        self.window = NOTHING  # how many tokens are to be held in full precision, of the first ones and of the newest
         self.center: Tensor | None = None  # [B, H, 1, D] in `dtype`: what is stored are tokens less this
         self._told_center = False  # that there is one, where it is told rather than known
         self._held: Held | None = None
@@ -204,8 +205,8 @@ class Store:
         """How many of the first tokens, and of the newest before a chunk, are held in full precision."""
         if self._held is not None:
             return self._held.capacity
-        if self._room is not None or not any(self.window):
-            return self._room or (0, 0)
+        if self._room is not None or self.window == NOTHING:
+            return self._room or NOTHING
         sink, recent = self.window
         return (sink, recent) if self.grows else (min(sink, self.shape[TOKEN]), min(recent, self.shape[TOKEN]))
 
@@ -218,6 +219,12 @@ class Store:
         """What is held of an offloaded cache goes to host memory, until it is asked for."""
         if self._held is not None and self.host is not None and self.host.slot is None:  # otherwise with the slot
             self._held.park(self.host)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What compiled graphs depend on, but for its shape and strides."""
+        centered = self.center is not None or self._told_center
+        return self.dtype, self.bits, self.quantizer, self.tells_steps, self.held_tokens, centered
 
     def told_of(self, held_tokens: tuple[int, int], centered: bool) -> None:
         """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision, and whether

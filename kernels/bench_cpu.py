@@ -105,7 +105,7 @@ def in_float32(attend: Callable[[], object]) -> Callable[[], object]:
     """The same, where integers are multiplied, with products in float32."""
     kernels = cpu.kernels()
     assert kernels is not None
-    chosen = kernels.few_rows, kernels.half_precision, kernels.byte_products
+    chosen = kernels.few_rows, kernels.half_precision, kernels.byte_products, kernels.in_place
 
     def call() -> None:
         kernels.configure(0, half_precision=False)

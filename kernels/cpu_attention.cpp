@@ -168,9 +168,10 @@ template <class Op> void attend(const AttentionCall& a, const Plan& plan, i64 un
     const bool current = !block.span->packed;
     const i64 diagonal = a.current - a.length - block.row;  // key j of the block is visible to query i if j <= i + diagonal
     if (current && a.causal && last_query + diagonal < 0) continue;
-    const int n = block.n, padded = (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
+    const int n = block.n;
     const bool few_integers = plan.few && !current, many_integers = plan.many && !current, integers = few_integers || many_integers;
     const bool plainly = current && plan.few && rows * n <= 256;  // a product of matrices is not worth its preparation
+    const int padded = plainly ? (n + 15) / 16 * 16 : (n + 63) / 64 * 64, half_n = padded / 2;  // few distinct sizes: brgemm compiles for each
     auto codes = [&](const Packed& x) { return x.codes + batch * x.codes_b + head * x.codes_h + block.start * x.codes_s; };
     if (integers) load_block_scales(a, s, batch, head, block);
     else if (!current) load_cached<Op>(a, s, batch, head, block, padded);
@@ -327,7 +328,7 @@ bool run(const AttentionCall& a) {
   plan.repeat = a.heads / a.kv_heads;
   plan.rows = plan.repeat * a.length;  // query heads that share keys are rows of one product
   plan.few = plan.rows <= a.few && a.keys.bits < 8 && a.values.bits < 8 && a.keys.groups <= 8 && a.values.groups <= 8 &&
-             (!a.bytes || FewRows::multiplied_in_place(a));
+             (!a.in_place || FewRows::multiplied_in_place(a));
   plan.many = !plan.few && a.bytes && ManyRows::takes(a);
   for (const Span& span : a.spans)
     for (i64 j = span.start; j < span.stop; j += KEYS)

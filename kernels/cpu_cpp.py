@@ -45,7 +45,7 @@ FLAGS = (
 X86_FLAGS = ("-mprefer-vector-width=512",)
 
 FEW_ROWS = 16
-FEW_ROWS_IN_BYTES = 12  # from there on it pays to put codes into bytes, which all rows share
+FEW_ROWS_IN_PLACE = 12  # without the library's integer products: more rows share codes that are expanded once
 
 
 class BuildError(RuntimeError):
@@ -184,6 +184,8 @@ class Kernels:
         multiplies_bytes: whether the processor that this was compiled for has VNNI or AVX2.
         few_rows: up to how many query rows per key/value head take codes where they lie, as integers; 0 where the
             library's integer products fail and there are none of ours.
+        in_place: whether those rows are multiplied in loops of ours alone. Where a processor has VNNI and no AMX, the
+            library's product of signed bytes raises, or gives wrong numbers (torch 2.13, AVX512-BF16).
 
     Raises:
         BuildError: torch does not take the operators.
@@ -192,7 +194,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         for function in (library.jkv_define, library.jkv_install):
             function.restype = ctypes.c_char_p
-        library.jkv_configure.argtypes = (ctypes.c_int64, ctypes.c_bool, ctypes.c_bool)
+        library.jkv_configure.argtypes = (ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_bool)
         library.jkv_multiplies_bytes.restype = ctypes.c_bool
         self._library = library
         self.multiplies_bytes: bool = library.jkv_multiplies_bytes()
@@ -211,10 +213,13 @@ class Kernels:
         if error:
             raise BuildError(f"torch does not take the C++ kernels: {error.decode()}")
 
-    def configure(self, few_rows: int, half_precision: bool, byte_products: bool = False) -> None:
+    def configure(
+        self, few_rows: int, half_precision: bool, byte_products: bool = False, in_place: bool = False
+    ) -> None:
         """Set which products are used, by the whole process."""
-        self.few_rows, self.half_precision, self.byte_products = few_rows, half_precision, byte_products
-        self._library.jkv_configure(few_rows, half_precision, byte_products)
+        self.few_rows, self.half_precision = few_rows, half_precision
+        self.byte_products, self.in_place = byte_products, in_place
+        self._library.jkv_configure(few_rows, half_precision, byte_products, in_place)
 
     @property
     def products(self) -> str:
@@ -238,11 +243,10 @@ class Kernels:
         self.configure(FEW_ROWS, half_precision=True)
         if not self.agrees_with_reference(torch.bfloat16):
             self.configure(0, half_precision=True)
-            self.configure(0, half_precision=self.agrees_with_reference(torch.bfloat16))
-        if not self.half_precision and self.multiplies_bytes:
-            self.configure(FEW_ROWS_IN_BYTES, half_precision=False, byte_products=True)
-            if not self.agrees_with_reference(torch.bfloat16):
-                self.configure(0, half_precision=False)
+            half = self.agrees_with_reference(torch.bfloat16)
+            self.configure(FEW_ROWS_IN_PLACE, half, byte_products=not half, in_place=True)
+            if not self.multiplies_bytes or not self.agrees_with_reference(torch.bfloat16):
+                self.configure(0, half)
         if not self.agrees_with_reference(torch.float32):
             raise BuildError("what was compiled does not compute what the reference does on this machine")
 
@@ -257,7 +261,7 @@ class Kernels:
         rounded = self.round_unbiased(source, 2, 32)
         if not torch.allclose(rounded, quantizers.round_unbiased(source, 2, 32), rtol=1e-4, atol=1e-4):
             return False
-        for length in (1, 40):
+        for length in (1, FEW_ROWS_IN_PLACE, FEW_ROWS, 40):  # each has products of its own
             rows = query[:, :, :length]
             arguments = (rows, codes, scales, codes, scales, [0, 200], key, key, None, False, 0.125, 2, 2, "taylor")
             try:

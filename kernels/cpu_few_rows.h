@@ -135,7 +135,7 @@ struct FewScratch {
   Buffer<i8> query, weights;
   Buffer<u32> words, quads;
   Buffer<i32> scores, output;
-  Buffer<float> unit, total;
+  Buffer<float> unit, total, row;
 };
 
 struct FewRows {
@@ -145,7 +145,7 @@ struct FewRows {
   const int rows;
   const i64 dim = a.keys.dim, groups = a.keys.groups, dv = a.values.dim, value_groups = a.values.groups;
   const i64 output_pitch = dv + 16;
-  const bool direct = (rows <= DIRECT_ROWS || a.bytes) && multiplied_in_place(a);
+  const bool direct = (rows <= DIRECT_ROWS || a.in_place) && multiplied_in_place(a);
 
   // Per group two rows of the integer product for each query, high and low bytes, zero outside of the group.
   void set_queries(i64 batch, i64 head) {
@@ -156,25 +156,26 @@ struct FewRows {
     s.words.get(max(dim, dv) / 4 * PITCH), s.quads.get(max(dim, dv) / 4 * PITCH), s.nothing.get(dv);
     memset(out, 0, products * dim);
     const i64 size = dim / groups;
-    std::vector<float> x(dim);
+    float* x = s.row.get(dim);
     by_dtype(a.dtype, [&](auto dtype) {
       for (int r = 0; r < rows; r++) {
         const char* q = query_row(batch, head, r);
-        float largest = 0;
-        bool finite = true;
+        float largest = 0, nothing = 0;  // NaN, where a channel is not finite
+        #pragma omp simd reduction(max : largest) reduction(+ : nothing)
         for (i64 c = 0; c < dim; c++) {
-          x[c] = get<dtype>(q, c);
-          largest = max(largest, std::fabs(x[c]));
-          finite &= std::isfinite(x[c]);
+          const float y = get<dtype>(q, c), size = std::fabs(y);
+          x[c] = y, nothing += y * 0, largest = size > largest ? size : largest;
         }
-        if (!finite) std::fill(x.begin(), x.end(), 0.f);
+        const bool finite = nothing == 0;
+        if (!finite) std::fill(x, x + dim, 0.f);
         unit[r] = finite ? largest / MOST : NAN;
         const float inverse = finite && largest > 0 ? MOST / largest : 0;
         for (i64 g = 0; g < groups; g++) {
           i8* row = out + (g * rows + r) * 2 * dim;
           float sum = 0;
+          #pragma omp simd reduction(+ : sum)
           for (i64 c = g * size; c < (g + 1) * size; c++) {
-            split(std::lrintf(x[c] * inverse), row[c], row[dim + c]);
+            split(nearest(x[c] * inverse), row[c], row[dim + c]);
             sum += x[c];
           }
           total[r * groups + g] = sum;
@@ -193,6 +194,11 @@ struct FewRows {
   // x = 256 high + low, for |x| up to MOST.
   static constexpr float MOST = 127 * 256 + 127;
   static void split(i32 x, i8& high, i8& low) { high = (x + 128) >> 8, low = x; }
+  // The nearest integer, of a number below 2^22: `lrintf` in a form that compilers have vectors for.
+  static i32 nearest(float x) {
+    constexpr float places = 3 << 22;  // adding this leaves a float no places but those of integers
+    return __builtin_bit_cast(i32, x + places) - __builtin_bit_cast(i32, places);
+  }
 
   // Scores of a cached block, corrected, in units of log2: [rows][PITCH].
   void score(const u8* codes, int n, int padded, const float* step, const float* zero, const float* square, const float* norm, float* scores) {
@@ -313,11 +319,16 @@ struct FewRows {
       const char* k = key.data + (batch * key.b + head * key.h + block.start * key.s) * width_of(dtype);
       for (int r = 0; r < rows; r++) {
         const char* q = query_row(batch, head, r);
-        for (int j = 0; j < block.n; j++) {
-          float sum = 0;
-          #pragma omp simd reduction(+ : sum)
-          for (i64 c = 0; c < dim; c++) sum += get<dtype>(q, c) * get<dtype>(k, j * key.s + c);
-          scores[r * PITCH + j] = sum;
+        for (int j = 0; j < block.n; j += 4) {  // whose sums do not wait for one another
+          const i64 last = block.n - 1, i0 = j * key.s, i1 = min<i64>(j + 1, last) * key.s, i2 = min<i64>(j + 2, last) * key.s, i3 = min<i64>(j + 3, last) * key.s;
+          float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+          #pragma omp simd reduction(+ : s0, s1, s2, s3)
+          for (i64 c = 0; c < dim; c++) {
+            const float x = get<dtype>(q, c);
+            s0 += x * get<dtype>(k, i0 + c), s1 += x * get<dtype>(k, i1 + c), s2 += x * get<dtype>(k, i2 + c), s3 += x * get<dtype>(k, i3 + c);
+          }
+          float* to = scores + r * PITCH + j;  // rows have room for more
+          to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
         }
       }
     });

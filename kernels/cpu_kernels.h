@@ -64,7 +64,8 @@ struct AttentionCall {
   i64 threads;
   bool exact;  // float32 products
   i64 few;     // up to how many query rows per key/value head take integer products
-  bool bytes;  // integer products in loops of ours, for any number of rows, where the library has none
+  bool bytes;  // integer products in loops of ours, for any number of rows, where the library has none in bf16
+  bool in_place;  // those of few rows are all in loops of ours, where the library has none of bytes, or wrong ones
 };
 struct AppendCall {
   Packed cache;  // block == 1

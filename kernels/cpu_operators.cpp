@@ -16,7 +16,7 @@ using c10::IValue;
 typedef torch::jit::Stack Stack;
 
 std::atomic<i64> few_rows{0};
-std::atomic<bool> half_precision{true}, byte_products{false};
+std::atomic<bool> half_precision{true}, byte_products{false}, few_in_place{false};
 
 // Waking a thread takes as long as a few thousand elements.
 i64 threads_for(i64 elements) { return elements < 32768 ? 1 : at::get_num_threads(); }
@@ -185,6 +185,7 @@ bool attention(const IValue* cache, const IValue* rest, AttentionCall& call, boo
   call.threads = threads_for(query.numel() * columns / 64);
   call.exact = call.dtype == FLOAT32 || !half_precision;
   call.few = call.dtype == FLOAT32 ? 0 : few_rows.load(), call.bytes = call.dtype != FLOAT32 && byte_products;
+  call.in_place = few_in_place;
   TORCH_CHECK(run(call), "jkv: torch's brgemm failed in the CPU attention kernel; set JKV_CPU_KERNEL=torch");
   results.emplace_back(output);
   if (with_lse) results.emplace_back(lse);
@@ -363,7 +364,9 @@ template <class F> std::string message_of(F f) {
 
 extern "C" {  // the libraries are never destroyed: that would race with the end of the process
 
-void jkv_configure(i64 rows, bool half, bool bytes) { few_rows = rows, half_precision = half, byte_products = bytes; }
+void jkv_configure(i64 rows, bool half, bool bytes, bool in_place) {
+  few_rows = rows, half_precision = half, byte_products = bytes, few_in_place = in_place;
+}
 
 // Whether the compiler had instructions for products of bytes.
 bool jkv_multiplies_bytes() {

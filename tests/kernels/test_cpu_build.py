@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from jkv_compile.kernels import cpu, cpu_cpp
+from jkv_compile.kernels import cpu, cpu_cpp, reference
 
 # The calls below take both phases, and print which kernels did it.
 PROBE = """
@@ -201,6 +202,35 @@ def test_without_integer_products_few_rows_take_the_general_path(monkeypatch, bu
     finally:
         monkeypatch.undo()
         kernels.choose_products()
+
+
+def test_where_the_library_multiplies_bytes_wrongly_few_rows_are_multiplied_in_place(monkeypatch, built):
+    """So it does with AVX512-BF16 and without AMX, in torch 2.13."""
+    kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
+    if not kernels.multiplies_bytes:
+        pytest.skip("this processor has neither VNNI nor AVX2")
+    right = lambda self, dtype: self.in_place or not self.few_rows  # noqa: E731
+    monkeypatch.setattr(cpu_cpp.Kernels, "agrees_with_reference", right)
+    kernels.choose_products()
+    assert kernels.few_rows == cpu_cpp.FEW_ROWS_IN_PLACE and kernels.in_place
+    assert kernels.half_precision and not kernels.byte_products
+    monkeypatch.undo()
+    kernels.choose_products()
+
+
+def test_the_numeric_probe_tries_each_kind_of_product(built, monkeypatch):
+    """A row count that no probe has is a product that nobody has checked."""
+    kernels = cpu_cpp.Kernels(ctypes.CDLL(str(built)))
+    rows = []
+
+    def attention(*arguments):
+        rows.append(arguments[0].shape[2])
+        return reference.attention(*arguments)
+
+    kernels.attention = attention
+    kernels.agrees_with_reference(torch.float32)
+    few = {kernels.few_rows, cpu_cpp.FEW_ROWS, cpu_cpp.FEW_ROWS_IN_PLACE} - {0}
+    assert {1, *few} <= set(rows) and max(rows) > cpu_cpp.FEW_ROWS
 
 
 def test_the_librarys_bfloat16_products_come_before_ours(monkeypatch, built):

@@ -14,7 +14,6 @@ from jkv_compile import runtime
 from jkv_compile.passes import lower_attention, lower_reads, rewrite
 from jkv_compile.passes.actions import Append, Move
 from jkv_compile.passes.segments import Cached, Fresh, Segment
-from jkv_compile.store import Store
 
 from .layers import Case
 from .oracle import differs_from_derivation
@@ -131,12 +130,7 @@ def one_token_late(write: Any) -> Any:
 
 def chunk_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """The range that another graph has written is forgotten, and attended quantized."""
-    right = runtime._component
-
-    def wrong(store: Store, component: str) -> Any:
-        return torch.tensor((0, 0)) if component == "active_range" else right(store, component)
-
-    monkeypatch.setattr(runtime, "_component", wrong)
+    monkeypatch.setitem(runtime._READERS, "active_range", lambda cache: torch.tensor((0, 0)))
 
 
 def without(name: str) -> Callable[[pytest.MonkeyPatch], None]:
