@@ -55,6 +55,7 @@ class Measurement:
     against_sdpa: dict[str, float] = field(default_factory=dict)  # > 1: faster than SDPA in bf16
     relative_error: dict[str, float] = field(default_factory=dict)  # against float32 on the same packed data
     rate_of_mm: float = 0.0  # the kernel's FLOP/s as a fraction of a large bf16 torch.mm's
+    at_mm_rate: float = 0.0  # how many times faster than SDPA the two products alone would be, at that rate
     correction_cost: float = 0.0  # share of the uncorrected kernel's time
 
 
@@ -165,6 +166,7 @@ def measure(rows: int, cached: int, current: int, group_size: int, budget: float
     mm = 2 * side**3 / result.milliseconds.pop("mm")
     result.rate_of_mm = 4 * HEADS * rows * (cached + current) * HEAD_DIM / result.milliseconds["jkv"] / mm
     result.correction_cost = result.milliseconds["jkv"] / result.milliseconds["jkv, uncorrected"] - 1
+    result.at_mm_rate = result.milliseconds["SDPA bf16"] / result.milliseconds["jkv"] / result.rate_of_mm
     result.against_sdpa = {k: result.milliseconds["SDPA bf16"] / v for k, v in result.milliseconds.items()}
 
     few = slice(0, min(rows, 32))
@@ -267,10 +269,10 @@ def main() -> None:
             m = measure(*shape, options.group_size, options.budget, not options.quick)
             measurements.append(m)
             ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in m.against_sdpa.items() if name != "SDPA bf16")
-            logger.info("%d threads, %d rows, %d+%d keys: SDPA %.3f ms; times faster: %s; error %s; of mm's rate %.2f; "
-                        "correction %+.1f %%",
+            logger.info("%d threads, %d rows, %d+%d keys: SDPA %.3f ms; times faster: %s; error %s; of mm's rate %.2f, "
+                        "at which it would be %.1f times faster; correction %+.1f %%",
                         m.threads, m.query_rows, m.cached, m.current, m.milliseconds["SDPA bf16"], ratios,
-                        ", ".join(f"{e:.1e}" for e in m.relative_error.values()), m.rate_of_mm,
+                        ", ".join(f"{e:.1e}" for e in m.relative_error.values()), m.rate_of_mm, m.at_mm_rate,
                         100 * m.correction_cost)  # fmt: skip
         other[threads] = {**measure_append(options.budget), **measure_calls(options.budget / 3)}
         logger.info(
