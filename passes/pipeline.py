@@ -45,7 +45,7 @@ NEWEST_UNKNOWN = (
     "packed, but recent={} is not honoured: it is written at places that a tensor holds, so that which tokens are the "
     "newest is not known"
 )
-UNKNOWN = "what it reads is written to, and has no three to five dimensions of which one runs along tokens"
+UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
 ONE_SIDE = "only one of key and value comes from a cache"
 
 
@@ -449,6 +449,7 @@ def _adoptable(
     plans: dict[Holder, CachePlan] = {}
     mirrored = [r for r in tracking.returned if r.mirrors]
     actions: list[Action] = [*tracking.attends, *tracking.dense, *mirrored]
+    sides = [{h.node for action in actions for h, _ in _read_by(action)[side]} for side in range(2)]
     for action in actions:
         keys, values = _read_by(action)
         keys, values = ([(h, a) for h, a in side if h.packed or is_cache(action, h)] for side in (keys, values))
@@ -474,12 +475,11 @@ def _adoptable(
                     if holder.packed:
                         continue
                     config.check_head_dim(int(holder.shape[axes[3]]))
-                    parts = sum(h.node is holder.node for h in tracking.caches)
                     centered = config.centers(side)
-                    if parts > 1 or keys == values:  # keys and values lie in one tensor
+                    if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
                     held = config.sink, config.recent
-                    settings = bits, config.group_size, config.quantizer, held, centered
+                    settings = bits, config.group_size, config.quantizer, held, centered, holder.fold
                     plans.setdefault(holder, CachePlan(axes, *settings))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)

@@ -40,6 +40,8 @@ class Roles:
                 window = self._locate(write.target, base)
                 shape = example(base).shape
                 partial = {a for a in range(len(shape)) if window is not None and not window.covers(shape, a)}
+                if window is not None and len(shape) > 4 and partial.intersection(window.axes):
+                    partial.intersection_update(window.axes)  # others are selected: those of a layer, keys or values
                 if window is not None and write.positions is not None and window.axes[write.dim] is not None:
                     partial = {window.axes[write.dim]}  # type: ignore[arg-type]
                 written.setdefault(base, set()).update(partial)
@@ -85,6 +87,7 @@ class Roles:
         if base.op == "placeholder":
             shape = example(base).shape
             left = [a for a in range(len(shape)) if not window.covers(shape, a) and (a or len(shape) < 5)]
+            left = [axis] if len(shape) > 5 else left  # of which several are selected
             self.axes.setdefault(base, left[0] if same(value.shape[dim], 1) and len(left) == 1 else axis)
         elif parts := copied(base):
             for part in parts:

@@ -90,8 +90,7 @@ class Tracker:
         for argument in node.all_input_nodes:
             if mutates(node, argument):
                 raise Unsupported(f"`{name_of(node)}` changes it in place")
-        boxes = all(self.contents.is_box(v) for v in shown)
-        if not boxes or any(argument in self.contents.plain for argument in node.all_input_nodes):
+        if not self.contents.shows_boxes(node) or any(argument in self.contents.plain for argument in node.all_input_nodes):
             self.contents.plain[node] = self.contents.sources_of_inputs(node)
             for argument in node.all_input_nodes:
                 self._read(node, argument)

@@ -105,11 +105,11 @@ CASES: dict[str, tuple[type[Sliced], Callable[[], Any], str, str]] = {
     ),
     "memory with gaps": (Sliced, lambda: (gaps(), gaps()), "SHARED_MEMORY", "it is expanded or has gaps"),
     "six dimensions": (
-        SixDimensions, lambda: torch.zeros(1, 2, *SHAPE), "LAYOUT", "has no three to five dimensions of which one runs"
+        SixDimensions, lambda: torch.zeros(1, 2, *SHAPE), "LAYOUT", "has no three dimensions or more of which one runs"
     ),
     "two dimensions": (
         TwoDimensions, lambda: tuple(torch.zeros(2, TOKENS, HEADS * HEAD_DIM).clone().unbind()), "LAYOUT",
-        "has no three to five dimensions of which one runs",
+        "has no three dimensions or more of which one runs",
     ),
     "some batch entries": (
         SomeEntries, lambda: tuple(torch.zeros(3, *SHAPE[1:]) for _ in range(2)), "WRITE",
