@@ -142,6 +142,9 @@ def _write_of(node: Node) -> Write | None:
 
 def _item_write(node: Node, base: Node, target: Tensor) -> Write | None:
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if any(part is Ellipsis for part in index):
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (target.dim() - len(index) + 1), *index[at + 1 :])
     tensors = [i for i, part in enumerate(index) if isinstance(example(part), Tensor)]
     if not tensors:
         return Write(_indexed(target, torch.fx.node.map_arg(node.args[1], example)), base, node.args[2])
