@@ -75,15 +75,18 @@ class Contents:
         if dim is not None and shaped is not value:
             window = locate(value.size(), value.stride(), offset(value), shaped.shape, shaped.stride())
             dim = None if window is None else window.axes[dim]
-        if dim is None or dim == shaped.dim() - 1:
+        last = shaped.dim() - 1
+        channel = self.roles.channels.get(node, last) if last < 4 and shaped is value else last
+        if dim is None or dim == channel:
             return None
         holders = []
         for fold in folds(shaped.dim()):
             geometry = four_dimensional(shaped.shape, shaped.stride(), fold)
             if geometry is not None:
-                tokens = folded_axis(dim, fold)
-                batch, head = (axis for axis in range(3) if axis != tokens)
-                holder = Holder(node, *geometry, value.dtype, tokens, None, roles=(batch, head, tokens, 3), fold=fold)
+                roles = tokens, channels = folded_axis(dim, fold), folded_axis(channel, fold)
+                batch, head = (axis for axis in range(4) if axis not in roles)
+                roles = batch, head, tokens, channels
+                holder = Holder(node, *geometry, value.dtype, tokens, None, roles=roles, fold=fold)
                 holder.offset = offset(shaped)
                 holders.append(holder)
         used = self.used.get(identity(value), [])

@@ -11,7 +11,7 @@ all others are `Cached`, however the model spells it (slice write and slice read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -351,11 +351,14 @@ class Tracker:
             if any(isinstance(s.content, Scattered) for s in segments):
                 self._check_scattered(call, segments, holder)
             contents.append(segments)
-            own = (
+            own: Sequence[int | None] = (
                 window.axes
                 if holder.root is None
                 else [None if a is None else holder.root_axes[a] for a in window.axes]
             )
+            if own.count(None) == 1:  # a copy of three dimensions, of a cache that has one batch entry
+                missing = next(a for a in range(4) if a not in own)
+                own = [missing if a is None and same(holder.cache.shape[missing], 1) else a for a in own]
             if None in own:
                 raise Unsupported("a dimension of its keys or values is none of the cache's")
             axes.append(tuple(a for a in own if a is not None))
