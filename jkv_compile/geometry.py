@@ -99,12 +99,14 @@ def _locate(
         if axis is not None:
             lengths[axis] = n
     # A dimension of size 1 can stand for any axis of which one index is left; its step tells which one it was.
-    for alike in (True, False):
-        for i, axis in enumerate(axes):
-            found = [a for a in free if not alike or same(stride[i], strides[a])] if axis is None else []
-            if found:
-                axes[i] = found[0]
-                free.remove(found[0])
+    for i in reversed(range(len(size))):
+        found = [a for a in free if same(stride[i], strides[a])] if axes[i] is None else []
+        if found:
+            axes[i] = found[-1]
+            free.remove(found[-1])
+    for i, axis in enumerate(axes):
+        if axis is None and free:
+            axes[i] = free.pop(0)
     starts: list[int] = [0] * ndim
     partial = [a for a in range(ndim) if not same(lengths[a], shape[a])]
     partial.sort(key=lambda a: hint(strides[a]), reverse=True)

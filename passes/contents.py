@@ -274,6 +274,13 @@ def locate_in(value: Tensor, holder: Holder) -> Window | None:
     return locate(value.size(), value.stride(), offset(value) - holder.offset, holder.shape, holder.strides)
 
 
+def token_dimension(window: Window, holder: Holder) -> int:
+    """The dimension of a view that runs along tokens."""
+    if holder.token_axis not in window.axes:
+        raise Unsupported("a view of it shows a single token, and has no dimension along tokens")
+    return window.axes.index(holder.token_axis)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """The tensors of a result: itself, or the elements of a tuple."""
     values = value if isinstance(value, (tuple, list)) else (value,)

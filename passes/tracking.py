@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from ..geometry import Window, same
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Returned, Scatter, Tracking
 from .attention_forms import AttentionCall, as_attention
-from .contents import CANNOT_FOLLOW, Contents, Unsupported, locate_in, reason_of, tensors
+from .contents import CANNOT_FOLLOW, Contents, Unsupported, locate_in, reason_of, tensors, token_dimension
 from .copies import copy_of_tokens
 from .nodes import CONCATENATIONS, COPIES, Write, as_write, example, identity, mutates, name_of
 from .segments import Cached, Content, Fresh, Scattered, Segment, at_most, equal, overlap, overwrite
@@ -339,7 +339,7 @@ class Tracker:
         contents, axes = [], []
         for argument, holder in ((call.key, key_holder), (call.value, value_holder)):
             window, segments = self.contents.content(example(argument), holder, self.time)
-            if window.axes.index(holder.token_axis) != 2:
+            if token_dimension(window, holder) != 2:
                 raise Unsupported("tokens are not the third dimension of its keys and values")
             segments = [s for s in segments if not same(s.start, s.stop)]
             for segment in segments:
