@@ -113,22 +113,25 @@ def _locate(
     if any(same(strides[a], 0) for a in partial):  # an expanded axis: any of its indices is any other
         return None
     for i, a in enumerate(partial):
-        inner = i + 1 < len(partial) and isinstance(offset, torch.SymInt) and offset.node.has_hint()
-        starts[a] = constant(_steps(offset, strides[a]) if inner and not anywhere else offset // strides[a])
+        known = all(not isinstance(n, torch.SymInt) or n.node.has_hint() for n in (offset, strides[a]))
+        along = known and not anywhere and i + 1 < len(partial)
+        starts[a] = constant(_steps(offset, strides[a]) if along else offset // strides[a])
         offset = offset - starts[a] * strides[a]
     if offset != 0 or any(_outside(starts[a], lengths[a], shape[a]) for a in partial):
         return None
     return Window(tuple(starts), tuple(lengths), tuple(axes))
 
 
-def _steps(offset: torch.SymInt, stride: int) -> int:
+def _steps(offset: int, stride: int) -> int:
     """How many times an axis' stride goes into an offset, of which a part is along axes with smaller ones."""
-    node, step = offset.node, stride.node.expr if isinstance(stride, torch.SymInt) else stride
-    whole, parts = 0, (term / step for term in node.expr.expand().as_ordered_terms() if not term.is_number)
-    for part in parts:
-        if part.as_numer_denom()[1] == 1:
-            whole += part
-    value = node.shape_env.create_symintnode(whole, hint=None) if whole != 0 else 0
+    if not isinstance(offset, torch.SymInt) and not isinstance(stride, torch.SymInt):
+        return offset // stride
+    value = 0
+    if isinstance(offset, torch.SymInt):
+        step = stride.node.expr if isinstance(stride, torch.SymInt) else stride
+        parts = [term / step for term in offset.node.expr.expand().as_ordered_terms() if not term.is_number]
+        whole = sum(part for part in parts if part.as_numer_denom()[1] == 1)
+        value = offset.node.shape_env.create_symintnode(whole, hint=None) if whole != 0 else 0
     value = value + (hint(offset) // hint(stride) - hint(value))
     rest = offset - value * stride
     bool(rest >= 0), bool(rest < stride)  # guards: it is a number of calls with other positions, too

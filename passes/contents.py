@@ -18,7 +18,6 @@ from .nodes import as_write, example, identity, is_dense, offset
 from .roles import Roles
 from .segments import Cached, Content, Fresh, Scattered, Segment, UnknownPosition, cut, hint, overlap, shift
 
-
 Box = tuple[tuple[int, int] | None, tuple[int, int] | None]  # of batch entries and of heads: (first, length), None: all
 
 
@@ -83,8 +82,8 @@ class Contents:
         for fold in folds(shaped.dim()):
             geometry = four_dimensional(shaped.shape, shaped.stride(), fold)
             if geometry is not None:
-                roles = tokens, channels = folded_axis(dim, fold), folded_axis(channel, fold)
-                batch, head = (axis for axis in range(4) if axis not in roles)
+                tokens, channels = folded_axis(dim, fold), folded_axis(channel, fold)
+                batch, head = (axis for axis in range(4) if axis not in (tokens, channels))
                 roles = batch, head, tokens, channels
                 holder = Holder(node, *geometry, value.dtype, tokens, None, roles=roles, fold=fold)
                 holder.offset = offset(shaped)
@@ -245,16 +244,12 @@ def _box(whole: Holder, window: Window) -> Box:
 
 
 def _alike(one: Box, other: Box) -> bool:
-    return all(
-        a is b if a is None or b is None else same(a[0], b[0]) and same(a[1], b[1]) for a, b in zip(one, other)
-    )
+    return all(a is b if a is None or b is None else same(a[0], b[0]) and same(a[1], b[1]) for a, b in zip(one, other))
 
 
 def _meet(one: Box, other: Box) -> bool:
     """Whether two boxes have anything in common, in the call at hand; which is guarded on."""
-    return all(
-        a is None or b is None or overlap((a[0], a[0] + a[1]), (b[0], b[0] + b[1])) for a, b in zip(one, other)
-    )
+    return all(a is None or b is None or overlap((a[0], a[0] + a[1]), (b[0], b[0] + b[1])) for a, b in zip(one, other))
 
 
 def _begins_in(value: Tensor, holder: Holder) -> bool:

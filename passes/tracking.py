@@ -90,7 +90,8 @@ class Tracker:
         for argument in node.all_input_nodes:
             if mutates(node, argument):
                 raise Unsupported(f"`{name_of(node)}` changes it in place")
-        if not self.contents.shows_boxes(node) or any(argument in self.contents.plain for argument in node.all_input_nodes):
+        read = any(argument in self.contents.plain for argument in node.all_input_nodes)
+        if read or not self.contents.shows_boxes(node):
             self.contents.plain[node] = self.contents.sources_of_inputs(node)
             for argument in node.all_input_nodes:
                 self._read(node, argument)
