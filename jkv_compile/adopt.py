@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
-from .geometry import four_dimensional, memory_order
+from .geometry import Fold, four_dimensional, memory_order
 from .packed import PackedKV
 from .store import Store
 
@@ -56,22 +56,23 @@ def adopt(
     quantizer: str | None = None,
     written: tuple[int, int] | None = None,
     centered: bool = False,
+    fold: Fold | None = None,
 ) -> Store:
     """Pack a plain cache tensor in place; what it holds is quantized.
 
     Args:
-        tensor: three to five dimensions, any order (see `geometry.four_dimensional`); afterwards a `PackedKV` of the
-            same size, stride and dtype.
+        tensor: three dimensions or more, any order; afterwards a `PackedKV` of the same size, stride and dtype.
         axes: its dimension, as a tensor of four, for each of (batch, head, token, channel).
         views: plain views of the tensor that become windows on the packed cache with it.
         quantizer: as `kernels.quantizers.Grid` spells it; the configuration's where it is not given.
         written: the tokens that were written last, where that is known.
         centered: whether tokens are stored less the mean of those that it holds.
+        fold: how it is seen as a tensor of four, see `geometry.folds`.
 
     Raises:
         ConfigurationError: groups do not tile its head_dim.
     """
-    canonical = in_four_dimensions(tensor).permute(tuple(axes))
+    canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
     store = Store.empty(
         canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
@@ -120,9 +121,9 @@ def _filled(canonical: Tensor) -> int:
     return int(places[-1]) + 1 if len(places) else 0
 
 
-def in_four_dimensions(tensor: Tensor) -> Tensor:
-    """A view of a cache with a batch in front, or its first two dimensions merged into it."""
-    geometry = four_dimensional(tensor.shape, tensor.stride())
+def in_four_dimensions(tensor: Tensor, fold: Fold | None = None) -> Tensor:
+    """A view of a cache with a batch in front, or neighbouring dimensions merged; see `geometry.folds`."""
+    geometry = four_dimensional(tensor.shape, tensor.stride(), fold)
     assert geometry is not None
     return tensor.detach().as_strided(*geometry)
 

@@ -7,7 +7,7 @@ covers them all, so that nothing here knows any of them by name. Sizes may be Sy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,22 +53,35 @@ class Window:
 
 
 def locate(
-    size: Sequence[int], stride: Sequence[int], offset: int, shape: Sequence[int], strides: Sequence[int]
+    size: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    anywhere: bool = False,
 ) -> Window | None:
     """The window that a view `(size, stride, offset)` shows of a tensor with `shape` and `strides`.
+
+    A symbol of the offset is taken for a position along the axis whose stride it is multiplied by, which is guarded on;
+    where it may be `anywhere`, as that of a view that enters a graph, whatever it is.
 
     Returns:
         None where the view is no box of the tensor (steps, expanded or merged dimensions), or where that cannot be told
         before the data is known.
     """
     try:
-        return _locate(size, stride, offset, shape, strides)
+        return _locate(size, stride, offset, shape, strides, anywhere)
     except GuardOnDataDependentSymNode:
         return None
 
 
 def _locate(
-    size: Sequence[int], stride: Sequence[int], offset: int, shape: Sequence[int], strides: Sequence[int]
+    size: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    anywhere: bool,
 ) -> Window | None:
     ndim = len(shape)
     axes: list[int | None] = [None] * len(size)
@@ -85,7 +98,12 @@ def _locate(
     for n, axis in zip(size, axes):
         if axis is not None:
             lengths[axis] = n
-    # A dimension of size 1 can stand for any axis of which one index is left.
+    # A dimension of size 1 can stand for any axis of which one index is left; its step tells which one it was.
+    for i in reversed(range(len(size))):
+        found = [a for a in free if same(stride[i], strides[a])] if axes[i] is None else []
+        if found:
+            axes[i] = found[-1]
+            free.remove(found[-1])
     for i, axis in enumerate(axes):
         if axis is None and free:
             axes[i] = free.pop(0)
@@ -94,12 +112,30 @@ def _locate(
     partial.sort(key=lambda a: hint(strides[a]), reverse=True)
     if any(same(strides[a], 0) for a in partial):  # an expanded axis: any of its indices is any other
         return None
-    for a in partial:
-        starts[a] = constant(offset // strides[a])
+    for i, a in enumerate(partial):
+        known = all(not isinstance(n, torch.SymInt) or n.node.has_hint() for n in (offset, strides[a]))
+        along = known and not anywhere and i + 1 < len(partial)
+        starts[a] = constant(_steps(offset, strides[a]) if along else offset // strides[a])
         offset = offset - starts[a] * strides[a]
     if offset != 0 or any(_outside(starts[a], lengths[a], shape[a]) for a in partial):
         return None
     return Window(tuple(starts), tuple(lengths), tuple(axes))
+
+
+def _steps(offset: int, stride: int) -> int:
+    """How many times an axis' stride goes into an offset, of which a part is along axes with smaller ones."""
+    if not isinstance(offset, torch.SymInt) and not isinstance(stride, torch.SymInt):
+        return offset // stride
+    value = 0
+    if isinstance(offset, torch.SymInt):
+        step = stride.node.expr if isinstance(stride, torch.SymInt) else stride
+        parts = [term / step for term in offset.node.expr.expand().as_ordered_terms() if not term.is_number]
+        whole = sum(part for part in parts if part.as_numer_denom()[1] == 1)
+        value = offset.node.shape_env.create_symintnode(whole, hint=None) if whole != 0 else 0
+    value = value + (hint(offset) // hint(stride) - hint(value))
+    rest = offset - value * stride
+    bool(rest >= 0), bool(rest < stride)  # guards: it is a number of calls with other positions, too
+    return value
 
 
 def _outside(start: int, length: int, limit: int) -> bool:
@@ -110,8 +146,9 @@ def _outside(start: int, length: int, limit: int) -> bool:
 
 
 def _fits(n: int, limit: int) -> bool:
-    """n <= limit; a SymInt that is not known to exceed the limit fits (a slice of a cache never does)."""
-    return isinstance(n, torch.SymInt) or isinstance(limit, torch.SymInt) or n <= limit
+    """n <= limit in the call at hand; what is not known fits (a slice of a cache never exceeds it)."""
+    known = all(not isinstance(m, torch.SymInt) or m.node.has_hint() for m in (n, limit))
+    return hint(n) <= hint(limit) if known else True
 
 
 def constant(n: int) -> int:
@@ -128,22 +165,52 @@ def same(a: int, b: int) -> bool:
     return isinstance(difference, int) and difference == 0
 
 
-def four_dimensional(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shape and strides of the same memory in four dimensions: a batch put in front, or the first two merged into it.
+Fold = tuple[int, int, int, int]  # how many dimensions of a tensor, in order, each of four axes is made of
+
+
+def folds(ndim: int) -> Iterator[Fold]:
+    """The ways to see `ndim` dimensions as four axes, of which the last is the last dimension: as many as there are.
+
+    Three have a batch put in front. Of five and more, neighbours are merged; first come those in the front.
+    """
+    if ndim in (3, 4):
+        yield ndim - 3, 1, 1, 1
+    for first in range(ndim - 3, 0, -1) if ndim > 4 else ():
+        for second in range(ndim - 2 - first, 0, -1):
+            yield first, second, ndim - 1 - first - second, 1
+
+
+def four_dimensional(
+    shape: Sequence[int], strides: Sequence[int], fold: Fold | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides of the same memory in four dimensions, by a fold; by the first one where none is given.
 
     Returns:
-        None where there are fewer than three dimensions, more than five, or the first two cannot be merged.
+        None where there are fewer than three dimensions, or those that would be one do not follow each other in memory.
     """
-    shape, strides = tuple(shape), tuple(strides)
-    if len(shape) == 3:
+    fold = fold or next(folds(len(shape)), None)
+    if fold is None:
+        return None
+    if fold[0] == 0:
         return (1, *shape), (shape[0] * strides[0], *strides)
-    if len(shape) == 5:
-        if shape[0] == 1:
-            return shape[1:], strides[1:]
-        if shape[1] != 1 and not same(strides[0], shape[1] * strides[1]):
-            return None
-        return (shape[0] * shape[1], *shape[2:]), (strides[0] if shape[1] == 1 else strides[1], *strides[2:])
-    return (shape, strides) if len(shape) == 4 else None
+    merged, at = list[tuple[int, int]](), 0
+    for count in fold:
+        size, step = shape[at + count - 1], strides[at + count - 1]
+        for n, stride in reversed(list(zip(shape, strides))[at : at + count - 1]):
+            if same(size, 1):
+                size, step = n, stride
+            elif not same(n, 1):
+                if not same(stride, size * step):
+                    return None
+                size = n * size
+        merged.append((size, step))
+        at += count
+    return tuple(n for n, _ in merged), tuple(step for _, step in merged)
+
+
+def folded_axis(dim: int, fold: Fold) -> int:
+    """The axis that a dimension is, or is part of."""
+    return dim + 1 if fold[0] == 0 else next(i for i in range(4) if dim < sum(fold[: i + 1]))
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:

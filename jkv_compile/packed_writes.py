@@ -23,9 +23,14 @@ def copy_(target: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(target, PackedKV):
         return NotImplemented  # a plain tensor takes a copy of a packed one: a read
     _refuse_gradients(source)
-    window, store = target.window(), target._store
     if target.numel() == 0:
         return target
+    if len(boxes := _boxes(target)) > 1:
+        source = source.expand(target.shape)
+        for path in boxes:
+            copy_(_selected(target, path), _selected(source, path))
+        return target
+    window, store = target.window(), target._store
     origin = packed_origin(source, target, window)
     if origin is not None:
         store.move(source._store, origin.starts, window.starts, window.lengths)  # type: ignore[attr-defined]
@@ -38,8 +43,10 @@ def copy_(target: Any, source: Tensor, non_blocking: bool = False) -> Any:
 def fill_(target: Any, value: Any) -> Any:
     if not isinstance(target, PackedKV):
         return NotImplemented
-    window = target.window()
-    target._store.fill(float(value), window.starts, window.lengths)
+    for path in _boxes(target):
+        part = _selected(target, path)
+        window = part.window()
+        part._store.fill(float(value), window.starts, window.lengths)
     return target
 
 
@@ -53,6 +60,11 @@ def masked_fill_(target: Any, mask: Tensor, value: Any) -> Any:
     """`cache.masked_fill_(mask, 0)`: a reset of whole tokens."""
     if not isinstance(target, PackedKV):
         return NotImplemented
+    if len(boxes := _boxes(target)) > 1:
+        mask = mask.expand(target.shape)
+        for path in boxes:
+            masked_fill_(_selected(target, path), _selected(mask, path), value)
+        return target
     window = target.window()
     whole = window.to_canonical(mask.expand(target.shape))
     tokens = whole[..., 0]
@@ -111,6 +123,38 @@ def index_put_(
     return _write_indices(target, dim, index, values.expand(shape))
 
 
+Path = list[tuple[int, int]]  # dimensions and indices to select, one after the other
+
+
+def _boxes(target: PackedKV) -> list[Path]:
+    """What to select of a view to have boxes: several where the store has merged dimensions of it.
+
+    Raises:
+        PackedCacheError: it consists of no boxes that can be written.
+    """
+    dim = next(filter(lambda d: _is_merged(target, d), range(target.dim())), None)
+    if dim is not None and target.find_window() is None:
+        parts = cast("tuple[PackedKV, ...]", target.unbind(dim))
+        return [[(dim, i), *path] for i, part in enumerate(parts) for path in _boxes(part)]
+    if target.numel():
+        target.window()
+    return [[]]
+
+
+def _is_merged(target: PackedKV, dim: int) -> bool:
+    """Whether a dimension of a view runs along batch entries or heads, in steps of several."""
+    store, step = target._store, target.stride(dim)
+    batch, heads, *_ = store.strides
+    within = step * target.shape[dim] <= heads * store.shape[1]
+    return (step % batch == 0 and step != batch) or (step % heads == 0 and step != heads and within)
+
+
+def _selected(x: Any, path: Path) -> Any:
+    for dim, i in path:
+        x = x.select(dim, i)
+    return x
+
+
 def _write_indices(target: PackedKV, dim: int, index: Tensor, source: Tensor) -> PackedKV:
     """Write `source` to the given indices of one dimension; a run of tokens is an ordinary slice assignment."""
     _refuse_gradients(source)
@@ -120,6 +164,12 @@ def _write_indices(target: PackedKV, dim: int, index: Tensor, source: Tensor) ->
     first, n = int(index[0]), len(index)
     if torch.equal(index, torch.arange(first, first + n)):
         target.narrow(dim, first, n).copy_(source)
+        return target
+    if len(boxes := _boxes(target)) > 1 and all(d != dim for d, _ in boxes[0]):
+        source = source.expand([*target.shape[:dim], n, *target.shape[dim + 1 :]])
+        for path in boxes:
+            before = sum(d < dim for d, _ in path)
+            _write_indices(_selected(target, path), dim - before, index, _selected(source, path))
         return target
     window, store = target.window(), target._store
     axis = window.axes[dim]

@@ -235,9 +235,11 @@ def first_contact(
             active, last = None, None
             if argument in plan.owners:  # the chunk that another graph has just written is still in full precision
                 start, stop = last = written.last_range(owner)
-                active = Active(in_four_dimensions(owner).permute(cache.axes)[:, :, start:stop].clone(), start, stop)
+                canonical = in_four_dimensions(owner, cache.fold).permute(cache.axes)
+                active = Active(canonical[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
-            store = adopt(owner, cache.axes, cache.bits, config, views, cache.quantizer, last, cache.centered)
+            settings = views, cache.quantizer, last, cache.centered, cache.fold
+            store = adopt(owner, cache.axes, cache.bits, config, *settings)
             store.active = active
             store.join(stores)
         return run_packed(*args)
@@ -287,7 +289,7 @@ def watched_call(
         alone = [i for i in again if i not in plan.owners and obstacle(args[i]) is None and not is_ignored(args[i])]
         for argument in alone:
             cache = rewritten.caches[argument]
-            settings = (), cache.quantizer, None, cache.centered
+            settings = (), cache.quantizer, None, cache.centered, cache.fold
             adopt(args[argument], cache.axes, cache.bits, config, *settings).join(stores)
         return later(*args) if alone else inner(*args)
 

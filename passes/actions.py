@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from ..geometry import Window
+from ..geometry import Fold, Window
 from .attention_forms import AttentionCall
 from .segments import Fresh, Segment
 
@@ -16,7 +16,8 @@ from .segments import Fresh, Segment
 class Holder:
     """A storage that holds tokens of a cache. Axes are those of `shape`; caches that are packed have canonical ones.
 
-    A tensor that holds keys and values of the same tokens is two caches: each a `part`, (first, length), of its batch.
+    A tensor of which a graph uses boxes of batch entries and heads is as many caches (keys and values of the same
+    tokens, those of several layers): each a `part`, (first, length) along batch and heads, None where it has all.
     """
 
     node: Node
@@ -34,7 +35,8 @@ class Holder:
     packed: bool = False
     roles: tuple[int, ...] = ()  # of a cache: its axis for (batch, head, token, channel), as far as its shape tells
     offset: int = 0  # where it begins in the storage
-    part: tuple[int, int] | None = None
+    part: tuple[tuple[int, int] | None, tuple[int, int] | None] | None = None
+    fold: Fold | None = None  # of a plain cache: how it is seen as a tensor of four dimensions
     blockers: list[str] = field(default_factory=list)
 
     @property

@@ -243,6 +243,8 @@ class _Writer:
                 node = self.call("to", node, self.result.dtype)
             if mask.factor != 1:
                 node = self.call(operator.mul, node, mask.factor)
+        if mask.entries is not None and split is None:
+            node = self._of_entries(node, mask.entries)
         if split is not None and example(node).dim() == 3:
             shape = example(node).shape
             several = not same(shape[0], 1)
@@ -257,6 +259,27 @@ class _Writer:
             sizes = [-1] * (len(shape) - 4) + [*grouped, -1, -1]
             node = self.call("flatten", self.call("expand", node, *sizes), -4, -3)
         return node
+
+    def _of_entries(self, node: Node, entries: tuple[int, int]) -> Node:
+        """A mask for scores of B batch entries and H heads, for B·H matrices of them."""
+        while example(node).dim() > 2 and same(example(node).shape[0], 1):
+            node = self.call("select", node, 0, 0)
+        if example(node).dim() < 3:
+            return node
+        node = self.call("expand", node, *map(self._size, entries), -1, -1)
+        return self.call("flatten", node, 0, 1)
+
+    def _size(self, n: int) -> Any:
+        return n if isinstance(n, int) else self._symbols().node(n)
+
+    def _symbols(self) -> Symbols:
+        """The nodes with numbers before this one."""
+        symbols = Symbols(self.graph)
+        for node in self.graph.nodes:
+            if node is self.node:
+                break
+            symbols.see(node)
+        return symbols
 
     def _sum(self, masks: list[Node]) -> Node | None:
         """One mask for several: all that is additive added, what is boolean filled in."""
@@ -278,11 +301,7 @@ class _Writer:
 
     def _causal(self, corner: str, query: Node, key: Node) -> Node | None:
         """The mask of causal attention over more (or fewer) keys than queries; True: attend."""
-        symbols = Symbols(self.graph)
-        for node in self.graph.nodes:
-            if node is self.node:
-                break
-            symbols.see(node)
+        symbols = self._symbols()
         length, keys = example(query).shape[2], example(key).shape[2]
         diagonal = 0 if corner == "top_left" else keys - length
         settings = {"dtype": torch.bool, "device": example(query).device}
@@ -317,9 +336,9 @@ def _steps_back(layout: str, split: tuple[int, int] | None, grouped: tuple[int, 
 
 def _split_batch(key: Node, layout: str) -> tuple[int, int] | None:
     """(B, H), where the key's first dimension is both of them merged by a reshape of the graph."""
-    inner: Node | None = key if layout[0] == "H" else None
+    inner: Node | None = key
     while isinstance(inner, Node) and inner.op in _CALLS:
-        if (found := _source_of_merge(inner)) is not None:
+        if (found := _source_of_merge(inner, layout.index("H"))) is not None:
             return found
         moved = untransposed(inner, layout)
         inner = None if moved is None else moved[0]
@@ -327,24 +346,26 @@ def _split_batch(key: Node, layout: str) -> tuple[int, int] | None:
     return None
 
 
-def _source_of_merge(node: Node) -> tuple[int, int] | None:
+def _source_of_merge(node: Node, at: int) -> tuple[int, int] | None:
+    """The sizes of two dimensions that become dimension `at` of a node."""
     if name_of(node) not in ("reshape", "view", "flatten") or not isinstance(node.args[0], Node):
         return None
     inner, outer = example(node.args[0]), example(node)
-    if inner.dim() != 4 or outer.dim() != 3 or not same(inner.shape[0] * inner.shape[1], outer.shape[0]):
+    if inner.dim() != 4 or outer.dim() != 3 or not same(inner.shape[at] * inner.shape[at + 1], outer.shape[at]):
         return None
-    if not all(same(m, n) for m, n in zip(inner.shape[2:], outer.shape[1:])):
+    kept = [*inner.shape[:at], *inner.shape[at + 2 :]]
+    if not all(map(same, kept, [*outer.shape[:at], *outer.shape[at + 1 :]])):
         return None
-    return inner.shape[0], inner.shape[1]
+    return inner.shape[at], inner.shape[at + 1]
 
 
 def _merged_from(node: Node, layout: str, split: tuple[int, int]) -> tuple[Node, str] | None:
     """What a tensor was before batch and heads were merged, with its layout: so that a copy is none of the cache."""
     inner, order = node, layout
     while inner.op in _CALLS:
-        found = _source_of_merge(inner)
-        if found is not None and order[0] == "H" and all(same(m, n) for m, n in zip(found, split)):
-            return inner.args[0], "B" + order  # type: ignore[return-value]
+        found = _source_of_merge(inner, order.index("H"))
+        if found is not None and all(same(m, n) for m, n in zip(found, split)):
+            return inner.args[0], order.replace("H", "BH")  # type: ignore[return-value]
         moved = untransposed(inner, order)
         if moved is None:
             return None

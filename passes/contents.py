@@ -11,12 +11,14 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..compat import is_wrapped
-from ..geometry import Window, four_dimensional, locate, same
+from ..geometry import Window, folded_axis, folds, four_dimensional, locate, same
 from ..packed import PackedKV
 from .actions import Holder
-from .nodes import example, identity, is_dense, offset
+from .nodes import as_write, example, identity, is_dense, offset
 from .roles import Roles
-from .segments import Cached, Content, Fresh, Scattered, Segment, UnknownPosition, cut, hint, shift
+from .segments import Cached, Content, Fresh, Scattered, Segment, UnknownPosition, cut, hint, overlap, shift
+
+Box = tuple[tuple[int, int] | None, tuple[int, int] | None]  # of batch entries and of heads: (first, length), None: all
 
 
 class Unsupported(Exception):
@@ -42,6 +44,7 @@ class Contents:
         self.computed: dict[int, list[Holder]] = {}  # by storage: the caches that a tensor's values come from
         self.caches: list[Holder] = []
         self.roles = Roles(graph)
+        self.used = _used(graph)
         inputs = list(graph.find_nodes(op="placeholder"))
         # Views of other tensors, which are never packed, but told of, come last: a part of a cache is that cache's.
         for node in sorted(inputs, key=lambda n: n not in owners and not _is_whole(example(n))):
@@ -55,57 +58,74 @@ class Contents:
         if isinstance(value, PackedKV):
             store = value._store
             holder = Holder(node, store.shape, store.strides, value.dtype, 2, None, packed=True, roles=(0, 1, 2, 3))
-            stacked = value.dim() == 5 and same(value.shape[0], 2)
-            window = locate(value.size(), value.stride(), value.offset, store.shape, store.strides)
-            if not stacked and window is not None and not window.covers(store.shape, 0):
-                self._add_parts(holder, value, [(window.starts[0], window.lengths[0])])
-                return
         else:
-            shaped = value if owner is None else owner
-            geometry = four_dimensional(shaped.shape, shaped.stride())
-            if geometry is None:
+            found = self._plain_cache(node, value if owner is None else owner)
+            if found is None:
                 return
-            token_axis = self.roles.axes.get(node)
-            if token_axis is not None and owner is not None and owner is not value:
-                window = locate(value.size(), value.stride(), offset(value), owner.shape, owner.stride())
-                token_axis = None if window is None else window.axes[token_axis]
-            if token_axis is None or token_axis == shaped.dim() - 1:
-                return  # an ordinary input
-            token_axis += 4 - shaped.dim()
-            batch, head = (axis for axis in range(3) if axis != token_axis)
-            holder = Holder(node, *geometry, value.dtype, token_axis, None, roles=(batch, head, token_axis, 3))
-            holder.offset = offset(shaped)
-            stacked = shaped.dim() == 5 and same(shaped.shape[0], 2)
-        if stacked:  # keys and values
-            half = holder.shape[0] // 2
-            self._add_parts(holder, value, [(0, half), (half, half)])
-        else:
-            self._add(holder, value)
+            holder = found
+        for part in self._parts(holder, value):
+            part.segments = [Segment(0, part.shape[part.token_axis], Cached(part, 0, -1))]
+            self.holders.setdefault(identity(value), []).append(part)
+            self.caches.append(part)
 
-    def _add_parts(self, whole: Holder, value: Tensor, parts: list[tuple[int, int]]) -> None:
-        for first, length in parts:
-            shape = (length, *whole.shape[1:])
-            part = replace(whole, shape=shape, part=(first, length), blockers=[])
-            part.offset = whole.offset + first * whole.strides[0]
-            part.segments, part.writes = [], []
-            self._add(part, value)
+    def _plain_cache(self, node: Node, shaped: Tensor) -> Holder | None:
+        """What a plain input, or the tensor that it is a slice of, is as a cache; None where it is an ordinary one."""
+        value, dim = example(node), self.roles.axes.get(node)
+        if dim is not None and shaped is not value:
+            window = locate(value.size(), value.stride(), offset(value), shaped.shape, shaped.stride())
+            dim = None if window is None else window.axes[dim]
+        last = shaped.dim() - 1
+        channel = self.roles.channels.get(node, last) if last < 4 and shaped is value else last
+        if dim is None or dim == channel:
+            return None
+        holders = []
+        for fold in folds(shaped.dim()):
+            geometry = four_dimensional(shaped.shape, shaped.stride(), fold)
+            if geometry is not None:
+                tokens, channels = folded_axis(dim, fold), folded_axis(channel, fold)
+                batch, head = (axis for axis in range(4) if axis not in (tokens, channels))
+                roles = batch, head, tokens, channels
+                holder = Holder(node, *geometry, value.dtype, tokens, None, roles=roles, fold=fold)
+                holder.offset = offset(shaped)
+                holders.append(holder)
+        used = self.used.get(identity(value), [])
+        fitting = (h for h in holders if all(locate_in(shown, h) is not None for shown in used))
+        return next(fitting, next(iter(holders), None))
 
-    def _add(self, holder: Holder, value: Tensor) -> None:
-        holder.segments = [Segment(0, holder.shape[holder.token_axis], Cached(holder, 0, -1))]
-        self.holders.setdefault(identity(value), []).append(holder)
-        self.caches.append(holder)
+    def _parts(self, whole: Holder, value: Tensor) -> list[Holder]:
+        """A cache, or the boxes of its batch entries and heads that a graph uses, where they are several or not all."""
+        if whole.packed:
+            shown = locate(value.size(), value.stride(), offset(value), whole.shape, whole.strides, anywhere=True)
+            whole = whole if shown is None else _part(whole, _box(whole, shown))
+        boxes = self._boxes(whole, self.used.get(identity(value), []))
+        if boxes is None and value.dim() == 5 and same(value.shape[0], 2):  # keys and values, whatever is done to them
+            half = whole.shape[whole.roles[0]] // 2
+            boxes = [((first, half), None) for first in (0, half)]
+        return [_part(whole, box) for box in boxes or [(None, None)]]
+
+    def _boxes(self, whole: Holder, used: list[Tensor]) -> list[Box] | None:
+        """The batch entries and heads that views show; None where these are no boxes, or overlap."""
+        boxes: list[Box] = []
+        try:
+            for value in used:
+                if (window := locate_in(value, whole)) is None:
+                    return None
+                box = _box(whole, window)
+                if any(_alike(box, other) for other in boxes):
+                    continue
+                if any(_meet(box, other) for other in boxes):
+                    return None
+                boxes.append(box)
+        except (UnknownPosition, GuardOnDataDependentSymNode):
+            return None
+        return boxes
 
     def of(self, value: Tensor) -> Holder | None:
         """The holder whose memory a tensor lies in; None where it lies in none, or in several parts of one."""
         holders = self.holders.get(identity(value), [])
         if len(holders) < 2:
             return holders[0] if holders else None
-        try:
-            begins = hint(offset(value))
-            own = [h for h in holders if hint(h.offset) <= begins < hint(h.offset + h.shape[0] * h.strides[0])]
-        except UnknownPosition:
-            return None
-        return next((h for h in own if locate_in(value, h) is not None), None)
+        return next((h for h in holders if locate_in(value, h) is not None and _begins_in(value, h)), None)
 
     def holder(self, node: Any) -> Holder | None:
         """Whose box a tensor is a view of."""
@@ -152,26 +172,91 @@ class Contents:
                 raise Unsupported("only some of its batch entries, heads or channels are used")
         return window, segments
 
-    def is_box(self, value: Tensor) -> bool:
-        """Whether a tensor shows a box of a holder, or of several parts of one, whose views will tell the box."""
+    def shows_boxes(self, node: Node) -> bool:
+        """Whether a view shows boxes of holders, or leads to nothing but views that do: these tell what is used."""
+        shown = [v for v in tensors(example(node)) if identity(v) in self.holders]
+        if all((h := self.of(v)) is not None and locate_in(v, h) is not None for v in shown):
+            return True
+        storages = {identity(v) for v in shown}
+        return bool(node.users) and all(
+            identity(write.target) in storages and self._is_box(write.target)
+            if (write := as_write(user)) is not None
+            else any(identity(v) in storages for v in tensors(example(user))) and self.shows_boxes(user)
+            for user in node.users
+        )
+
+    def _is_box(self, value: Tensor) -> bool:
         holder = self.of(value)
-        return self.shows_parts(value) if holder is None else locate_in(value, holder) is not None
+        return holder is not None and locate_in(value, holder) is not None
 
     def shows_parts(self, value: Any) -> bool:
         """Whether a tensor lies in the memory of a cache of several parts, and in none of them alone."""
         parts = self.holders.get(identity(value), []) if isinstance(value, Tensor) else []
-        if len(parts) < 2:
-            return False
-        try:
-            first = hint(offset(value))
-            last = first + sum(max(hint(n) - 1, 0) * hint(step) for n, step in zip(value.shape, value.stride()))
-        except UnknownPosition:
-            return True
-        return not any(hint(h.offset) <= first and last < hint(h.offset + h.shape[0] * h.strides[0]) for h in parts)
+        return len(parts) > 1 and self.of(value) is None
 
     def derive(self, value: Tensor, sources: list[Holder]) -> None:
         known = self.computed.setdefault(identity(value), [])
         known += [h for h in sources if h not in known]
+
+
+def _used(graph: Graph) -> dict[int, list[Tensor]]:
+    """By storage: the views of it that are written to, or read by something that is no view."""
+    found: dict[int, list[Tensor]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        write, results = as_write(node), tensors(example(node))
+        if write is not None:
+            found.setdefault(identity(write.target), []).append(write.target)
+        elif not results and node.op != "output":  # it asks for a size
+            continue
+        shown = set() if write is not None else {identity(v) for v in results}
+        for argument in node.all_input_nodes:
+            if write is None or argument is not write.base:
+                for value in tensors(example(argument)):
+                    if identity(value) not in shown:
+                        found.setdefault(identity(value), []).append(value)
+    return found
+
+
+def _part(whole: Holder, box: Box) -> Holder:
+    """A holder of its own for a box of another one."""
+    if box == (None, None):
+        return whole
+    shape, begins, part = list(whole.shape), whole.offset, list(whole.part or (None, None))
+    for i, (axis, within) in enumerate(zip(whole.roles, box)):
+        if within is not None:
+            first, length = within
+            begins, shape[axis] = begins + first * whole.strides[axis], length
+            known = part[i]
+            part[i] = (first if known is None else known[0] + first), length
+    return replace(
+        whole, shape=tuple(shape), part=(part[0], part[1]), offset=begins, segments=[], writes=[], blockers=[]
+    )
+
+
+def _box(whole: Holder, window: Window) -> Box:
+    batch, head = (
+        None if window.covers(whole.shape, axis) else (window.starts[axis], window.lengths[axis])
+        for axis in whole.roles[:2]
+    )
+    return batch, head
+
+
+def _alike(one: Box, other: Box) -> bool:
+    return all(a is b if a is None or b is None else same(a[0], b[0]) and same(a[1], b[1]) for a, b in zip(one, other))
+
+
+def _meet(one: Box, other: Box) -> bool:
+    """Whether two boxes have anything in common, in the call at hand; which is guarded on."""
+    return all(a is None or b is None or overlap((a[0], a[0] + a[1]), (b[0], b[0] + b[1])) for a, b in zip(one, other))
+
+
+def _begins_in(value: Tensor, holder: Holder) -> bool:
+    """Whether a box of a holder begins within it, as one of another part of the same tensor may not."""
+    window = locate_in(value, holder)
+    assert window is not None
+    return all(hint(0) <= hint(start) < max(1, hint(n)) for start, n in zip(window.starts, holder.shape))
 
 
 def _is_whole(value: Any) -> bool:
@@ -182,6 +267,13 @@ def locate_in(value: Tensor, holder: Holder) -> Window | None:
     if is_wrapped(value):  # its sizes lack a dimension
         return None
     return locate(value.size(), value.stride(), offset(value) - holder.offset, holder.shape, holder.strides)
+
+
+def token_dimension(window: Window, holder: Holder) -> int:
+    """The dimension of a view that runs along tokens."""
+    if holder.token_axis not in window.axes:
+        raise Unsupported("a view of it shows a single token, and has no dimension along tokens")
+    return window.axes.index(holder.token_axis)
 
 
 def tensors(value: Any) -> list[Tensor]:

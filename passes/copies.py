@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ..geometry import Window
 from .actions import Holder
-from .contents import CANNOT_FOLLOW, Contents, Unsupported
+from .contents import CANNOT_FOLLOW, Contents, Unsupported, token_dimension
 from .nodes import CONCATENATIONS, copied, example, joined_along, name_of, repeated
 from .segments import Fresh, Segment, cut, shift
 
@@ -31,7 +31,7 @@ def _rolled(contents: Contents, node: Node, time: int) -> Holder | None:
     shift_by, dims = (x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x for x in given)
     value = example(node)
     window, segments = contents.content(example(node.args[0]), source, time)
-    token_axis = window.axes.index(source.token_axis)
+    token_axis = token_dimension(window, source)
     if not isinstance(dims, int) or not isinstance(shift_by, int) or dims % value.dim() != token_axis:
         return None
     tokens = value.shape[token_axis]
@@ -49,7 +49,7 @@ def _repeated(contents: Contents, node: Node, time: int) -> Holder | None:
     if source is None:
         return None
     window, segments = contents.content(shown, source, time)
-    token_axis = window.axes.index(source.token_axis)
+    token_axis = token_dimension(window, source)
     if example(node).dim() != 4 or {token_axis, dim} != {1, 2} or source.repeats != 1:
         return None
     copy = _copy_of(node, source, window, token_axis, segments)
@@ -79,7 +79,7 @@ def _concatenated(contents: Contents, node: Node, time: int) -> Holder | None:
             segments.append(Segment(length, length + n, Fresh(part, axes, 0)))
         else:
             window, content = contents.content(shown, holder, time)
-            token_axis = window.axes.index(holder.token_axis)
+            token_axis = token_dimension(window, holder)
             if concatenated and token_axis != dim % shown.dim():
                 return None
             if holder.repeats != source.repeats:

@@ -142,13 +142,21 @@ def _write_of(node: Node) -> Write | None:
 
 def _item_write(node: Node, base: Node, target: Tensor) -> Write | None:
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if any(part is Ellipsis for part in index):
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (target.dim() - len(index) + 1), *index[at + 1 :])
     tensors = [i for i, part in enumerate(index) if isinstance(example(part), Tensor)]
     if not tensors:
         return Write(_indexed(target, torch.fx.node.map_arg(node.args[1], example)), base, node.args[2])
-    (dim, *others), rest = tensors, [part for part in index if part != slice(None)]
+    dim, *others = tensors
     positions = index[dim]
-    if others or not isinstance(positions, Node) or len(rest) != 1:
+    if others or not isinstance(positions, Node) or any(part is None for part in index):
         return None
+    shown = torch.fx.node.map_arg((*index[:dim], slice(None), *index[dim + 1 :]), example)
+    if any(part != slice(None) for part in shown):  # places within a part of it
+        if not all(isinstance(part, slice) for part in shown):  # an index, whose dimension is gone
+            return None
+        target = _indexed(target, shown)
     if example(positions).dim() != 1 or example(positions).dtype == torch.bool:
         return None
     place = _literal(positions)

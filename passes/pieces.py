@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from ..geometry import constant, same
+from ..geometry import Fold, constant, same
 from ..kernels.centers import centered
 from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
@@ -33,6 +33,7 @@ class CachePlan:
     quantizer: as `kernels.quantizers.Grid` spells it.
     held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
     centered: what is stored are tokens less a mean, see `kernels.centers`.
+    fold: how the tensor is seen as one of four dimensions, see `geometry.folds`.
     """
 
     axes: tuple[int, ...]
@@ -41,6 +42,7 @@ class CachePlan:
     quantizer: str
     held: tuple[int, int] = (0, 0)
     centered: bool = False
+    fold: Fold | None = None
 
     @property
     def holds(self) -> bool:
@@ -119,12 +121,15 @@ class Pieces:
         return [self.centered(held, holder, holder.dtype) for held, _ in both], [ranges for _, ranges in both]
 
     def _own(self, holder: Holder, kind: Component) -> Node:
-        """A component; of a cache that is part of a tensor, its batch entries."""
-        node = self.component(holder, kind)
-        if holder.part is None:
-            return node
-        first, length = holder.part
-        return self.call(torch.narrow, node, 0, self.number(first), self.number(length))
+        """A component; of a cache that is part of a tensor, its batch entries and heads."""
+        return self.within(self.component(holder, kind), holder, axes=1 if kind == "held_ranges" else 2)
+
+    def within(self, node: Node, holder: Holder, axes: int = 2) -> Node:
+        """The part that a cache is of a tensor `[B, H, …]`, or `[B, …]`, of all batch entries and heads."""
+        for axis, part in enumerate((holder.part or ())[:axes]):
+            if part is not None:
+                node = self.call(torch.narrow, node, axis, *map(self.number, part))
+        return node
 
     def number(self, value: int) -> Any:
         return self.symbols.node(value)
@@ -194,8 +199,8 @@ class Pieces:
         """A fresh value as `[B, H, n, D]` of `dtype`. `roles` gives the canonical axis of each of its named axes."""
         node, value = fresh.node, example(fresh.node)
         axes = [roles[a] if roles is not None and a is not None else a for a in fresh.axes]
-        token_dim = axes.index(2)
-        if not (same(fresh.first, 0) and same(length, value.shape[token_dim])):
+        token_dim = axes.index(2) if 2 in axes else None  # of a single token there may be none
+        if token_dim is not None and not (same(fresh.first, 0) and same(length, value.shape[token_dim])):
             node = self.call(torch.narrow, node, token_dim, self.number(fresh.first), self.number(length))
         for dim in reversed([d for d, role in enumerate(axes) if role is None]):  # of size 1, and standing for nothing
             node = self.method("squeeze", node, dim)

@@ -45,7 +45,11 @@ NEWEST_UNKNOWN = (
     "packed, but recent={} is not honoured: it is written at places that a tensor holds, so that which tokens are the "
     "newest is not known"
 )
-UNKNOWN = "what it reads is written to, and has no three to five dimensions of which one runs along tokens"
+OF_SOME_HEADS = (
+    "sink and recent hold tokens of all heads, and only some of its heads are used together; give keys and values, and "
+    "what else has heads of its own, a tensor each, or leave sink and recent out"
+)
+UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
 ONE_SIDE = "only one of key and value comes from a cache"
 
 
@@ -318,7 +322,7 @@ class _View:
         stores = {h.node: id(self.argument(h)._store.owner) for h in packed}
         changed = {stores[h.node] for h in packed if h.writes}
         aliased = any(list(stores.values()).count(store) > 1 for store in changed)
-        unheld = {h: self.not_held(h, example(h.node)._store.quantizer) for h in packed}
+        unheld = {h: self.not_held(h, (s := example(h.node)._store).quantizer, s.held_tokens) for h in packed}
         reasons = ((h, reason) for h in packed for reason in (*h.blockers, unheld[h]))
         blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
@@ -328,8 +332,13 @@ class _View:
         blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
         return [one for one in passages.attended() if not blocked.intersection((*one.keys, *one.values))]
 
-    def not_held(self, holder: Holder, quantizer: str) -> str | None:
-        """Why a cache cannot be of a quantizer: it is set to a number that this does not hold."""
+    def not_held(self, holder: Holder, quantizer: str, window: tuple[int, int]) -> str | None:
+        """Why a cache cannot be of a quantizer: it is set to a number that this does not hold.
+
+        Nor with a `window`, of the first tokens and the newest in full precision, which all heads have in common.
+        """
+        if any(window) and holder.part is not None and holder.part[1] is not None:
+            return OF_SOME_HEADS
         fills = (w.value for w in self.tracking.writes if isinstance(w, Fill) and w.holder.node is holder.node)
         value = next((v for v in fills if not grid_of(quantizer).holds(v)), None)
         return None if value is None else f"it is filled with {value}, which quantizer={quantizer!r} cannot hold"
@@ -449,6 +458,7 @@ def _adoptable(
     plans: dict[Holder, CachePlan] = {}
     mirrored = [r for r in tracking.returned if r.mirrors]
     actions: list[Action] = [*tracking.attends, *tracking.dense, *mirrored]
+    sides = [{h.node for action in actions for h, _ in _read_by(action)[side]} for side in range(2)]
     for action in actions:
         keys, values = _read_by(action)
         keys, values = ([(h, a) for h, a in side if h.packed or is_cache(action, h)] for side in (keys, values))
@@ -463,7 +473,7 @@ def _adoptable(
             if isinstance(value, torch.nn.Parameter):
                 break  # learned keys: no near miss
             reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
-            reason = reason or view.not_held(holder, config.quantizer)
+            reason = reason or view.not_held(holder, config.quantizer, (config.sink, config.recent))
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
@@ -474,12 +484,11 @@ def _adoptable(
                     if holder.packed:
                         continue
                     config.check_head_dim(int(holder.shape[axes[3]]))
-                    parts = sum(h.node is holder.node for h in tracking.caches)
                     centered = config.centers(side)
-                    if parts > 1 or keys == values:  # keys and values lie in one tensor
+                    if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
                     held = config.sink, config.recent
-                    settings = bits, config.group_size, config.quantizer, held, centered
+                    settings = bits, config.group_size, config.quantizer, held, centered, holder.fold
                     plans.setdefault(holder, CachePlan(axes, *settings))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)

@@ -389,12 +389,25 @@ class _Rewriter:
             if not alike or attended.intersection(parts):
                 self.rewritten.written.append(argument)
                 continue
-            held = [self._held(w) for w in last if isinstance(w, Append)]
-            data = held[0] if len(held) == 1 else self.pieces.call(torch.cat, held, 0)
-            data = self.pieces.method("clone", data, memory_format=torch.contiguous_format)
+            held = {w.holder: self._held(w) for w in last if isinstance(w, Append)}
             first = last[0]
             assert isinstance(first, Append)
+            whole = [node for part, node in held.items() if part.part is None]
+            data = whole[0] if whole else self._all_entries(held, first)
+            data = self.pieces.method("clone", data, memory_format=torch.contiguous_format)
             self.rewritten.kept.append(KeptRange(argument, add(data), add(first.start), add(first.stop)))
+
+    def _all_entries(self, held: dict[Holder, Node], write: Append) -> Node:
+        """What tokens of a range are in all batch entries and heads of a cache, of which parts were written."""
+        pieces, holder, start, stop = self.pieces, write.holder, write.start, write.stop
+        plan, packed = self.plans[holder], [pieces.component(holder, kind) for kind in ("codes", "scales")]
+        args = *map(pieces.number, (start, stop)), plan.bits, holder.dtype
+        node = pieces.from_grid(pieces.call(ops.dequantize.default, *packed, *args), holder)
+        if plan.centered:
+            node = pieces.call(torch.add, node, pieces.component(holder, "center"))
+        for part, value in held.items():
+            pieces.method("copy_", pieces.within(node, part), value)
+        return node
 
     def _tell_changed(self, add: Callable[[Any], int]) -> None:
         """Which tokens the graph writes, moves and fills, of the caches of which it does nothing else."""

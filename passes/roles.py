@@ -30,6 +30,7 @@ class Roles:
     def __init__(self, graph: torch.fx.Graph, of_copies: bool = False) -> None:
         self.first: dict[int, Node] = {}  # storage -> the node that first holds it
         self.axes: dict[Node, int] = {}  # by input
+        self.channels: dict[Node, int] = {}  # by input that attention reads as it is: the dimension along channels
         self.followed: set[Node] = set()
         written: dict[Node, set[int]] = {}
         for node in graph.nodes:
@@ -40,15 +41,17 @@ class Roles:
                 window = self._locate(write.target, base)
                 shape = example(base).shape
                 partial = {a for a in range(len(shape)) if window is not None and not window.covers(shape, a)}
+                if window is not None and len(shape) > 4 and partial.intersection(window.axes):
+                    partial.intersection_update(window.axes)  # others are selected: those of a layer, keys or values
                 if window is not None and write.positions is not None and window.axes[write.dim] is not None:
                     partial = {window.axes[write.dim]}  # type: ignore[arg-type]
                 written.setdefault(base, set()).update(partial)
         for node in graph.nodes:
             if (call := as_attention(node)) is not None:
-                self._follow(call.key, 2)
-                self._follow(call.value, 2)
+                self._follow(call.key, 2, 3)
+                self._follow(call.value, 2, 3)
         for base, partial in written.items():
-            if example(base).dim() == 5:  # keys and values, one after the other
+            if example(base).dim() == 5 or len(partial) > 1:  # keys and values, or batch entries
                 partial.discard(0)
             if len(partial) == 1:
                 axis = partial.pop()
@@ -70,7 +73,7 @@ class Roles:
             base = self.first[identity(example(parts[0]))]
         return base
 
-    def _follow(self, node: Any, dim: int) -> None:
+    def _follow(self, node: Any, dim: int, channel: int | None = None) -> None:
         value = example(node)
         if not isinstance(value, Tensor) or isinstance(value, PackedKV) or dim >= value.dim():
             return
@@ -82,13 +85,17 @@ class Roles:
             return
         if (axis := window.axes[dim]) is None:
             return
+        channel = None if channel is None or channel >= value.dim() else window.axes[channel]
         if base.op == "placeholder":
+            if channel is not None:
+                self.channels.setdefault(base, channel)
             shape = example(base).shape
             left = [a for a in range(len(shape)) if not window.covers(shape, a) and (a or len(shape) < 5)]
+            left = [axis] if len(shape) > 5 else left  # of which several are selected
             self.axes.setdefault(base, left[0] if same(value.shape[dim], 1) and len(left) == 1 else axis)
         elif parts := copied(base):
             for part in parts:
-                self._follow(part, axis)
+                self._follow(part, axis, channel)
         else:
             self._follow_arguments(base, axis)
 

@@ -8,7 +8,7 @@ which dimension is which, however the operands are transposed.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,12 +44,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Mask:
-    """Added to the scores, times `factor`; or, where `fill` is given, scores become `fill` where it is `hides`."""
+    """Added to the scores, times `factor`; or, where `fill` is given, scores become `fill` where it is `hides`.
+
+    entries: (B, H), where it is for scores of four dimensions, and the products are of B·H matrices.
+    """
 
     node: Node
     factor: float = 1.0
     fill: float | None = None
     hides: bool = True
+    entries: tuple[int, int] | None = None
 
 
 @dataclass
@@ -146,7 +150,7 @@ def _behind_weights(node: Any, chain: list[Node]) -> Node | None:
         chain.append(node)
         if node.target in _SOFTMAX:
             return node
-        if name_of(node) in COPIES and node.args:
+        if (name_of(node) in COPIES or _merges_entries(node)) and node.args:
             node = node.args[0]
         elif node.target in (F.dropout, torch.dropout):
             given = dict(zip(("input", "p", "training"), node.args)) | node.kwargs
@@ -168,13 +172,15 @@ def _from_softmax(softmax: Node, value: Node, letters: tuple[str, str, str], cha
     if not isinstance(dim, int):
         raise NotCanonical(f"its softmax is over dimension {dim}")
     masks: list[Mask] = []
+    dims = example(softmax).dim()
     product, scale = _behind_scores(softmax.args[0] if softmax.args else softmax.kwargs["input"], masks, chain)
     if product is None:
         raise NotCanonical(f"its scores come from `{name_of(chain[-1])}`, not from a product of queries and keys")
     weights, values, result = letters
     scores = product.letters[2]
-    if len(weights) != len(scores):
+    if len(weights) != len(scores) or (dims != len(scores) and _rows_differ(softmax, chain[0], dim, dims)):
         raise NotCanonical("its weights are reshaped before they meet the values")
+    dim = dim - dims if dim >= 0 else dim
     # One alphabet for both products: that of the scores, and `e` for the values' channels.
     alphabet = dict(zip(weights, scores)) | {"1": "1"}
     values, result = ("".join(alphabet.get(c, "#") for c in word) for word in (values, result))
@@ -202,6 +208,10 @@ def _behind_scores(node: Any, masks: list[Mask], chain: list[Node]) -> tuple[Pro
         args: Any = node.args
         if name_of(node) in COPIES and args:
             node = args[0]
+        elif _parts_entries(node):
+            entries = tuple(example(node).shape[:2])
+            masks[:] = [replace(mask, entries=mask.entries or entries) for mask in masks]  # type: ignore[arg-type]
+            node = args[0]
         elif (scaled := _times_number(node)) is not None:
             node, number = scaled
             factor *= number
@@ -216,14 +226,37 @@ def _behind_scores(node: Any, masks: list[Mask], chain: list[Node]) -> tuple[Pro
                 raise NotCanonical("its scores are broadcast by the mask that they are chosen by")
             masks.append(Mask(mask, fill=number * factor, hides=hides))
             node = inner
-        elif node.target in (torch.baddbmm, "baddbmm") and len(args) >= 3:
-            given: dict[str, Any] = dict(zip(("beta", "alpha"), args[3:])) | node.kwargs
+        elif node.target in (torch.baddbmm, "baddbmm"):
+            given: dict[str, Any] = dict(zip(("input", "batch1", "batch2", "beta", "alpha"), args)) | node.kwargs
             if given.get("beta", 1) != 0:
-                masks.append(Mask(args[0], factor * given.get("beta", 1)))
-            return _matrix_product(args[1], args[2]), factor * given.get("alpha", 1)
+                masks.append(Mask(given["input"], factor * given.get("beta", 1)))
+            return _matrix_product(given["batch1"], given["batch2"]), factor * given.get("alpha", 1)
         else:
             return None, factor
     return None, factor
+
+
+def _merges_entries(node: Node) -> bool:
+    """Whether the first two of a tensor's four dimensions become one, batch entries and heads."""
+    return _regroups(node, 4, 3) and all(map(same, example(node.args[0]).shape[2:], example(node).shape[1:]))
+
+
+def _parts_entries(node: Node) -> bool:
+    """Whether a tensor's first dimension becomes two, batch entries and heads."""
+    return _regroups(node, 3, 4) and all(map(same, example(node.args[0]).shape[1:], example(node).shape[2:]))
+
+
+def _regroups(node: Node, before: int, after: int) -> bool:
+    if name_of(node) not in _MERGE | {"unflatten"} or not node.args:
+        return False
+    source, value = example(node.args[0]), example(node)
+    tensors = isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)
+    return tensors and (source.dim(), value.dim()) == (before, after)
+
+
+def _rows_differ(softmax: Node, product: Node, dim: int, dims: int) -> bool:
+    """Whether a softmax over batch entries and heads apart is not over the keys of those merged."""
+    return dims != 4 or example(product).dim() != 3 or dim % dims < 2
 
 
 def _chosen(node: Node) -> tuple[Node, Node, float, bool] | None:

@@ -1,7 +1,8 @@
 """Writes of whole tokens in other words: brought into the forms that the other passes know.
 
 `slice_scatter` is a concatenation of what is kept and what is new. `scatter_` with one position per token, and
-`index_put_` or an assignment with the index of the only batch entry beside the positions, are `index_copy_`.
+`index_put_` or an assignment with the index of the only batch entry beside the positions, are `index_copy_`. In an
+assignment positions may count from the end, which they do not any more.
 """
 
 from __future__ import annotations
@@ -18,21 +19,48 @@ from torch.fx import Graph, Node
 from ..compat import fake_mode_of, is_dtensor
 from ..geometry import constant, same
 from ..packed import PackedKV
-from .nodes import example, name_of
+from .nodes import as_write, example, identity, mutates, name_of
 
 
 def spell_out_writes(graph: Graph) -> None:
     """Put those forms in the place of such nodes."""
+    counted: dict[tuple[Node, int], Node] = {}  # by positions and the size that they count within: from the first
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method") or not node.args:
             continue
+        changed = {identity(example(a)) for a in node.all_input_nodes if counted and _changes(node, a)}
+        counted = {key: n for key, n in counted.items() if not changed or identity(example(key[0])) not in changed}
         written = example(node.args[0])
-        if not isinstance(written, Tensor) or is_dtensor(written) or not 3 <= written.dim() <= 5:
+        if not isinstance(written, Tensor) or is_dtensor(written) or written.dim() < 3:
             continue
         known = _SPELLINGS.get(name_of(node))
         if known is not None:
             with graph.inserting_before(node), _mode(written) or contextlib.nullcontext():
-                known(graph, node)
+                if not _from_the_first(graph, node, counted):
+                    known(graph, node)
+
+
+def _changes(node: Node, argument: Node) -> bool:
+    return isinstance(example(argument), Tensor) and mutates(node, argument)
+
+
+def _from_the_first(graph: Graph, node: Node, counted: dict[tuple[Node, int], Node]) -> bool:
+    """`cache[:, positions] = new`: places are told by their distance from the first one, as packed caches have it."""
+    write = as_write(node) if node.target is operator.setitem else None
+    if write is None or write.positions is None:
+        return False
+    length = constant(write.target.shape[write.dim])
+    if isinstance(length, int) and example(write.positions).dtype in (torch.int64, torch.int32):
+        key = write.positions, length
+        if key not in counted:
+            counted[key] = _counted(graph, node, *key)
+        node.replace_input_with(write.positions, counted[key])
+    return True
+
+
+def _counted(graph: Graph, node: Node, positions: Node, length: int) -> Node:
+    below = _call(graph, node, operator.mul, _call(graph, node, operator.lt, positions, 0), length)
+    return _call(graph, node, operator.add, positions, below)
 
 
 def _mode(value: Tensor) -> Any:
@@ -112,8 +140,7 @@ def _put(graph: Graph, node: Node) -> None:
     length = constant(whole.shape[1])
     if not isinstance(length, int):
         return
-    below = _call(graph, node, operator.mul, _call(graph, node, operator.lt, positions, 0), length)
-    positions = _call(graph, node, operator.add, positions, below)  # `index_copy_` counts none from the end
+    positions = _counted(graph, node, positions, length)  # `index_copy_` counts none from the end
     _copy_to(graph, node, 1, positions, _call(graph, node, "unsqueeze", new, 0))
 
 

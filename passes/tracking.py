@@ -11,7 +11,7 @@ all others are `Cached`, however the model spells it (slice write and slice read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from ..geometry import Window, same
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Read, Rejection, Returned, Scatter, Tracking
 from .attention_forms import AttentionCall, as_attention
-from .contents import CANNOT_FOLLOW, Contents, Unsupported, locate_in, reason_of, tensors
+from .contents import CANNOT_FOLLOW, Contents, Unsupported, locate_in, reason_of, tensors, token_dimension
 from .copies import copy_of_tokens
 from .nodes import CONCATENATIONS, COPIES, Write, as_write, example, identity, mutates, name_of
 from .segments import Cached, Content, Fresh, Scattered, Segment, at_most, equal, overlap, overwrite
@@ -90,8 +90,8 @@ class Tracker:
         for argument in node.all_input_nodes:
             if mutates(node, argument):
                 raise Unsupported(f"`{name_of(node)}` changes it in place")
-        boxes = all(self.contents.is_box(v) for v in shown)
-        if not boxes or any(argument in self.contents.plain for argument in node.all_input_nodes):
+        read = any(argument in self.contents.plain for argument in node.all_input_nodes)
+        if read or not self.contents.shows_boxes(node):
             self.contents.plain[node] = self.contents.sources_of_inputs(node)
             for argument in node.all_input_nodes:
                 self._read(node, argument)
@@ -340,7 +340,7 @@ class Tracker:
         contents, axes = [], []
         for argument, holder in ((call.key, key_holder), (call.value, value_holder)):
             window, segments = self.contents.content(example(argument), holder, self.time)
-            if window.axes.index(holder.token_axis) != 2:
+            if token_dimension(window, holder) != 2:
                 raise Unsupported("tokens are not the third dimension of its keys and values")
             segments = [s for s in segments if not same(s.start, s.stop)]
             for segment in segments:
@@ -352,11 +352,14 @@ class Tracker:
             if any(isinstance(s.content, Scattered) for s in segments):
                 self._check_scattered(call, segments, holder)
             contents.append(segments)
-            own = (
+            own: Sequence[int | None] = (
                 window.axes
                 if holder.root is None
                 else [None if a is None else holder.root_axes[a] for a in window.axes]
             )
+            if own.count(None) == 1:  # a copy of three dimensions, of a cache that has one batch entry
+                missing = next(a for a in range(4) if a not in own)
+                own = [missing if a is None and same(holder.cache.shape[missing], 1) else a for a in own]
             if None in own:
                 raise Unsupported("a dimension of its keys or values is none of the cache's")
             axes.append(tuple(a for a in own if a is not None))

@@ -151,8 +151,8 @@ class Unknown:
 
     def _obstacle(self, value: Tensor, owner: Tensor) -> str | None:
         """Why a tensor could not be packed, even if slices of it, as `value` is one, were seen to move."""
-        if not 3 <= owner.dim() <= 5:
-            return f"a tensor of {owner.dim()} dimensions, expected three to five"
+        if owner.dim() < 3:
+            return f"a tensor of {owner.dim()} dimensions, expected three or more"
         if owner is value:
             return None
         try:

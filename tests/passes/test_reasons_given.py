@@ -35,13 +35,6 @@ class Sliced(Projections):
         return state
 
 
-class SixDimensions(Sliced):
-    """`[layer, keys and values, B, S, H, D]`."""
-
-    def open(self, state: Any) -> Any:
-        return state[0, 0], state[0, 1]
-
-
 class TwoDimensions(Sliced):
     """`[S, H·D]`."""
 
@@ -59,10 +52,13 @@ class OneSlot(Sliced):
 
 
 class SomeEntries(Sliced):
-    """As Llama's own code: caches for the largest batch, of which a smaller one uses the first entries."""
+    """Of what is attended, some batch entries are written."""
 
-    def open(self, state: Any) -> Any:
-        return (t[:1] for t in state)
+    def forward(self, x: Tensor, state: Any, start: int) -> Tensor:
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        state[0][:1, start:end], state[1][:1, start:end] = k, v
+        return self.sdpa(q.expand(3, -1, -1, -1), state[0][:, :end], state[1][:, :end])
 
 
 class PerView(Sliced):
@@ -104,12 +100,9 @@ CASES: dict[str, tuple[type[Sliced], Callable[[], Any], str, str]] = {
         Sliced, lambda: tuple(torch.zeros(2, *SHAPE).unbind()), "SHARED_MEMORY", "it is a view of a larger tensor"
     ),
     "memory with gaps": (Sliced, lambda: (gaps(), gaps()), "SHARED_MEMORY", "it is expanded or has gaps"),
-    "six dimensions": (
-        SixDimensions, lambda: torch.zeros(1, 2, *SHAPE), "LAYOUT", "has no three to five dimensions of which one runs"
-    ),
     "two dimensions": (
         TwoDimensions, lambda: tuple(torch.zeros(2, TOKENS, HEADS * HEAD_DIM).clone().unbind()), "LAYOUT",
-        "has no three to five dimensions of which one runs",
+        "has no three dimensions or more of which one runs",
     ),
     "some batch entries": (
         SomeEntries, lambda: tuple(torch.zeros(3, *SHAPE[1:]) for _ in range(2)), "WRITE",
