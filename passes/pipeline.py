@@ -336,13 +336,15 @@ class _View:
     def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
         """Why a cache cannot be of a quantizer whose blocks of tokens share their steps.
 
-        Of numbers that are symbols, those of the call that is compiled tell; those of others, the operator.
+        Numbers by which tokens are moved are those of the call that is compiled. Of others, and once it is packed, the
+        operator refuses those that are no multiples.
         """
         if block == 1:
             return None
         tracking, same_tensor = self.tracking, [h for h in self.tracking.caches if h.node is holder.node]
         writes = [w for w in tracking.writes if w.holder in same_tensor]
-        moved = [n for w in writes if isinstance(w, Move) for n in (w.source, w.destination, w.length)]
+        moves = [w for w in writes if isinstance(w, Move) and not holder.packed]
+        moved = [n for w in moves for n in (w.source, w.destination, w.length)]
         apart = next((n for n in moved if _hint(n) % block), None)
         if len(same_tensor) > 1:
             why = "keys and values lie in one tensor"
@@ -523,7 +525,7 @@ def _adoptable(
 def _not_attended_as_written(
     view: _View, holder: Holder, values: dict[Holder, tuple[int, ...]], config: Config
 ) -> str | None:
-    """Why keys cannot be packed by channel: where the model changes them after it has read them, or they are values too."""
+    """Why keys cannot be packed by channel: the model changes them after it has read them, say."""
     dense = next((d for d in view.tracking.dense if holder in d.key_caches), None)
     if holder in values:
         return PER_CHANNEL.format(config.quantizer, "keys and values lie in one tensor")
