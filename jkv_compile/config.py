@@ -114,8 +114,8 @@ class Config:
             )
         if self.quantizer == "kivi" and self.centers("keys"):
             raise ConfigurationError(
-                f"center={self.center!r} with quantizer='kivi': expected False or 'values', as each channel of keys has "
-                "a zero point of its own, which any mean goes into"
+                f"center={self.center!r} with quantizer='kivi': expected False or 'values', as each channel of keys "
+                "has a zero point of its own, which any mean goes into"
             )
 
     @property
