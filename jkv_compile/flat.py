@@ -61,8 +61,8 @@ def pack_bytes(cache: Tensor) -> Tensor:
         if not isinstance(copied, PackedKV):
             raise PackedCacheError(
                 f"pack_bytes of a view of size {tuple(cache.shape)} of a packed cache of quantizer "
-                f"{cache._store.quantizer!r}: expected one that begins with a block of {cache._store.block} tokens, "
-                "which share their steps"
+                f"{cache._store.quantizer!r}: expected whole heads of tokens, the first of them a multiple of "
+                f"{cache._store.block}, as so many share their steps"
             )
         cache = copied
     store = cache._store

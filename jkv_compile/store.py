@@ -322,17 +322,17 @@ class Store:
 
         Where its configuration says so, the data goes to host memory.
         """
+        if family is not None and family.offload is not None and self.block > 1:
+            raise PackedCacheError(
+                f"a packed cache of quantizer {self.quantizer!r} cannot live in host memory (offload=), where caches "
+                "are moved token by token; use a backend without offload for it"
+            )
         self._family = family
         if family is None:
             return
         family.add(self)
         if not any(self.window):
             self.window = family.window  # of a cache that was loaded from a file, say
-        if family.offload is not None and self.block > 1:
-            raise PackedCacheError(
-                f"a packed cache of quantizer {self.quantizer!r} cannot live in host memory (offload=), where caches "
-                "are moved token by token; use a backend without offload for it"
-            )
         holds_data = self.numel > 0 and self.device.type != "meta"
         if family.offload is not None and self.host is None and holds_data:
             full_row = self.full_precision_bytes // max(1, self.shape[TOKEN])

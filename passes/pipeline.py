@@ -345,13 +345,14 @@ class _View:
         writes = [w for w in tracking.writes if w.holder in same_tensor]
         moves = [w for w in writes if isinstance(w, Move) and not holder.packed]
         moved = [n for w in moves for n in (w.source, w.destination, w.length)]
-        apart = next((n for n in moved if _hint(n) % block), None)
+        apart = next((n for n in map(_hint, moved) if n is None or n % block), 0)
         if len(same_tensor) > 1:
             why = "keys and values lie in one tensor"
         elif any(isinstance(w, Scatter) for w in writes):
             why = "these are written at places that a tensor holds"
-        elif apart is not None:
-            why = f"these are moved: expected numbers of tokens that {block} divides, not {_hint(apart)}"
+        elif apart != 0:
+            told = "numbers that only the data tells" if apart is None else apart
+            why = f"these are moved: expected numbers of tokens that {block} divides, not {told}"
         elif any(r.copy.cache is holder for r in tracking.returned):
             why = "these are joined with new tokens and returned"
         else:
@@ -536,9 +537,11 @@ def _not_attended_as_written(
     return None
 
 
-def _hint(n: int) -> int:
-    """A number of the call that is compiled."""
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
+def _hint(n: int) -> int | None:
+    """A number, as it is in the call that is compiled; None where only the data tells."""
+    if isinstance(n, torch.SymInt):
+        return int(n.node.hint) if n.node.has_hint() else None
+    return n
 
 
 def _read_by(action: Action) -> tuple[list[tuple[Holder, tuple[int, ...]]], list[tuple[Holder, tuple[int, ...]]]]:
