@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -175,6 +176,30 @@ def test_caches_in_slices_stay_close_to_eager(name: str) -> None:
         cache, reference_cache = (model.new_cache(batch, 6 * CHUNK, dtype) for _ in range(2))  # type: ignore[operator]
         steps = generate(compiled, eager, cache, reference_cache, batch, dtype, repeats)
         run_beside(steps, 6 * repeats, stable_from)
+    assert {s.quantizer for s in backend._state.stores} == {"kivi", "rtn"}
+
+
+def test_caches_that_eager_code_writes_and_slices() -> None:
+    """They are known from the slices that come to attention."""
+
+    def step(x: Tensor, cache: dict[str, Tensor], start: int, attend: Callable[..., Tensor]) -> Tensor:
+        q, k, v = model.project(x)
+        stop = start + x.shape[1]
+        cache["k"][:, start:stop], cache["v"][:, start:stop] = k, v
+        return attend(q.transpose(1, 2), *(cache[name][:, :stop].transpose(1, 2) for name in ("k", "v")))
+
+    torch.manual_seed(0)
+    model, backend = SelfAttention(kv_heads=2), fresh_backend(bits=2, quantizer="kivi")
+    compiled, cache, plain = (
+        torch.compile(model.attend, backend=backend),
+        model.new_cache(2, 96),
+        model.new_cache(2, 96),
+    )
+    with torch.no_grad():
+        for start in range(0, 96, 12):
+            x = torch.randn(2, 12, 256)
+            got, _ = step(x, cache, start, compiled), step(x, plain, start, model.attend)
+            assert relative_error(got, simulated(model, x, plain, start, 2)) < 1e-5
     assert {s.quantizer for s in backend._state.stores} == {"kivi", "rtn"}
 
 
@@ -367,11 +392,12 @@ def test_whole_blocks_roll_bit_for_bit() -> None:
             assert_held_exactly(cache["k"], plain["k"].transpose(1, 2))
 
 
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("sink, tokens", [(8, 44), (4, 48)])
-def test_other_rolls_are_refused_before_anything_is_moved(sink: int, tokens: int) -> None:
+def test_other_rolls_are_refused_before_anything_is_moved(sink: int, tokens: int, inner: str) -> None:
     torch.manual_seed(0)
     model = RollingCache(sink=sink, tokens=tokens)
-    compiled = torch.compile(model, backend=fresh_backend(bits=2, quantizer="kivi", group_size=8))
+    compiled = torch.compile(model, backend=fresh_backend(bits=2, quantizer="kivi", group_size=8, inner=inner))
     cache = model.new_cache()
     with torch.no_grad():
         for call in range(tokens // 8):
@@ -457,6 +483,24 @@ def test_eager_writes(name: str, window: dict[str, int], dtype: torch.dtype) -> 
         for x in (packed, plain):
             WRITES[name](x, new)
         close(packed, plain)
+        assert_held_exactly(packed, plain)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_eager_writes_leave_nothing_stale(seed: int) -> None:
+    rng = random.Random(seed)
+    packed, plain = kivi_cache(sink=rng.choice((0, 6)), recent=rng.choice((0, 20)))
+    for _ in range(12):
+        n = rng.randint(1, 20)
+        start, new = rng.randint(0, 40 - n), torch.randn(2, 2, 40, 64)
+        for x in (packed, plain):
+            x[:, :, start : start + n] = new[:, :, start : start + n]
+        name = rng.choice([*WRITES])
+        for x in (packed, plain):
+            WRITES[name](x, new)
+        if rng.random() < 0.2:
+            packed = COPIES[rng.choice([*COPIES])](packed)
+        assert (materialize(packed) - plain).abs().max() < 0.2
         assert_held_exactly(packed, plain)
 
 
