@@ -59,7 +59,7 @@ def measure_synthetic(seeds: int) -> list[dict[str, Any]]:
 
 
 def measure_again(times: int) -> list[dict[str, Any]]:
-    """Relative error of tokens whose blocks are quantized again and again, by other tokens or by moves in eager code."""
+    """Relative error of tokens that are quantized again: with others of their blocks, or moved in eager code."""
     records = []
     for how in ("eight other tokens of each block are written", "tokens are rolled by eight in eager code"):
         torch.manual_seed(0)
