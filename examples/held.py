@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,15 +33,15 @@ def variants(chunk_tokens: int) -> list[Variant]:
     ]
 
 
-def measure(seeds: int) -> list[dict[str, Any]]:
-    """One record per variant, clip and draw of noise."""
+def measure(seeds: int, choose: Callable[[int], list[Variant]] = variants) -> list[dict[str, Any]]:
+    """One record per variant, clip and draw of noise. `choose` gives them by the tokens of a chunk, BF16 first."""
     transformer, autoencoder = load_models()
     config = transformer.config
     frames = config.chunk_frames
     prompts = {c: encode(autoencoder, held_out(c)).unflatten(0, (-1, frames))[:PROMPT_CHUNKS] for c in CLIPS}
     videos: dict[tuple[str, int], torch.Tensor] = {}
     records = []
-    chosen = variants(config.chunk_tokens)
+    chosen = choose(config.chunk_tokens)
     with tqdm(total=len(chosen) * len(prompts) * seeds, unit="rollout") as bar:
         for variant in chosen:
             torch.compiler.reset()

@@ -1,7 +1,8 @@
 """Quantizers as reference simulations: a chunk's keys or values are quantized and at once dequantized, bytes counted.
 
 The package packs `rtn`, `quarot` and `unbiased`, and their symmetric forms; here they are once more, beside published
-methods and ideas that it does not pack, so that all can be compared in one harness. Quantized channels may be rotated;
+methods and ideas that it does not pack, so that all can be compared in one harness. It packs KIVI, too, but with an
+open block's tokens in full precision; here are blocks that chunks fill. Quantized channels may be rotated;
 everything that the correction needs is told in the basis of what is stored.
 """
 

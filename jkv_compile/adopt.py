@@ -64,7 +64,7 @@ def adopt(
         tensor: three dimensions or more, any order; afterwards a `PackedKV` of the same size, stride and dtype.
         axes: its dimension, as a tensor of four, for each of (batch, head, token, channel).
         views: plain views of the tensor that become windows on the packed cache with it.
-        quantizer: as `kernels.quantizers.Grid` spells it; the configuration's where it is not given.
+        quantizer: as `kernels.quantizers.Grid` spells it; the configuration's, of keys, where it is not given.
         written: the tokens that were written last, where that is known.
         centered: whether tokens are stored less the mean of those that it holds.
         fold: how it is seen as a tensor of four, see `geometry.folds`.
@@ -76,17 +76,18 @@ def adopt(
     config.check_head_dim(canonical.shape[3])
     store = Store.empty(
         canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
-        quantizer or config.quantizer,
+        quantizer or config.key_quantizer,
     )  # fmt: skip
     if centered:
         store.center = _mean(canonical)
-    for start in range(0, canonical.shape[2], BLOCK):
-        block = canonical[:, :, start : start + BLOCK]
+    rows = BLOCK // store.block * store.block
+    for start in range(0, canonical.shape[2], rows):
+        block = canonical[:, :, start : start + rows]
         if block.any():  # an empty store reads as zeros already
             store.write(block, (0, 0, start, 0), keep_active=False)
         elif store.center is not None:
             store.fill(0.0, (0, 0, start, 0), block.shape)
-    store.window = config.sink, config.recent
+    store.window = config.window
     if store.held is not None:
         store.held.write(canonical, (0, 0, 0, 0))
         for first, last in ((0, written[0]), written) if written else ((0, _filled(canonical)),):

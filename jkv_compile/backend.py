@@ -39,7 +39,7 @@ class State:
     """What a configuration knows at run time; shared by all backends that are equal."""
 
     def __init__(self, config: Config) -> None:
-        self.stores = Family(config.correction, Offload() if config.offload else None, (config.sink, config.recent))
+        self.stores = Family(config.correction, Offload() if config.offload else None, config.window)
         self.reports: list[GraphReport] = []
         self.written = Written()
         self.seen = Seen()

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS
-from .kernels.quantizers import QUANTIZERS
+from .kernels.quantizers import QUANTIZERS, grid_of
 
 Correction = Literal["taylor", "clamped", "exact", "none"]
-Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased"]
+Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 Offload = Literal["cpu"]
 Center = Literal["keys", "values"]
@@ -33,7 +33,7 @@ class Config:
     Args:
         bits: bits of a stored channel: one of 2, 3, 4, 8, or a pair `(key_bits, value_bits)`.
         group_size: channels that share a step, and a zero point unless the quantizer is symmetric; a multiple of 8 that
-            divides head_dim.
+            divides head_dim. With "kivi", as many tokens of a channel of keys do.
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
             "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "clamped" (the same, at most 1: it cuts no weight to less than 1/e,
             which guards heads whose queries are so large that their cache would be deleted), "exact"
@@ -43,6 +43,10 @@ class Config:
             "unbiased" does too, then rounds to the best grid for normal numbers, and rescales each group so that its
             error is orthogonal to it (`kernels.quantizers`). "symmetric", "symmetric_quarot" and "symmetric_unbiased"
             do the same on grids around zero, without zero points, which takes half as many bytes beside the codes.
+            "kivi" quantizes keys by channel, over blocks of `group_size` tokens (arXiv 2402.02750), and values as "rtn"
+            does; the last `group_size` - 1 tokens before the chunk at hand are then held in full precision, as with
+            `recent` (`kernels.blocks`). It is for keys that are attended as they were written, of caches that are
+            written in slices: others stay in full precision, and tokens can be moved by whole blocks only.
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
         offload: "cpu" keeps packed caches in (pinned) host memory, and brings each to its device for the calls that use
@@ -103,6 +107,30 @@ class Config:
                     f"{name}={tokens!r}: expected a number of tokens of at least 0, which are held in full precision; "
                     "a chunk of the model's is usual"
                 )
+        if self.quantizer == "kivi" and self.offload is not None:
+            raise ConfigurationError(
+                f"offload={self.offload!r} with quantizer='kivi': caches go to host memory token by token, and the "
+                "tokens of a block share their steps; expected offload=None, or another quantizer"
+            )
+        if self.quantizer == "kivi" and self.centers("keys"):
+            raise ConfigurationError(
+                f"center={self.center!r} with quantizer='kivi': expected False or 'values', as each channel of keys "
+                "has a zero point of its own, which any mean goes into"
+            )
+
+    @property
+    def key_quantizer(self) -> Quantizer:
+        return self.quantizer
+
+    @property
+    def value_quantizer(self) -> Quantizer:
+        """That of values, which KIVI quantizes by token."""
+        return "rtn" if self.quantizer == "kivi" else self.quantizer
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """How many of a cache's first tokens are held in full precision, and of the newest before a chunk."""
+        return self.sink, max(self.recent, grid_of(self.quantizer).open_tokens(self.group_size))
 
     def centers(self, *sides: str) -> bool:
         """Whether what is of these sides, "keys" or "values", is stored less a mean."""

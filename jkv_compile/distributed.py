@@ -209,9 +209,10 @@ def rebalance(cache: Tensor, dim: int, sizes: Sequence[int] | None = None, group
         sent, and codes, steps and zero points are the same.
 
     Raises:
-        ConfigurationError: the sizes are not those of a partition, or tokens of ranks are stored less other means.
+        ConfigurationError: the sizes are not those of a partition, or tokens of ranks are stored less other means,
+            or share their steps with others ("kivi").
     """
-    _check_means(cache, dim, "rebalance")
+    _check_tokens(cache, dim, "rebalance")
     held = _gather_numbers(cache.shape[dim], cache.device, group)
     ranks, total = len(held), sum(held)
     wanted = [total // ranks + (i < total % ranks) for i in range(ranks)] if sizes is None else list(sizes)
@@ -237,9 +238,10 @@ def exchange(cache: Tensor, scatter_dim: int, gather_dim: int, group: Group = No
 
     Raises:
         ConfigurationError: the number of ranks does not divide the size along `scatter_dim`, or tokens of ranks are
-            stored less other means.
+            stored less other means, or share their steps with others ("kivi").
     """
-    _check_means(cache, gather_dim, "exchange")
+    _check_tokens(cache, gather_dim, "exchange")
+    _check_tokens(cache, scatter_dim, "exchange", parting=True)
     ranks, size = dist.get_world_size(group), cache.shape[scatter_dim]
     if size % ranks:
         raise ConfigurationError(
@@ -250,11 +252,18 @@ def exchange(cache: Tensor, scatter_dim: int, gather_dim: int, group: Group = No
     return torch.cat([part for part in _all_to_all(parts, cache, group) if part is not None], gather_dim)
 
 
-def _check_means(cache: Tensor, dim: int, what: str) -> None:
-    """Refuse to put tokens of several ranks into one cache where each rank has taken means of its own."""
+def _check_tokens(cache: Tensor, dim: int, what: str, parting: bool = False) -> None:
+    """Refuse to put tokens of several ranks into one cache, or to part them, where codes of it would mean nothing."""
     window = cache.find_window() if isinstance(cache, PackedKV) else None
-    centered = isinstance(cache, PackedKV) and cache._store.centered
-    if centered and (window is None or window.axes[dim] == TOKEN):
+    if not isinstance(cache, PackedKV) or (window is not None and window.axes[dim] != TOKEN):
+        return
+    if cache._store.block > 1:
+        raise ConfigurationError(
+            f"{what} along tokens, dimension {dim}, of a cache of quantizer {cache._store.quantizer!r}: blocks of "
+            f"{cache._store.block} tokens share their steps, and those of several ranks make no one cache; part heads, "
+            "or choose another quantizer"
+        )
+    if cache._store.centered and not parting:
         raise ConfigurationError(
             f"{what} along tokens, dimension {dim}, of a cache that was packed with center=True: each rank stores its "
             "tokens less means of its own, so that codes of several ranks make no one cache; use center=False"

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from .errors import PackedCacheError
-from .kernels.layout import packed_width
 from .kernels.quantizers import grid_of
 from .packed import PackedKV
 from .packed_copies import clone
@@ -59,7 +58,12 @@ def pack_bytes(cache: Tensor) -> Tensor:
     window = cache.window()
     if not all(window.covers(cache._store.shape, axis) for axis in range(CHANNEL)):
         copied = clone(cache)
-        assert isinstance(copied, PackedKV)
+        if not isinstance(copied, PackedKV):
+            raise PackedCacheError(
+                f"pack_bytes of a view of size {tuple(cache.shape)} of a packed cache of quantizer "
+                f"{cache._store.quantizer!r}: expected whole heads of tokens, the first of them a multiple of "
+                f"{cache._store.block}, as so many share their steps"
+            )
         cache = copied
     store = cache._store
     sections = [*store.data()] + ([store.active.data] if store.active else [])
@@ -146,13 +150,10 @@ def _described(buffer: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
-    batch, heads, tokens, head_dim = given["shape"]
-    groups, active = head_dim // given["group_size"], given["active"]
-    dtype = _DTYPES[given["dtype"]]
-    parts: list[tuple[torch.dtype, tuple[int, ...]]] = [
-        (torch.uint8, (batch, heads, tokens, packed_width(head_dim, given["bits"]))),
-        (torch.float16, (batch, heads, groups, tokens, grid_of(given["quantizer"]).scale_size)),
-    ]
+    batch, heads, _, head_dim = given["shape"]
+    active, dtype = given["active"], _DTYPES[given["dtype"]]
+    shapes = grid_of(given["quantizer"]).store_shapes(given["shape"], given["bits"], given["group_size"])
+    parts: list[tuple[torch.dtype, tuple[int, ...]]] = [*zip((torch.uint8, torch.float16), shapes)]
     if active is not None:
         parts.append((dtype, (batch, heads, active[1] - active[0], head_dim)))
     if "held" in given:

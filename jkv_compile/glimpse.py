@@ -61,15 +61,16 @@ def glimpsing_call(
 
 def _look(args: Sequence[Any], glimpse: Glimpse, config: Config, stores: Any, sightings: Sightings) -> None:
     found = []
-    for argument, dim, bits, side in (
-        (glimpse.key, glimpse.key_tokens, config.key_bits, "keys"),
-        (glimpse.value, glimpse.value_tokens, config.value_bits, "values"),
+    for argument, dim, bits, quantizer, side in (
+        (glimpse.key, glimpse.key_tokens, config.key_bits, config.key_quantizer, "keys"),
+        (glimpse.value, glimpse.value_tokens, config.value_bits, config.value_quantizer, "values"),
     ):
         place = _place(args[argument], dim)
         if place is None:
             return
         base, axes, tokens = place
-        found.append((base, args[argument], axes, bits, config.centers(side), sightings.moved(base, tokens)))
+        centered, moved = config.centers(side), sightings.moved(base, tokens)
+        found.append((base, args[argument], axes, bits, quantizer, centered, moved))
     keys, values = found
     if keys[0] is values[0] or not (keys[-1] and values[-1]):
         return
@@ -80,8 +81,8 @@ def _look(args: Sequence[Any], glimpse: Glimpse, config: Config, stores: Any, si
             config.check_head_dim(base.shape[-1])
         except ConfigurationError:
             return
-    for base, view, axes, bits, centered, _ in found:
-        adopt(base, axes, bits, config, [view], centered=centered).join(stores)
+    for base, view, axes, bits, quantizer, centered, _ in found:
+        adopt(base, axes, bits, config, [view], quantizer, centered=centered).join(stores)
 
 
 def _place(view: Any, dim: int) -> tuple[Tensor, tuple[int, ...], tuple[int, int]] | None:

@@ -137,6 +137,11 @@ class Held:
             own = [(region, at, x if of == entry else x[part]) for of, (region, at, x) in pieces if of in (None, entry)]
             rules.receive(data[part], ranges[part], start, start + n, own if whole else [])
 
+    def part(self, box: Box) -> tuple[Tensor, Tensor]:
+        """Rows of a box's batch entries and heads, and which tokens they are, to be read."""
+        data, ranges, _ = self._part(box)
+        return data, ranges
+
     def put_over(self, out: Tensor, starts: Sequence[int]) -> None:
         """What is held into `out` `[b, h, n, D]`, which has the other tokens of a box."""
         data, ranges, _ = self._part((starts, out.shape))

@@ -158,6 +158,11 @@ class PackedKV(torch.Tensor):
             )
         return window
 
+    def whole_blocks(self) -> PackedKV:
+        """This window, or one on the whole cache where tokens share steps: what a write to this one may change."""
+        store = self._store
+        return self if store.block == 1 else PackedKV(store, store.shape, store.strides, 0, store.dtype)
+
     def dequantize_window(self) -> Tensor:
         """A plain tensor with this one's values, shape and dtype, and with its order of dimensions in memory."""
         if self.numel() == 0:
@@ -277,8 +282,8 @@ def quantization_step(tensor: Tensor) -> Tensor:
     """Δ of each token and channel group of a packed cache, or of a view of it that keeps four dimensions.
 
     Returns:
-        float32, of the tensor's shape but with groups in place of channels; zero where values are held in full
-        precision (the range that was written last outside of a compiled graph).
+        float32, of the tensor's shape but with groups in place of channels ("kivi": one for each channel); zero where
+        values are held in full precision (the range that was written last outside of a compiled graph).
 
     Raises:
         TypeError: the tensor is not packed.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .geometry import Window
 from .packed import PackedKV
-from .packed_dispatch import aten, implements, shadow
+from .packed_dispatch import aten, implements, shadow, warn_of_read
 from .packed_writes import same_steps
 from .store import CHANNEL, TOKEN, Store
 
@@ -22,6 +22,8 @@ def clone(source: PackedKV, memory_format: Any = None) -> Any:
         repeated = _repeated(source)
         if repeated is not None:
             return repeated
+        if source._store.block > 1:
+            warn_of_read("clone()")
         return source.dequantize_window().clone(memory_format=memory_format or torch.preserve_format)
     stride = torch.empty_like(shadow(source), memory_format=memory_format or torch.preserve_format).stride()
     strides = canonical_strides(window, source.shape, stride)
@@ -95,6 +97,8 @@ def cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
     parts = [p for p in parts if p.shape != (0,)]  # what torch.cat ignores
     if window is None or axis is None or axis == CHANNEL or any(p.dtype != first.dtype for p in parts):
         return NotImplemented
+    if axis == TOKEN and first._store.block > 1:  # blocks of several caches make no blocks of one
+        return NotImplemented
     boxes: list[tuple[Store, Sequence[int], Sequence[int]] | Tensor] = []
     for part in parts:
         if part.dim() != first.dim() or any(
@@ -132,6 +136,8 @@ def roll(source: PackedKV, shifts: Sequence[int], dims: Sequence[int] = ()) -> A
     axes = [] if window is None else [window.axes[dim] for dim in dims]
     if not axes or None in axes or CHANNEL in axes or source.numel() == 0:
         return NotImplemented  # without dims it is a roll of the flattened tensor
+    if TOKEN in axes and source._store.block > 1:
+        return NotImplemented
     for shift, dim in zip(shifts, dims):
         last = shift % source.shape[dim]
         first = source.shape[dim] - last
@@ -145,6 +151,8 @@ def index_select(source: PackedKV, dim: int, index: Tensor) -> Any:
     dim %= source.dim()
     axis = None if window is None else window.axes[dim]
     if window is None or axis is None or axis == CHANNEL or index.dim() != 1:
+        return NotImplemented
+    if axis == TOKEN and source._store.block > 1:
         return NotImplemented
     shape = [*source.shape[:dim], len(index), *source.shape[dim + 1 :]]
     stride = torch.empty(shape, device="meta").stride()
@@ -184,9 +192,14 @@ for _operator in (*_LIKE, *_NEW):
 
 
 def whole_heads(source: Tensor) -> Window | None:
-    """The box of whole heads that a packed tensor shows, or None: what can be copied packed."""
+    """The box of whole heads that a packed tensor shows, or None: what can be copied packed.
+
+    Where tokens share steps, it begins with a block of them.
+    """
     window = source.find_window() if isinstance(source, PackedKV) else None
-    return window if window is not None and window.covers(source._store.shape, CHANNEL) else None  # type: ignore[attr-defined]
+    if window is None or not window.covers(source._store.shape, CHANNEL):  # type: ignore[attr-defined]
+        return None
+    return None if window.starts[TOKEN] % source._store.block else window  # type: ignore[attr-defined]
 
 
 def canonical_strides(window: Window, size: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

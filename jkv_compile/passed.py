@@ -26,9 +26,9 @@ from .config import Config
 from .errors import ConfigurationError, NotRewrittenWarning
 from .geometry import four_dimensional
 from .hints import is_ignored
-from .kernels.quantizers import grid_within
+from .kernels.quantizers import grid_of, grid_within
 from .packed import PackedKV
-from .reasons import Reason
+from .reasons import PER_CHANNEL, Reason
 from .report import GraphReport, Note, Rejected
 from .runtime import Seen
 from .store import Store
@@ -351,6 +351,10 @@ def _adopt(
     sides = [[s for s in side if id(s.cache()) in again] for side in sides]
     if not all(side or done for side, done in zip(sides, packed)):
         return PENDING
+    if sides[0] and grid_of(config.key_quantizer).per_channel:
+        return REFUSED.format(
+            PER_CHANNEL.format(config.quantizer, "these are read here, and attended in another graph")
+        )
     for side, bits, name in zip(sides, (config.key_bits, config.value_bits), ("keys", "values")):
         for source in side:
             cache = tensors[id(source.cache())]
@@ -378,7 +382,7 @@ def _adopt(
             return REFUSED.format(f"its last dimension is {cache.shape[-1]}, which heads of {one.head_dim} do not tile")
     pairs = {id(source.cache()): source.pairs or one.pairs for source in sides[0]}  # of keys
     for cache, axes, bits, centered in caches.values():
-        quantizer: str = config.quantizer
+        quantizer: str = config.key_quantizer if id(cache) in pairs else config.value_quantizer
         if id(cache) in pairs:
             quantizer = str(grid_within(quantizer, cache.shape[-1], config.group_size, pairs[id(cache)]))
         tells_steps = id(cache) in pairs and config.correction != "none"

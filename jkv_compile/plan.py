@@ -110,11 +110,12 @@ class Devices:
 
 def report(
     model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, symmetric: bool = False,
-    window: tuple[int, int] = (0, 0),
+    window: tuple[int, int] = (0, 0), offloads: bool = True,
 ) -> str:  # fmt: skip
     """The plan as text; `symmetric` is of caches without zero points.
 
     window: how many of the first tokens, and of the newest, are held in full precision.
+    offloads: whether such caches can live in host memory.
     """
     devices = devices or Devices()
     count = devices.count
@@ -152,12 +153,13 @@ def report(
     if count > 1:
         received = traffic(model, count, devices.sharding, 2, group_size, symmetric, window)
         lines += ["", *_moved("a device receives, GiB", received)]
-    at_hand = [2 * share.bytes_of(bits, group_size, symmetric, window) / share.layers / GIB for bits in (None, 2)]
-    lines += [
-        "",
-        *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, symmetric, window)),
-        f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
-    ]
+    if offloads:
+        at_hand = [2 * share.bytes_of(bits, group_size, symmetric, window) / share.layers / GIB for bits in (None, 2)]
+        lines += [
+            "",
+            *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, symmetric, window)),
+            f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
+        ]
     if share.chunk <= share.tokens:
         overhead = attention_overhead(share, gpu, 2, 2, group_size, symmetric)
         lines += [
@@ -227,7 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(MODELS), default="self-forcing")
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--quantizer", choices=QUANTIZERS, default="rtn", help="symmetric ones store no zero points")
+    parser.add_argument(
+        "--quantizer", choices=QUANTIZERS, default="rtn",
+        help="symmetric ones store no zero points; kivi holds group-size - 1 recent tokens in full precision",
+    )  # fmt: skip
     parser.add_argument("--sink", type=int, default=0, help="first tokens that are held in full precision")
     parser.add_argument("--recent", type=int, default=0, help="tokens before a chunk that are held in full precision")
     for name, kind in (
@@ -267,9 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sharding: Sharding = options.sharding or ("heads" if options.devices > 1 else "none")
     devices = Devices(options.devices, sharding, options.shard_weights)
     try:
-        symmetric = grid_of(options.quantizer).symmetric
-        window = options.sink, options.recent
-        print(report(model, GPUS[options.gpu], options.group_size, devices, symmetric, window))
+        grid = grid_of(options.quantizer)
+        window = options.sink, max(options.recent, grid.open_tokens(options.group_size))
+        offloads = not grid.per_channel
+        print(report(model, GPUS[options.gpu], options.group_size, devices, grid.symmetric, window, offloads))
     except ConfigurationError as error:
         parser.error(str(error))
     return 0

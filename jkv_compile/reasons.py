@@ -58,6 +58,8 @@ class Reason(Enum):
         return self.value
 
 
+PER_CHANNEL = "quantizer={!r} quantizes keys by channel, over blocks of tokens, and {}"
+
 _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"jkv_compile\.ignore", Reason.IGNORED),
     (r"attended in another graph, in eager code", Reason.UNATTENDED),

@@ -76,6 +76,7 @@ class _UndoLog(TorchDispatchMode):
     def _save(self, value: Any) -> None:
         for tensor in tree_leaves(value):
             if isinstance(tensor, Tensor) and not self._is_fresh(tensor):
+                tensor = tensor.whole_blocks() if isinstance(tensor, PackedKV) else tensor
                 target = tensor.detach if isinstance(tensor, PackedKV) else weak_view(tensor)
                 self.log.append((target, tensor.clone()))
 

@@ -87,7 +87,8 @@ class Store:
         shape: canonical shape.
         strides: strides, in canonical order, of the tensor that this replaces: views are located by them.
         dtype: what the cache reads as.
-        codes, scales: as `kernels.layout` describes; symmetric ones where the quantizer is.
+        codes, scales: as `kernels.layout` describes; symmetric ones where the quantizer is, and in whole blocks of
+            tokens where it is per channel.
         quantizer: what a token goes through before it is quantized, as `kernels.quantizers.Grid` spells it.
 
     Boxes are told by their first index and their length per axis, (batch, head, token, channel). Packed data knows no
@@ -132,14 +133,13 @@ class Store:
         quantizer: str = "rtn",
     ) -> Store:
         """A store that reads as zeros."""
-        batch, heads, tokens, head_dim = shape
+        codes_shape, scales_shape = grid_of(quantizer).store_shapes(shape, bits, group_size)
         with torch.inference_mode(False):  # one kind of tensor, whatever the mode: packed data outlives it
-            codes = torch.zeros(
-                batch, heads, tokens, layout.packed_width(head_dim, bits), dtype=torch.uint8, device=device
-            )
-            scale_shape = batch, heads, head_dim // group_size, tokens, grid_of(quantizer).scale_size
-            scales = torch.zeros(scale_shape, dtype=torch.float16, device=device)
-        return cls(shape, strides, dtype, bits, codes, scales, quantizer)
+            codes = torch.zeros(codes_shape, dtype=torch.uint8, device=device)
+            scales = torch.zeros(scales_shape, dtype=torch.float16, device=device)
+        new = cls(shape, strides, dtype, bits, codes, scales, quantizer)
+        new.window = 0, new._grid.open_tokens(group_size)
+        return new
 
     def of_this_kind(self, shape: Sequence[int], strides: Sequence[int], codes: Tensor, scales: Tensor) -> Store:
         """A store of other data of the same batch and heads, that reads and is quantized as this one."""
@@ -259,7 +259,15 @@ class Store:
 
     @property
     def group_size(self) -> int:
+        """Channels that share a step, or tokens of a channel, where the grid is per channel."""
+        if self._grid.per_channel:
+            return layout.token_block(self._codes, self._scales)
         return self.shape[CHANNEL] // self._scales.shape[2]
+
+    @property
+    def block(self) -> int:
+        """Tokens that share their steps, which codes are written and moved in."""
+        return self.group_size if self._grid.per_channel else 1
 
     @property
     def numel(self) -> int:
@@ -314,6 +322,11 @@ class Store:
 
         Where its configuration says so, the data goes to host memory.
         """
+        if family is not None and family.offload is not None and self.block > 1:
+            raise PackedCacheError(
+                f"a packed cache of quantizer {self.quantizer!r} cannot live in host memory (offload=), where caches "
+                "are moved token by token; use a backend without offload for it"
+            )
         self._family = family
         if family is None:
             return
@@ -406,9 +419,12 @@ class Store:
         self.own()
         self.active = None
         center = self.center_of(starts, source.shape)
-        with self._changing(starts, (batch, heads, tokens), anew=True) as (codes, scales):
-            stored = _as_float(source) if center is None else _as_float(source - center)
-            _ops.append(codes, scales, self._stored(stored), 0, self.bits)
+        if self.block > 1:
+            self._append_blocks(_as_float(source), starts)
+        else:
+            with self._changing(starts, (batch, heads, tokens), anew=True) as (codes, scales):
+                stored = _as_float(source) if center is None else _as_float(source - center)
+                _ops.append(codes, scales, self._stored(stored), 0, self.bits)
         if self.held is not None:
             self.held.write(source, starts)
             self.put_away()
@@ -416,6 +432,13 @@ class Store:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
             self.active = Active(held, starts[TOKEN], starts[TOKEN] + tokens)
+
+    def _append_blocks(self, source: Tensor, starts: Sequence[int]) -> None:
+        """Quantize `source` `[b, h, n, D]` into blocks of tokens, see `kernels.blocks`."""
+        held = [] if self.held is None else [self.held.part((starts, source.shape))]
+        told = [rows for rows, _ in held], [ranges for _, ranges in held]
+        box = self._box(starts, source.shape)
+        _ops.append_blocks(*box, *told, source, starts[TOKEN], self.shape[TOKEN], self.bits)
 
     def settle(self) -> None:
         """Called where attention adds tokens of its own to these: is the range written last a chunk being generated?
@@ -436,6 +459,9 @@ class Store:
         self, source: Tensor | Store, axis: int, index: Tensor, starts: Sequence[int], lengths: Sequence[int]
     ) -> None:
         """Write `source`, to be quantized or packed as this is, to some indices of one axis of a box."""
+        if axis == TOKEN:
+            self._refuse_blocks("tokens are written one by one", "write them as slices")
+        self._tokens(starts[TOKEN], lengths[TOKEN], changing=True)
         if self.held is not None:
             if isinstance(source, Tensor) and axis == TOKEN:
                 self.held.write_at(source, index, starts)
@@ -457,13 +483,17 @@ class Store:
         self.active = None
 
     def fill(self, value: float, starts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Set a box to a number: exactly where float16 holds it, as zero and all small integers; less a mean, as any
-        other token."""
+        """Set a box to a number: exactly where float16 holds it, as zero and all small integers; less a mean, or in a
+        block with other tokens, as any other token."""
         self.own()
-        codes_of_value, scales_of_value = self._constant(value, starts, lengths)
-        with self._changing(starts, lengths, anew=True) as (codes, scales):
-            codes.copy_(codes_of_value.expand_as(codes))
-            scales.copy_(scales_of_value.expand_as(scales))
+        if self.block > 1:
+            number = torch.full((1, 1, 1, 1), self._storable(value), dtype=self.dtype, device=self.device)
+            self._append_blocks(_as_float(number).expand(tuple(lengths)), starts)
+        else:
+            codes_of_value, scales_of_value = self._constant(value, starts, lengths)
+            with self._changing(starts, lengths, anew=True) as (codes, scales):
+                codes.copy_(codes_of_value.expand_as(codes))
+                scales.copy_(scales_of_value.expand_as(scales))
         if self.held is not None:
             self.held.fill(value, (starts, lengths))
             self.put_away()
@@ -471,6 +501,7 @@ class Store:
 
     def fill_where(self, mask: Tensor, value: float, starts: Sequence[int]) -> None:
         """Set the tokens of a box where `mask`, bool `[b, h, n]`, is True to a number, as `fill` does."""
+        self._refuse_blocks("tokens are set to a number one by one", "fill slices")
         self.own()
         codes_of_value, scales_of_value = self._constant(value, starts, mask.shape)
         mask = mask.to(self.device)
@@ -486,7 +517,7 @@ class Store:
         """Copy a box of another store (or of this one) bit for bit; the boxes may overlap.
 
         Raises:
-            PackedCacheError: codes of the other store mean something else here.
+            PackedCacheError: codes of the other store mean something else here, or tokens share steps with others.
         """
         self._check_meaning(other)
         if not self.alike(other, source, starts, lengths):
@@ -494,11 +525,13 @@ class Store:
                 "codes of a packed cache cannot be copied where tokens are stored less other means (center=True); "
                 "write jkv_compile.materialize(source) instead"
             )
-        self.own()
         n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
+        other._tokens(a, n)
+        tokens, _ = self._tokens(b, n, changing=True)
+        self.own()
         if other is self and tuple(source[:2]) == tuple(starts[:2]) and self.host is None:
             codes, scales = self._box(starts, lengths)
-            _ops.move(codes, scales, a, b, n)
+            _ops.move(codes, scales, a, b, tokens.stop - tokens.start)
         else:
             new = other._whole_box(source, lengths)
             with self._changing(starts, lengths, anew=True) as box:
@@ -523,8 +556,8 @@ class Store:
 
     def read(self, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
-        codes, scales = self._whole_box(starts, lengths)
-        out = self._from_grid(_ops.dequantize(codes, scales, 0, lengths[TOKEN], self.bits, dtype))
+        codes, scales, first = self._around(starts, lengths)
+        out = self._from_grid(_ops.dequantize(codes, scales, first, first + lengths[TOKEN], self.bits, dtype))
         center = self.center_of(starts, lengths)
         if center is not None:
             out += center
@@ -538,7 +571,8 @@ class Store:
 
     def quantization_step(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Δ of a box as stored, float32 `[b, h, n, G]`; zero where the range written last is held in full precision."""
-        _, scales = self._whole_box(starts, lengths)
+        codes, scales, first = self._around(starts, lengths)
+        scales = reference.scales_between(codes, scales, first, first + lengths[TOKEN])
         delta = reference.quantization_step(scales, self.bits)
         if self.held is not None:
             self.held.zero_steps(delta, starts)
@@ -716,12 +750,50 @@ class Store:
         return data[0][box], data[1][box]
 
     def _whole_box(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Codes `[b, h, n, W]` and scales `[b, h, G, n, 2]` of a box, to be read."""
+        """Codes `[b, h, n, W]` and scales `[b, h, G, n, 2]` of a box, to be read; where tokens share steps, of all
+        blocks that it begins with the first of (`_tokens`)."""
         start, n = starts[TOKEN], lengths[TOKEN]
         if self.host is not None:
             return self._part_of(self.host.read(start, start + n), starts, lengths)
         codes, scales = self._box(starts, lengths)
-        return codes.narrow(2, start, n), scales.narrow(3, start, n)
+        tokens, steps = self._tokens(start, n)
+        return codes[:, :, tokens], scales[:, :, :, steps]
+
+    def _around(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+        """Codes and scales that a box's tokens are in, and the place of the first of these."""
+        if self.host is not None:
+            return *self._whole_box(starts, lengths), 0
+        return *self._box(starts, lengths), starts[TOKEN]
+
+    def _tokens(self, start: int, n: int, changing: bool = False) -> tuple[slice, slice]:
+        """Where tokens start … start + n - 1 are in codes and in scales.
+
+        Where tokens share steps, these are whole blocks. The last one may have other tokens after these unless they
+        are `changing`; then it ends with them, or with the cache.
+
+        Raises:
+            PackedCacheError: they are not.
+        """
+        block, stop = self.block, start + n
+        if block == 1:
+            return slice(start, stop), slice(start, stop)
+        if start % block or (changing and stop % block and stop != self.shape[TOKEN]):
+            raise PackedCacheError(
+                f"tokens {start}:{stop} of a packed cache of quantizer {self.quantizer!r} and {self.shape[TOKEN]} "
+                f"tokens: expected multiples of {block}, or its end, as codes of so many tokens share their steps; "
+                "copy whole blocks, write jkv_compile.materialize(source), which quantizes anew, or choose another "
+                "quantizer"
+            )
+        blocks = slice(start // block, -(-stop // block))
+        return slice(start, blocks.stop * block), blocks
+
+    def _refuse_blocks(self, what: str, instead: str) -> None:
+        """Raise `PackedCacheError` where tokens share their steps."""
+        if self.block > 1:
+            raise PackedCacheError(
+                f"{what} of a packed cache of quantizer {self.quantizer!r}, {self.block} of which share their steps; "
+                f"nothing was written. Expected ranges of tokens: {instead}, or choose another quantizer"
+            )
 
     @contextmanager
     def _changing(
@@ -786,21 +858,22 @@ def rebuild_store(
 ) -> Store:
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
     batch, heads, tokens, head_dim = shape
-    groups = scales.shape[2] if scales.dim() == 5 else 0
     try:
         grid = grid_of(quantizer)
     except (TypeError, ValueError):
         grid = None
+    sound = codes.dim() == 4 and scales.dim() == 5 and scales.shape[2] > 0 and head_dim % scales.shape[2] == 0
+    group_size = head_dim // scales.shape[2] if sound else 0
+    if sound and grid is not None and grid.per_channel:
+        group_size = layout.token_block(codes, scales)
     fits = (
         bits in layout.SUPPORTED_BITS
         and grid is not None
+        and group_size > 0
         and codes.dtype == torch.uint8
         and scales.dtype == torch.float16
-        and tuple(codes.shape) == (batch, heads, tokens, layout.packed_width(head_dim, bits))
-        and tuple(scales.shape) == (batch, heads, groups, tokens, grid.scale_size)
-        and groups > 0
-        and head_dim % groups == 0
-        and (not grid.pairs or grid_within(quantizer, head_dim, head_dim // groups, grid.pairs) == grid)
+        and (tuple(codes.shape), tuple(scales.shape)) == grid.store_shapes(shape, bits, group_size)
+        and (not grid.pairs or grid_within(quantizer, head_dim, group_size, grid.pairs) == grid)
         and len(strides) == 4
     )
     if not fits:
@@ -810,6 +883,7 @@ def rebuild_store(
             f"scales {scales.dtype} {list(scales.shape)}"
         )
     store = Store(shape, strides, dtype, bits, codes, scales, quantizer)
+    store.window = 0, store._grid.open_tokens(store.group_size)
     if center is not None:
         if tuple(center.shape) != (batch, heads, 1, head_dim) or center.dtype != dtype:
             raise PackedCacheError(

@@ -33,16 +33,10 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
     scales[:, :, :, to : to + count] = scales[:, :, :, first : first + count].clone()
 
 
-def _scales_between(codes: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
-    """Scales for each token from `start` to `stop - 1`: `[B, H, G, n, 2]` or `[B, H, G, n, 1]`."""
-    block = token_block(codes, scales)
-    first, last = start // block, -(-stop // block)
-    per_token = reference.per_token(scales[:, :, :, first:last], (last - first) * block)
-    return per_token[:, :, :, start - first * block : stop - first * block]
-
-
 def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(codes[:, :, start:stop], _scales_between(codes, scales, start, stop), bits).to(dtype)
+    return reference.dequantize(codes[:, :, start:stop], reference.scales_between(codes, scales, start, stop), bits).to(
+        dtype
+    )
 
 
 def _codes_as_floats(codes: Tensor, bits: int) -> Tensor:
@@ -121,8 +115,8 @@ def attention(
     for start, stop in zip(ranges[::2], ranges[1::2]):
         for first in range(start, stop, BLOCK):
             last = min(first + BLOCK, stop)
-            key_steps = _scales_between(key_codes, key_scales, first, last)
-            value_steps = _scales_between(value_codes, value_scales, first, last)
+            key_steps = reference.scales_between(key_codes, key_scales, first, last)
+            value_steps = reference.scales_between(value_codes, value_scales, first, last)
             keys = _expand(key_codes[:, :, first:last], key_steps, key_bits, scale).to(dtype)
             scores = (grouped @ keys.transpose(-1, -2)).float()
             if correction != "none":

@@ -13,7 +13,7 @@ A packed cache of logical shape `[B, H, S, D]` (batch, key/value heads, tokens, 
 
   (1 + c/2^bits is a float16 whose mantissa *is* the code.) Scales are token-contiguous: kernels load them as vectors.
   In general scales are `[B, H, G, T, 2]` with one pair per `D / G` channels and `S / T` tokens: T = S above;
-  per-channel steps over blocks of tokens (KIVI) have G = D and T = S / block.
+  per-channel steps over blocks of tokens (KIVI) have G = D and T = S / block. Codes are of whole blocks.
 
 A *symmetric* cache stores no zero points: its scales are `[B, H, G, T, 1]`, step' alone, and that last dimension is how
 everything tells it from the others. Its 2^bits levels lie around 0, which is none of them:
@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..errors import PackedCacheError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
@@ -99,11 +101,14 @@ def in_blocks(codes: Tensor, scales: Tensor, *tokens: int) -> list[int]:
     """Token positions as positions in the scales.
 
     Raises:
-        RuntimeError: a position lies inside of a block of tokens that share scales.
+        PackedCacheError: a position lies inside of a block of tokens that share scales.
     """
     block = token_block(codes, scales)
     if any(token % block for token in tokens):
-        raise RuntimeError(f"jkv: tokens {list(tokens)} must be multiples of {block}, as so many tokens share a step")
+        raise PackedCacheError(
+            f"jkv: tokens {list(tokens)} must be multiples of {block}, as so many tokens share their steps; move "
+            "and write whole blocks (group_size tokens with quantizer='kivi'), or choose another quantizer"
+        )
     return [token // block for token in tokens]
 
 

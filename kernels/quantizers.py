@@ -15,6 +15,9 @@ points: half the bytes beside the codes, 2.25 bits per channel in all at 2 bits 
 no preferred sign, so that there is little to lose. But such a grid has no level at zero. A group of zeros is a step of
 0; a single channel among zeros, as a constant token is when it is rotated, has no close code at few bits.
 
+`kivi` is of keys, and quantizes them as they are, by channel: the tokens of a block share a step for each channel
+(KIVI, arXiv 2402.02750; `blocks`). Values go with it as `rtn` has them, by token.
+
 The correction needs each channel's step where scores are made, and some models turn or join cached keys before that
 (rotary embeddings after the read). What is dequantized has the errors' variances group by group, and rotary embeddings
 leave them alone, as long as (a) a rotation has not mixed groups of different steps, and (b) a group holds both channels
@@ -27,15 +30,16 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .layout import in_blocks, is_symmetric, pack
+from .layout import in_blocks, is_symmetric, pack, packed_width
 from .reference import FLOAT16_MAX
 
-QUANTIZERS = ("rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased")
+QUANTIZERS = ("rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi")
 _STORED = re.compile(f"({'|'.join(QUANTIZERS)})(/groups|/pairs([1-9][0-9]{{0,5}}))?")
 
 # Greatest level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error for normal
@@ -59,7 +63,12 @@ class Grid:
     @property
     def rotates(self) -> bool:
         """Whether what is stored are rotated channels."""
-        return self.quantizer not in ("rtn", "symmetric")
+        return self.quantizer not in ("rtn", "symmetric", "kivi")
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether steps are those of channels, over blocks of tokens; then a group is a block."""
+        return self.quantizer == "kivi"
 
     @property
     def symmetric(self) -> bool:
@@ -70,6 +79,19 @@ class Grid:
     def scale_size(self) -> int:
         """Numbers in a group's scales, their last dimension."""
         return 1 if self.symmetric else 2
+
+    def open_tokens(self, group_size: int) -> int:
+        """The most tokens of a block that is not full yet: those that have to be held in full precision (`blocks`)."""
+        return group_size - 1 if self.per_channel else 0
+
+    def store_shapes(self, shape: Sequence[int], bits: int, group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of codes and of scales of a cache `[B, H, S, D]`, as `layout` describes them."""
+        batch, heads, tokens, head_dim = shape
+        width = packed_width(head_dim, bits)
+        if self.per_channel:
+            blocks = -(-tokens // group_size)
+            return (batch, heads, blocks * group_size, width), (batch, heads, head_dim, blocks, self.scale_size)
+        return (batch, heads, tokens, width), (batch, heads, head_dim // group_size, tokens, self.scale_size)
 
     @property
     def unbiased(self) -> bool:
@@ -103,6 +125,8 @@ def grid_of(quantizer: str) -> Grid:
 def grid_within(quantizer: str, head_dim: int, group_size: int, pairs: int) -> Grid:
     """The grid for keys that are changed after they are read, `pairs` as they are turned; the plainest that will do."""
     grid = Grid(grid_of(quantizer).quantizer)
+    if grid.per_channel:  # no two channels share a step
+        return grid
     apart = pairs > group_size and pairs % group_size == 0 and head_dim % pairs == 0
     return replace(grid, within=apart or (grid.rotates and head_dim != group_size), pairs=pairs if apart else 0)
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .layout import pack, step_and_zero, unpack
+from .layout import pack, step_and_zero, token_block, unpack
 
 FLOAT16_MAX = 65504.0
 CLAMP = 1.0  # the greatest correction of "clamped", in nats
@@ -58,6 +58,14 @@ def per_token(scales: Tensor, tokens: int) -> Tensor:
     """Scales `[B, H, G, T, 2]` of a cache of `tokens` tokens, repeated for each of them `[B, H, G, S, 2]`."""
     blocks = scales.shape[3]
     return scales if blocks == tokens else scales.repeat_interleave(tokens // blocks, 3)
+
+
+def scales_between(codes: Tensor, scales: Tensor, start: int, stop: int) -> Tensor:
+    """Scales for each token from `start` to `stop - 1` of a cache: `[B, H, G, n, 2]` or `[B, H, G, n, 1]`."""
+    block = token_block(codes, scales)
+    first, last = start // block, -(-stop // block)
+    of_tokens = per_token(scales[:, :, :, first:last], (last - first) * block)
+    return of_tokens[:, :, :, start - first * block : stop - first * block]
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:

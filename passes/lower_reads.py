@@ -54,15 +54,16 @@ def steps(pieces: Pieces, read: Read) -> Node:
         _, scales = pieces.packed(holder)
         length = number(stop - first)
         node = pieces.method("select", scales, -1, 0)
+        if plan.block > 1:
+            node = pieces.method("repeat_interleave", node, plan.block, 3)
         node = pieces.call(torch.narrow, node, 3, number(first), length)
         node = pieces.method("transpose", pieces.method("float", node), 2, 3)  # [B, H, n, G]
         node = pieces.call(torch.mul, node, 2.0**-plan.bits)
-        groups = holder.shape[plan.axes[3]] // plan.group_size
         if grid.rotates and not grid.within:
             node = pieces.method("sqrt", pieces.method("mean", pieces.method("square", node), -1, keepdim=True))
-            node = pieces.method("repeat_interleave", node, groups * plan.group_size, -1)
-        else:
-            node = pieces.method("repeat_interleave", node, plan.group_size, -1)
+            node = pieces.method("repeat_interleave", node, number(holder.shape[plan.axes[3]]), -1)
+        elif plan.channels > 1:
+            node = pieces.method("repeat_interleave", node, plan.channels, -1)
         if grid.pairs:
             node = pieces.call(unpaired, node, grid.pairs, plan.group_size)
         if not holder.writes:

@@ -30,6 +30,7 @@ Component = Literal[
 class CachePlan:
     """How one cache is stored: `axes[role]` is the tensor's dimension for (batch, head, token, channel).
 
+    group_size: channels that share a step; of a grid per channel, tokens that do.
     quantizer: as `kernels.quantizers.Grid` spells it.
     held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
     centered: what is stored are tokens less a mean, see `kernels.centers`.
@@ -47,6 +48,16 @@ class CachePlan:
     @property
     def holds(self) -> bool:
         return any(self.held)
+
+    @property
+    def block(self) -> int:
+        """Tokens that share their steps."""
+        return self.group_size if grid_of(self.quantizer).per_channel else 1
+
+    @property
+    def channels(self) -> int:
+        """Channels that do."""
+        return 1 if self.block > 1 else self.group_size
 
 
 class Pieces:
@@ -96,7 +107,7 @@ class Pieces:
     def layouts(self, caches: Iterable[Holder], handed: Iterable[Node]) -> list[StepLayout]:
         """Which channels have one Δ, of packed caches and of inputs that another graph has read."""
         plans = [self.plans[h] for h in caches if h in self.plans]
-        own = [StepLayout(plan.group_size, grid_of(plan.quantizer).pairs) for plan in plans]
+        own = [StepLayout(plan.channels, grid_of(plan.quantizer).pairs) for plan in plans]
         return [*own, *(self.handed[node] for node in handed)]
 
     def packed(self, holder: Holder) -> tuple[Node, Node]:
@@ -119,6 +130,21 @@ class Pieces:
         if not holder.writes:
             both.append((self._own(holder, "active"), self.component(holder, "active_range")))
         return [self.centered(held, holder, holder.dtype) for held, _ in both], [ranges for _, ranges in both]
+
+    def append_blocks(self, holder: Holder, value: Node, start: int) -> Node:
+        """A write of tokens `[B, H, n, D]` to a cache whose tokens share steps, see `kernels.blocks`."""
+        plan, (codes, scales) = self.plans[holder], self.packed(holder)
+        rows, ranges = self.held(holder) if plan.holds else (None, None)
+        told = ([], []) if rows is None else ([rows], [ranges])
+        tokens = self.number(holder.shape[plan.axes[2]])
+        return self.call(ops.append_blocks.default, codes, scales, *told, value, self.number(start), tokens, plan.bits)
+
+    def tokens_of(self, value: float, holder: Holder, length: int) -> Node:
+        """So many tokens of a cache `[B, H, length, D]` that are all one number; they share their memory."""
+        batch, heads, head_dim = (self.number(holder.shape[self.plans[holder].axes[r]]) for r in (0, 1, 3))
+        device = example(holder.node).device
+        number = self.call(torch.full, [1, 1, 1, 1], value, dtype=holder.dtype, device=device)
+        return self.method("expand", number, [batch, heads, self.number(length), head_dim])
 
     def _own(self, holder: Holder, kind: Component) -> Node:
         """A component; of a cache that is part of a tensor, its batch entries and heads."""

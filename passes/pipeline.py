@@ -19,9 +19,10 @@ from ..hints import is_ignored, is_marked
 from ..kernels.held import no_ranges
 from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
+from ..reasons import PER_CHANNEL
 from ..report import GraphReport, Rejected
 from ..store import Store
-from .actions import Append, Attend, Dense, Fill, Holder, Returned, Scatter, Tracking
+from .actions import Append, Attend, Dense, Fill, Holder, Move, Returned, Scatter, Tracking
 from .apart import tell_apart
 from .attention_forms import SPELLED, as_attention
 from .canonicalise import canonicalise
@@ -322,8 +323,7 @@ class _View:
         stores = {h.node: id(self.argument(h)._store.owner) for h in packed}
         changed = {stores[h.node] for h in packed if h.writes}
         aliased = any(list(stores.values()).count(store) > 1 for store in changed)
-        unheld = {h: self.not_held(h, (s := example(h.node)._store).quantizer, s.held_tokens) for h in packed}
-        reasons = ((h, reason) for h in packed for reason in (*h.blockers, unheld[h]))
+        reasons = ((h, reason) for h in packed for reason in (*h.blockers, self._not_packed(h)))
         blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
 
@@ -331,6 +331,38 @@ class _View:
         """What attention may have been handed by other graphs; not of what only eager code could serve once packed."""
         blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
         return [one for one in passages.attended() if not blocked.intersection((*one.keys, *one.values))]
+
+    def _not_packed(self, holder: Holder) -> str | None:
+        """Why what is done to a packed cache has no packed form of its quantizer."""
+        plan = _packed_plan(holder)
+        in_blocks = self.not_in_blocks(holder, plan.quantizer, plan.block)
+        return in_blocks or self.not_held(holder, plan.quantizer, plan.held)
+
+    def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
+        """Why a cache cannot be of a quantizer whose blocks of tokens share their steps.
+
+        Numbers by which tokens are moved are those of the call that is compiled. Of others, and once it is packed, the
+        operator refuses those that are no multiples.
+        """
+        if block == 1:
+            return None
+        tracking, same_tensor = self.tracking, [h for h in self.tracking.caches if h.node is holder.node]
+        writes = [w for w in tracking.writes if w.holder in same_tensor]
+        moves = [w for w in writes if isinstance(w, Move) and not holder.packed]
+        moved = [n for w in moves for n in (w.source, w.destination, w.length)]
+        apart = next((n for n in map(_hint, moved) if n is None or n % block), 0)
+        if len(same_tensor) > 1:
+            why = "several caches lie in one tensor"
+        elif any(isinstance(w, Scatter) for w in writes):
+            why = "these are written at places that a tensor holds"
+        elif apart != 0:
+            told = "numbers that only the data tells" if apart is None else apart
+            why = f"these are moved: expected numbers of tokens that {block} divides, not {told}"
+        elif any(r.copy.cache is holder for r in tracking.returned):
+            why = "these are joined with new tokens and returned"
+        else:
+            return None
+        return PER_CHANNEL.format(quantizer, why)
 
     def not_held(self, holder: Holder, quantizer: str, window: tuple[int, int]) -> str | None:
         """Why a cache cannot be of a quantizer: it is set to a number that this does not hold.
@@ -473,13 +505,18 @@ def _adoptable(
             if isinstance(value, torch.nn.Parameter):
                 break  # learned keys: no near miss
             reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
-            reason = reason or view.not_held(holder, config.quantizer, (config.sink, config.recent))
+            if holder in dict(keys) and grid_of(config.key_quantizer).per_channel:
+                reason = reason or _not_attended_as_written(view, holder, dict(values), config)
+            reason = reason or view.not_held(holder, config.quantizer, config.window)
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
                 break
         else:
-            for pairs, bits, side in ((keys, config.key_bits, "keys"), (values, config.value_bits, "values")):
+            for pairs, bits, quantizer, side in (
+                (keys, config.key_bits, config.key_quantizer, "keys"),
+                (values, config.value_bits, config.value_quantizer, "values"),
+            ):
                 for holder, axes in pairs:
                     if holder.packed:
                         continue
@@ -487,14 +524,34 @@ def _adoptable(
                     centered = config.centers(side)
                     if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
-                    held = config.sink, config.recent
-                    settings = bits, config.group_size, config.quantizer, held, centered, holder.fold
+                    settings = bits, config.group_size, quantizer, config.window, centered, holder.fold
                     plans.setdefault(holder, CachePlan(axes, *settings))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)
         if other is not None:  # the tensor is packed as a whole
             plans[part] = plans[other]
     return plans
+
+
+def _not_attended_as_written(
+    view: _View, holder: Holder, values: dict[Holder, tuple[int, ...]], config: Config
+) -> str | None:
+    """Why keys cannot be packed by channel: the model changes them after it has read them, say."""
+    dense = next((d for d in view.tracking.dense if holder in d.key_caches), None)
+    if (reason := view.not_in_blocks(holder, config.quantizer, config.group_size)) is not None:
+        return reason
+    if holder in values:
+        return PER_CHANNEL.format(config.quantizer, "keys and values lie in one tensor")
+    if dense is not None:
+        return PER_CHANNEL.format(config.quantizer, f"these are not attended as they are in the cache: {dense.reason}")
+    return None
+
+
+def _hint(n: int) -> int | None:
+    """A number, as it is in the call that is compiled; None where only the data tells."""
+    if isinstance(n, torch.SymInt):
+        return int(n.node.hint) if n.node.has_hint() else None
+    return n
 
 
 def _read_by(action: Action) -> tuple[list[tuple[Holder, tuple[int, ...]]], list[tuple[Holder, tuple[int, ...]]]]:

@@ -256,14 +256,20 @@ class _Rewriter:
             plan, (codes, scales) = self.plans[write.holder], self.pieces.packed(write.holder)
             if isinstance(write, Append):
                 value = self._stored(write, Fresh(write.value, write.axes, write.first), write.stop - write.start)
-                append = self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
-                self.appends[append] = write
+                if plan.block > 1:
+                    self.pieces.append_blocks(write.holder, value, write.start)
+                else:
+                    append = self.pieces.call(ops.append.default, codes, scales, value, number(write.start), plan.bits)
+                    self.appends[append] = write
             elif isinstance(write, Scatter):
                 value = self._stored(write, Fresh(write.value, write.axes, 0), example(write.positions).shape[0])
                 self.pieces.call(ops.append_at.default, codes, scales, value, write.positions, plan.bits)
             elif isinstance(write, Move):
                 args = number(write.source), number(write.destination), number(write.length)
                 self.pieces.call(ops.move.default, codes, scales, *args)
+            elif plan.block > 1:
+                value = self.pieces.tokens_of(float(write.value), write.holder, write.stop - write.start)
+                self.pieces.append_blocks(write.holder, value, write.start)
             elif plan.centered:  # no token of one number is one less the mean
                 length = number(write.stop - write.start)
                 filled = self.pieces.call(centered_number, float(write.value), self.pieces.center(write.holder), length)

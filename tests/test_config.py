@@ -41,6 +41,14 @@ BAD = {
     "a negative sink": ({"sink": -1}, r"sink=-1: expected a number of tokens of at least 0, .* a chunk"),
     "a sink of bytes": ({"sink": 1.5e6}, r"sink=1500000.0: expected a number of tokens"),
     "recent as a flag": ({"recent": True}, r"recent=True: expected a number of tokens"),
+    "keys by channel in host memory": (
+        {"quantizer": "kivi", "offload": "cpu"},
+        r"offload=.cpu. with quantizer=.kivi.: .* expected offload=None",
+    ),
+    "keys by channel less a mean": (
+        {"quantizer": "kivi", "center": True},
+        r"center=True with quantizer=.kivi.: expected False or .values.",
+    ),
     "strict as a string": ({"strict": "yes"}, r"strict='yes': expected one of \(True, False\)"),
 }
 

@@ -84,6 +84,9 @@ def test_command_line_reports_sizes_and_assumptions(capsys):
     assert "groups of 64 without zero points" in text
     assert re.search(r"2 bits +2\.25 +0\.79 +7\.11x", text)
     assert re.search(r"to the device, a chunk +28\.12 +3\.95 +7\.11x", text)
+    assert plan.main(["--group-size", "64", "--quantizer", "kivi", "--recent", "9"]) == 0
+    text = capsys.readouterr().out
+    assert "the first 0 tokens, and 63 before the chunk at hand" in text and "offload" not in text
     assert plan.main(["--list"]) == 0
     assert "krea-14b" in capsys.readouterr().out
 
