@@ -538,10 +538,10 @@ def _not_attended_as_written(
 ) -> str | None:
     """Why keys cannot be packed by channel: the model changes them after it has read them, say."""
     dense = next((d for d in view.tracking.dense if holder in d.key_caches), None)
-    if (reason := view.not_in_blocks(holder, config.quantizer, config.group_size)) is not None:
-        return reason
     if holder in values:
         return PER_CHANNEL.format(config.quantizer, "keys and values lie in one tensor")
+    if (reason := view.not_in_blocks(holder, config.quantizer, config.group_size)) is not None:
+        return reason
     if dense is not None:
         return PER_CHANNEL.format(config.quantizer, f"these are not attended as they are in the cache: {dense.reason}")
     return None
