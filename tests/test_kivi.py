@@ -274,7 +274,7 @@ REFUSED = {
     "a fixed past, its batch doubled": "not attended as they are in the cache",
     "a fixed past of two parts": "not attended as they are in the cache",
     "a concatenation that grows and is returned": "joined with new tokens and returned",
-    "keys beside values in one tensor": "joined with new tokens and returned",
+    "keys beside values in one tensor": "lie in one tensor",
     "keys and values stacked, written by another graph": "lie in one tensor",
     "keys and values stacked, batch of two": "lie in one tensor",
     "two caches, concatenated": "not attended as they are in the cache",
