@@ -65,7 +65,7 @@ class _Use(enum.Enum):
 
 
 def _use(graph: Graph, storage: int, step: int) -> _Use:
-    """Whether a graph reads halves of a tensor, or both at once only: it has two batch entries, say."""
+    """Whether a graph reads halves of a tensor, or both at once only, its other dimensions merged: two batch entries."""
     use = _Use.NONE
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or as_write(node) is not None:
@@ -77,7 +77,7 @@ def _use(graph: Graph, storage: int, step: int) -> _Use:
                 shown = [v for v in results if identity(v) == storage]
                 if any(_halved(v, step) is None for v in shown):
                     return _Use.HALVES
-                if results and not shown:
+                if results and not shown and value.dim() < 5:
                     use = _Use.WHOLE
     return use
 
