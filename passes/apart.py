@@ -65,7 +65,7 @@ class _Use(enum.Enum):
 
 
 def _use(graph: Graph, storage: int, step: int) -> _Use:
-    """Whether a graph reads halves of a tensor, or both at once only, its other dimensions merged: two batch entries."""
+    """Whether a graph reads halves of a tensor; or both at once, other dimensions merged: it has two batch entries."""
     use = _Use.NONE
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or as_write(node) is not None:
