@@ -204,7 +204,7 @@ class Frames(Projections):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_frames_and_their_tokens_are_two_dimensions(batch: int) -> None:
     torch.manual_seed(0)
     backend = fresh_backend()
@@ -214,6 +214,31 @@ def test_frames_and_their_tokens_are_two_dimensions(batch: int) -> None:
         x = torch.randn(batch, CHUNK, DIM)
         assert relative_error(compiled(x, cache, frame), eager(x, plain, frame)) < 0.01
     assert all(map(is_packed, cache))
+    assert {m.lowering for report in backend.reports for m in report.matches} == {"fused"}
+
+
+class Together(Projections):
+    """flash-attn's inference: `[B, S, 2, H, D]` of the largest batch, keys and values written at once."""
+
+    def forward(self, x: Tensor, cache: Tensor, start: int) -> Tensor:
+        q, k, v = self.project(x)
+        batch, end = x.shape[0], start + x.shape[1]
+        cache[:batch, start:end] = torch.stack((k, v), 2)
+        kv = cache[:batch, :end]
+        return self.sdpa(q, kv[:, :, 0], kv[:, :, 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, CHUNK])
+def test_keys_and_values_written_together_before_heads(length: int) -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(Together(), backend)
+    cache, plain = (torch.zeros(3, TOKENS, 2, HEADS, HEAD_DIM) for _ in range(2))
+    for call in range(CALLS):
+        x = torch.randn(2, length, DIM)
+        assert relative_error(compiled(x, cache, call * length), eager(x, plain, call * length)) < 0.01
+    assert is_packed(cache)
     assert {m.lowering for report in backend.reports for m in report.matches} == {"fused"}
 
 
