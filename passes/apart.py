@@ -1,4 +1,4 @@
-"""Keys and values that lie in one tensor `[2, …]`, told apart where a graph handles both at once.
+"""Keys and values that lie in one tensor, `[2, …]` or `[B, S, 2, …]`, told apart where a graph handles both at once.
 
 What is known of a cache is known of keys, or of values. So both are written one after the other, and concatenated one
 by one, where the graph goes on with one of them at a time; and what reads both gets them stacked.
@@ -7,6 +7,7 @@ by one, where the graph goes on with one of them at a time; and what reads both 
 from __future__ import annotations
 
 import contextlib
+import enum
 import operator
 from typing import Any
 
@@ -23,29 +24,68 @@ from .nodes import CONCATENATIONS, Write, as_write, copied, example, identity, i
 
 def tell_apart(graph: Graph) -> None:
     """Rewrite such nodes, in place."""
-    wholes = {identity(v): v for n in graph.find_nodes(op="placeholder") if _of_two(v := example(n))}
+    inputs = {identity(v): v for n in graph.find_nodes(op="placeholder") if _may_hold_both(v := example(n))}
+    steps = {key: step for key, value in inputs.items() if (step := _step(graph, key, value)) is not None}
     written = {identity(w.target) for n in graph.nodes if (w := as_write(n)) is not None}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
         if (write := as_write(node)) is not None:
-            whole = wholes.get(identity(write.target))
-            if whole is not None and (dim := _halved(write.target, whole)) is not None:
+            step = steps.get(identity(write.target))
+            if step is not None and (dim := _halved(write.target, step)) is not None:
                 _write_each(graph, node, write, dim)
         elif not _join_each(graph, node):
-            _read_each(graph, node, {i: v for i, v in wholes.items() if isinstance(v, PackedKV) or i in written})
+            packed = {i: s for i, s in steps.items() if isinstance(inputs[i], PackedKV) or i in written}
+            _read_each(graph, node, packed)
+
+
+def _may_hold_both(value: Any) -> bool:
+    """Whether a tensor may hold keys and values."""
+    plain = isinstance(value, Tensor) and not is_dtensor(value) and not isinstance(value, torch.nn.Parameter)
+    return plain and value.dim() == 5 and value.dtype.is_floating_point
 
 
 def _of_two(value: Any) -> bool:
     """Whether a tensor may hold keys and values, one after the other."""
-    plain = isinstance(value, Tensor) and not is_dtensor(value) and not isinstance(value, torch.nn.Parameter)
-    return plain and value.dim() == 5 and value.dtype.is_floating_point and same(value.shape[0], 2)
+    return _may_hold_both(value) and same(value.shape[0], 2)
 
 
-def _halved(view: Tensor, whole: Tensor) -> int | None:
+def _step(graph: Graph, storage: int, whole: Tensor) -> int | None:
+    """How far values lie from keys in a tensor; None where it does not hold both, as far as a graph shows."""
+    if _of_two(whole) and _use(graph, storage, whole.stride(0)) is not _Use.WHOLE:
+        return whole.stride(0)
+    beside_heads = same(whole.shape[2], 2) and _use(graph, storage, whole.stride(2)) is _Use.HALVES
+    return whole.stride(2) if beside_heads else None
+
+
+class _Use(enum.Enum):
+    NONE = enum.auto()
+    HALVES = enum.auto()
+    WHOLE = enum.auto()
+
+
+def _use(graph: Graph, storage: int, step: int) -> _Use:
+    """Whether a graph reads halves of a tensor; or both at once, other dimensions merged: it has two batch entries."""
+    use = _Use.NONE
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or as_write(node) is not None:
+            continue
+        results = [v for v in pytree.tree_leaves(example(node)) if isinstance(v, Tensor)]
+        for argument in node.all_input_nodes:
+            value = example(argument)
+            if isinstance(value, Tensor) and identity(value) == storage and _halved(value, step) is not None:
+                shown = [v for v in results if identity(v) == storage]
+                if any(_halved(v, step) is None for v in shown):
+                    return _Use.HALVES
+                if results and not shown and value.dim() < 5:
+                    use = _Use.WHOLE
+    return use
+
+
+def _halved(view: Tensor, step: int) -> int | None:
     """The dimension of a view of keys and values that tells one from the other; None where it shows one of them."""
     pairs = zip(view.shape, view.stride())
-    found = [d for d, (n, step) in enumerate(pairs) if same(n, 2) and same(step, whole.stride(0))]
+    found = [d for d, (n, stride) in enumerate(pairs) if same(n, 2) and same(stride, step)]
     return found[0] if len(found) == 1 else None
 
 
@@ -115,15 +155,15 @@ def _along(node: Node) -> Any:
     return given.get("dim", 0)
 
 
-def _read_each(graph: Graph, node: Node, wholes: dict[int, Tensor]) -> None:
-    """Give what reads both of one of `wholes` a stack of them."""
+def _read_each(graph: Graph, node: Node, steps: dict[int, int]) -> None:
+    """Give what reads both of a tensor a stack of them; `steps` are those between keys and values, by storage."""
     shown = {identity(v) for v in pytree.tree_leaves(example(node)) if isinstance(v, Tensor)}
     for argument in node.all_input_nodes:
         value = example(argument)
-        whole = wholes.get(identity(value)) if isinstance(value, Tensor) else None
-        if whole is None or identity(value) in shown:  # a view reads nothing
+        step = steps.get(identity(value)) if isinstance(value, Tensor) else None
+        if step is None or identity(value) in shown:  # a view reads nothing
             continue
-        if (dim := _halved(value, whole)) is not None:
+        if (dim := _halved(value, step)) is not None:
             new = _Nodes(graph, node)
             each = [new.method("select", argument, dim, i) for i in range(2)]
             node.replace_input_with(argument, new.call(torch.stack, each, dim))

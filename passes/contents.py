@@ -79,7 +79,7 @@ class Contents:
         if dim is None or dim == channel:
             return None
         holders = []
-        for fold in folds(shaped.dim()):
+        for fold in sorted(folds(shaped.dim()), key=lambda f: f[folded_axis(dim, f)]):  # tokens alone first
             geometry = four_dimensional(shaped.shape, shaped.stride(), fold)
             if geometry is not None:
                 tokens, channels = folded_axis(dim, fold), folded_axis(channel, fold)

@@ -46,10 +46,7 @@ NEWEST_UNKNOWN = (
     "packed, but recent={} is not honoured: it is written at places that a tensor holds, so that which tokens are the "
     "newest is not known"
 )
-OF_SOME_HEADS = (
-    "sink and recent hold tokens of all heads, and only some of its heads are used together; give keys and values, and "
-    "what else has heads of its own, a tensor each, or leave sink and recent out"
-)
+OF_SOME_HEADS = "sink and recent hold tokens of all heads, and only some of its heads are used together"
 UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
 ONE_SIDE = "only one of key and value comes from a cache"
 

@@ -7,6 +7,7 @@ precision.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..geometry import same
 from ..kernels.centers import centered_number
 from ..kernels.quantizers import grid_of, grid_within
+from ..packed import PackedKV
 from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
 from .join_appends import join_appends
 from .lower_attention import lower_dense, lower_fused
@@ -406,6 +408,11 @@ class _Rewriter:
     def _all_entries(self, held: dict[Holder, Node], write: Append) -> Node:
         """What tokens of a range are in all batch entries and heads of a cache, of which parts were written."""
         pieces, holder, start, stop = self.pieces, write.holder, write.start, write.stop
+        halves = [part.part for part in held]
+        value = example(holder.node)
+        packed_batch = value._store.shape[0] if isinstance(value, PackedKV) else math.prod(value.shape[:2])
+        if len(halves) == 2 and value.dim() == 5 and _are_halves(halves, packed_batch):  # keys and values
+            return pieces.call(torch.cat, list(held.values()), 0)
         plan, packed = self.plans[holder], [pieces.component(holder, kind) for kind in ("codes", "scales")]
         args = *map(pieces.number, (start, stop)), plan.bits, holder.dtype
         node = pieces.from_grid(pieces.call(ops.dequantize.default, *packed, *args), holder)
@@ -460,6 +467,14 @@ class _Rewriter:
             removable = node.op in ("call_method", "call_function") and node in from_cache and not node.users
             if removable and isinstance(example(node), (torch.Tensor, list, tuple)) and not is_in_place(node):
                 self.graph.erase_node(node)
+
+
+def _are_halves(parts: list[Any], batch: int) -> bool:
+    """Whether two parts are of batch entries alone, of all that there are, the first half first."""
+    (one, heads), (other, other_heads) = parts
+    if heads is not None or other_heads is not None or one is None or other is None:
+        return False
+    return same(one[0], 0) and same(other[0], one[1]) and same(one[1] + other[1], batch)
 
 
 def _outputs(output: Node) -> list[Any]:

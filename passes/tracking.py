@@ -398,6 +398,7 @@ def _positions(content: Content) -> Node | None:
 
 
 _TAKES = COPIES | {"getitem", "select", "narrow", "view", "reshape", "flatten", "squeeze", "unsqueeze"}
+_TAKES |= {"lt", "mul", "add"}  # places counted from the first one, see `spelled_writes`
 
 
 def _same_places(a: Any, b: Any) -> bool:
