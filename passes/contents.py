@@ -256,7 +256,7 @@ def _begins_in(value: Tensor, holder: Holder) -> bool:
     """Whether a box of a holder begins within it, as one of another part of the same tensor may not."""
     window = locate_in(value, holder)
     assert window is not None
-    return all(hint(0) <= hint(start) < max(1, hint(n)) for start, n in zip(window.starts, holder.shape))
+    return all(0 <= hint(start) < max(1, hint(n)) for start, n in zip(window.starts, holder.shape))
 
 
 def _is_whole(value: Any) -> bool:
