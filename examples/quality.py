@@ -174,17 +174,23 @@ class Study:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few settings, one draw: under ten minutes")
+    parser.add_argument("--only", nargs="+", metavar="SETTING", help='these settings alone, as "rtn INT2 g=64 taylor"')
     parser.add_argument("--seeds", type=int, default=3, help="draws of the noise (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="where finished runs are kept")
     parser.add_argument("--results", type=Path, help="where records and plots go (default: examples/results, or --out)")
     args = parser.parse_args(arguments)
-    settings = quick() if args.quick else full()
+    settings, others = (quick(), []) if args.quick else (full(), corrections())
+    if args.only:
+        unknown = sorted(set(args.only) - {s.name for s in settings})
+        if unknown:
+            parser.error(f"--only {', '.join(map(repr, unknown))}: known are {', '.join(s.name for s in settings)}")
+        settings, others = [s for s in settings if s.name in args.only], []
     seeds = 1 if args.quick else args.seeds
-    results = args.results or (args.out if args.quick else Path(__file__).parent / "results")
+    results = args.results or (args.out if args.quick or args.only else Path(__file__).parent / "results")
     results.mkdir(parents=True, exist_ok=True)
     study = Study(args.out / weights_key(), list(CLIPS), seeds, CHUNKS)
     rollouts = study.rollouts(settings)
-    layers = study.layers(settings if args.quick else settings + corrections())
+    layers = study.layers(settings + others)
     write_records(results / "quality.json", rollouts)
     summary = quality_report.summarise_layers(layers)
     write_records(results / "quality_layers.json", summary)
