@@ -43,6 +43,7 @@ class Variant:
     inner: str = "inductor"
     sink: int = 0
     recent: int = 0
+    step_bits: int = 16
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -58,6 +59,7 @@ class Variant:
             correction=self.correction,
             quantizer=self.quantizer,
             inner=self.inner,
+            step_bits=self.step_bits,
             sink=self.sink,
             recent=self.recent,
         )

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS
-from .kernels.quantizers import QUANTIZERS, grid_of
+from .kernels.quantizers import QUANTIZERS, Grid, grid_of
 
 Correction = Literal["taylor", "clamped", "exact", "none"]
 Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi"]
@@ -58,6 +58,8 @@ class Config:
             is packed, and kept beside the packed data: True, or "keys" or "values" alone (a tensor of both is of
             either). Scores of keys that are all shifted alike shift alike, which softmax does not see; results over
             values are shifted back (`kernels.centers`).
+        step_bits: bits of a group's step: 16, or 8, which takes 2.125 bits a channel at 2 bits in groups of 64 without
+            zero points, and 2.375 with these, which keep 16 (`kernels.byte_steps`). Not for codes of 8 bits.
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -73,6 +75,7 @@ class Config:
     sink: int = 0
     recent: int = 0
     center: bool | Center = False
+    step_bits: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -98,6 +101,7 @@ class Config:
             ("strict", self.strict, (True, False)),
             ("center", self.center, (True, False, *get_args(Center))),
             ("offload", self.offload, (None, *get_args(Offload))),
+            ("step_bits", self.step_bits, (8, 16)),
         ):
             if value not in allowed:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {allowed}")
@@ -107,6 +111,17 @@ class Config:
                     f"{name}={tokens!r}: expected a number of tokens of at least 0, which are held in full precision; "
                     "a chunk of the model's is usual"
                 )
+        if self.step_bits == 8 and 8 in pair:
+            raise ConfigurationError(
+                f"step_bits=8 with bits={self.bits!r}: codes of 8 bits tell levels apart that lie closer than such steps "
+                "are rounded; expected step_bits=16, or 2, 3 or 4 bits"
+            )
+        if self.step_bits == 8 and self.offload is not None and not grid_of(self.quantizer).symmetric:
+            raise ConfigurationError(
+                f"offload={self.offload!r} with step_bits=8 and quantizer={self.quantizer!r}: a group's step and zero "
+                "point take 3 bytes, which caches in host memory are not laid out for; expected step_bits=16, or a "
+                "symmetric quantizer"
+            )
         if self.quantizer == "kivi" and self.offload is not None:
             raise ConfigurationError(
                 f"offload={self.offload!r} with quantizer='kivi': caches go to host memory token by token, and the "
@@ -119,13 +134,14 @@ class Config:
             )
 
     @property
-    def key_quantizer(self) -> Quantizer:
-        return self.quantizer
+    def key_quantizer(self) -> str:
+        """That of keys, as `kernels.quantizers.Grid` spells it."""
+        return str(Grid(self.quantizer, step_bits=self.step_bits))
 
     @property
-    def value_quantizer(self) -> Quantizer:
+    def value_quantizer(self) -> str:
         """That of values, which KIVI quantizes by token."""
-        return "rtn" if self.quantizer == "kivi" else self.quantizer
+        return str(Grid("rtn" if self.quantizer == "kivi" else self.quantizer, step_bits=self.step_bits))
 
     @property
     def window(self) -> tuple[int, int]:

@@ -115,7 +115,8 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
     center_bytes = plan.centered * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
     stored = tokens // max(1, length) * -(-length // plan.block) * plan.block  # whole blocks of them
-    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric)
+    scale_bytes = grid_of(plan.quantizer).scale_bytes
+    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, scale_bytes)
     return CacheUse(
         name=input_name(holder.node),
         role="keys" if is_key else "values",
