@@ -155,7 +155,8 @@ class JKVBackend:
         if plan.outcome == "adopted":
             anew = later()
             otherwise = compile_plan(plan.instead) if plan.ignores else gm.forward if again else anew
-            return first_contact(otherwise, gm.forward, anew, plan, self.config, state.stores, state.written, state.passed)
+            known = state.stores, state.written, state.passed
+            return first_contact(otherwise, gm.forward, anew, plan, self.config, *known)
 
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
         if plan.glimpses:
@@ -219,7 +220,7 @@ def jkv_backend(
 
     Args:
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
-        preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.1 times less
+        preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.5 times less
             memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
         settings: group_size, correction, quantizer, inner, strict, offload, sink, recent and center, as `Config`
             describes them.

@@ -16,13 +16,13 @@ Offload = Literal["cpu"]
 Center = Literal["keys", "values"]
 
 
-# What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.1x
+# What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.5x
 # smaller (`examples/README.md`, "Quality").
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"quantizer": "unbiased", "bits": (3, 4), "group_size": 64},
     "balanced": {"quantizer": "unbiased", "bits": (2, 3), "group_size": 64},
     "memory": {"quantizer": "unbiased", "bits": 2, "group_size": 64},
-    "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64},
+    "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64, "step_bits": 8},
 }
 
 
@@ -113,8 +113,8 @@ class Config:
                 )
         if self.step_bits == 8 and 8 in pair:
             raise ConfigurationError(
-                f"step_bits=8 with bits={self.bits!r}: codes of 8 bits tell levels apart that lie closer than such steps "
-                "are rounded; expected step_bits=16, or 2, 3 or 4 bits"
+                f"step_bits=8 with bits={self.bits!r}: codes of 8 bits tell levels apart that lie closer than such "
+                "steps are rounded; expected step_bits=16, or 2, 3 or 4 bits"
             )
         if self.step_bits == 8 and self.offload is not None and not grid_of(self.quantizer).symmetric:
             raise ConfigurationError(

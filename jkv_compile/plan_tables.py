@@ -53,9 +53,7 @@ class Model:
         rows = min(sink, self.tokens) + 2 * min(recent, self.tokens)
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * BYTES_FULL
 
-    def bytes_of(
-        self, bits: int | None, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)
-    ) -> int:
+    def bytes_of(self, bits: int | None, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)) -> int:
         """Bytes of the cache at so many bits for keys and values; None is bfloat16."""
         return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, grid, window)
 

@@ -832,8 +832,9 @@ class Store:
         if not self._grid.holds(value):
             raise PackedCacheError(
                 f"a fill of a packed cache with {value}: expected 0, the only constant that quantizer "
-                f"{self.quantizer!r} holds, as it rotates tokens and its grids have no level that is exactly zero; choose "
-                "a quantizer with zero points and 16-bit steps, or go back to a plain tensor with jkv_compile.materialize(cache)"
+                f"{self.quantizer!r} holds, as it rotates tokens and its grids have no level that is exactly zero; "
+                "choose a quantizer with zero points and 16-bit steps, or go back to a plain tensor with "
+                "jkv_compile.materialize(cache)"
             )
         symmetric = self._grid.symmetric
         most = reference.symmetric_max(self.bits) if symmetric else reference.FLOAT16_MAX

@@ -276,8 +276,8 @@ def _check_fill(name: str, codes: Tensor, scales: Tensor, start: int, stop: int,
     _check_range(name, codes, start, stop)
     if value and (is_symmetric(scales) or are_bytes(scales)):
         raise RuntimeError(
-            f"jkv::{name}: {value} in tokens of a cache that is symmetric, or whose steps have 8 bits: it can be filled "
-            "with zeros only"
+            f"jkv::{name}: {value} in tokens of a cache that is symmetric, or whose steps have 8 bits: such tokens "
+            "can be filled with zeros only"
         )
 
 

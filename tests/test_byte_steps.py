@@ -156,7 +156,7 @@ def test_what_else_writes_tokens(quantizer):
     other = packed(quantizer)
     ops.append(*other, source, 0, 2)
     assert torch.equal(scales[:, :, :, places], other[1][:, :, :, :2])
-    longer, longer_scales = ops.extend(codes, scales, [0, 4, 9, 10], source, 2)
+    _, longer_scales = ops.extend(codes, scales, [0, 4, 9, 10], source, 2)
     assert longer_scales.dtype == torch.uint8 and torch.equal(longer_scales[:, :, :, 5:], other[1][:, :, :, :2])
     assert torch.equal(longer_scales[:, :, :, :4], scales[:, :, :, :4])
 
