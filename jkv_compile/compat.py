@@ -13,7 +13,7 @@ from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-TORCH_RANGE = ((2, 11), (2, 15))  # [from, to): what the private interfaces below are known for
+TORCH_RANGE = ((2, 11), (2, 16))  # [from, to): what the private interfaces below are known for
 
 
 def check_torch_version() -> None:
