@@ -129,6 +129,11 @@ def in_four_dimensions(tensor: Tensor, fold: Fold | None = None) -> Tensor:
     return tensor.detach().as_strided(*geometry)
 
 
+def place_of(view: Tensor, cache: Tensor) -> int:
+    """Where a plain view begins in its cache's memory, in elements."""
+    return int(view.storage_offset() - cache.storage_offset())
+
+
 class Written:
     """Plain tensors that compiled graphs have written slices of: caches, if attention is found to read them elsewhere.
 

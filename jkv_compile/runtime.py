@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adopt import Written, adopt, in_four_dimensions, obstacle
+from .adopt import Written, adopt, in_four_dimensions, obstacle, place_of
 from .compat import as_function
 from .config import Config
 from .errors import NotRewrittenWarning
@@ -207,8 +207,9 @@ def first_contact(
     Dynamo recompiles as soon as it sees packed caches: this graph runs once per cache and is not worth a compilation.
     Where the caches cannot be adopted after all, `otherwise` (the graph without them) runs, and a warning says why.
     Where means are to be taken of caches that hold nothing yet, `as_written` (the graph as it was) writes to them
-    first. Where Dynamo does not see it, as torch 2.11 does not look into a dict that holds the same objects as before,
-    `later` has the graph compiled for what its arguments are by then.
+    first. `later` has the graph compiled for what its arguments are by then, where Dynamo has not seen that they are
+    others: it does not guard where a plain view begins, and torch 2.11 does not look into a dict that holds the same
+    objects as before.
     """
     rewritten = plan.rewritten
     assert rewritten is not None
@@ -220,6 +221,9 @@ def first_contact(
         if not plain:
             return later(*args)
         owners = {i: _owner(args[i], i in plan.owners, written) for i in plain}
+        views = [(i, owner) for i, owner in owners.items() if i in plan.owners and owner is not None]
+        if any(place_of(args[i], owner) != plan.places[i] for i, owner in views):
+            return later(*args)
         for argument, owner in owners.items():
             reason = "it is not known as a cache any more" if owner is None else None
             if owner is not None and not isinstance(owner, PackedKV):

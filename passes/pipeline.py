@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..adopt import Written, obstacle
+from ..adopt import Written, obstacle, place_of
 from ..compat import dynamic_input, input_like, static_input
 from ..config import Config
 from ..geometry import same
@@ -75,6 +75,7 @@ class Plan:
     attentions: int
     rewritten: Rewritten | None = None
     owners: dict[int, Tensor] = field(default_factory=dict)  # by argument: the cache that it is a view of
+    places: dict[int, int] = field(default_factory=dict)  # by argument: where that view begins in the cache's memory
     written: list[WrittenRange] = field(default_factory=list)
     first_tokens: dict[int, int] = field(default_factory=dict)  # by argument: the symbol of where its window begins
     ignores: bool = False  # tensors of the call that is compiled are to be left alone; those of others may be packed
@@ -214,6 +215,7 @@ def _plan(
     _note(plan, unknown, {n.meta.get(SPELLED, n.name) for n in matches if n in lowered})
     report.after = graph_text(plan.rewritten.graph.graph)
     plan.owners = {i: o for i, o in view.owners.items() if i in plan.rewritten.caches}
+    plan.places = {i: place_of(example_inputs[i], owner) for i, owner in plan.owners.items()}
     plan.ignores = bool(ignored)
     plan.marked = {view.position[h.node] for h in choice.needed}
     plan.first_tokens = {view.position[h.node]: example(h.node).first_token.shape[0] for h in plans if h.packed}

@@ -121,6 +121,22 @@ def test_module_buffers_are_packed_in_place() -> None:
     assert is_packed(model.cache_k) and is_packed(model.cache_v)
 
 
+@pytest.mark.parametrize("starts", [(0, 24, 16), (24, 0, 40)], ids=str)
+def test_a_graph_that_packs_caches_may_be_shown_another_part_of_each(starts: tuple[int, ...]) -> None:
+    """Dynamo does not guard where a plain view begins: the attention's graph serves windows of any place."""
+    torch.manual_seed(0)
+    compiled, eager = twins(BrokenAttention(window=20), fresh_backend())
+    with torch.no_grad():
+        for start in starts:  # of a new video each, of which so much is there
+            cache = {name: torch.randn(1, 64, 4, 64) for name in "kv"}
+            reference_cache = {name: tensor.clone() for name, tensor in cache.items()}
+            for first in (start, start + CHUNK):
+                x = torch.randn(1, CHUNK, 256)
+                got, want = compiled(x, cache, first), eager(x, reference_cache, first)
+                assert relative_error(got, want) < 0.02
+            assert is_packed(cache["k"]) and is_packed(cache["v"])
+
+
 @pytest.mark.parametrize("correction", ["none", "taylor", "exact"])
 @pytest.mark.parametrize("bits", [2, 3, 4, (4, 2)], ids=str)
 def test_output_is_what_the_reference_computes(bits: Any, correction: str) -> None:
