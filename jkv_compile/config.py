@@ -58,6 +58,10 @@ class Config:
             is packed, and kept beside the packed data: True, or "keys" or "values" alone (a tensor of both is of
             either). Scores of keys that are all shifted alike shift alike, which softmax does not see; results over
             values are shifted back (`kernels.centers`).
+        center_tokens: with `center`, every so many tokens of a cache have a mean of their own, which is that of what is
+            written to them: the number of tokens of a chunk, as a rule, or of a frame. Attention is then computed for
+            each such block, and put together (`kernels.block_means`). 0, one mean for a whole cache. Tokens of such
+            caches can be moved by whole blocks only.
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -73,6 +77,7 @@ class Config:
     sink: int = 0
     recent: int = 0
     center: bool | Center = False
+    center_tokens: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -107,6 +112,7 @@ class Config:
                     f"{name}={tokens!r}: expected a number of tokens of at least 0, which are held in full precision; "
                     "a chunk of the model's is usual"
                 )
+        self._check_center_tokens()
         if self.quantizer == "kivi" and self.offload is not None:
             raise ConfigurationError(
                 f"offload={self.offload!r} with quantizer='kivi': caches go to host memory token by token, and the "
@@ -116,6 +122,24 @@ class Config:
             raise ConfigurationError(
                 f"center={self.center!r} with quantizer='kivi': expected False or 'values', as each channel of keys "
                 "has a zero point of its own, which any mean goes into"
+            )
+
+    def _check_center_tokens(self) -> None:
+        n = self.center_tokens
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0 or 0 < n < 8:
+            raise ConfigurationError(
+                f"center_tokens={n!r}: expected a number of tokens of at least 8 that share a mean, as a chunk of the "
+                "model's or a frame has; or 0, one mean for a whole cache"
+            )
+        if n and not self.center:
+            raise ConfigurationError(
+                f"center_tokens={n} with center={self.center!r}: expected center=True, 'keys' or 'values', of which "
+                "so many tokens are to share a mean"
+            )
+        if n and self.offload is not None:
+            raise ConfigurationError(
+                f"center_tokens={n} with offload={self.offload!r}: caches go to host memory token by token, and so "
+                "many tokens share a mean; expected offload=None, or center_tokens=0"
             )
 
     @property
