@@ -33,6 +33,7 @@ class Variant:
     """How a rollout keeps its cache: ``bits`` None is plain ``torch.compile`` with the cache in BF16.
 
     sink, recent: tokens in full precision beside the packed ones.
+    center, center_tokens: whether tokens are stored less a mean, and how many share one.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Variant:
     inner: str = "inductor"
     sink: int = 0
     recent: int = 0
+    center: bool = False
+    center_tokens: int = 0
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -60,6 +63,8 @@ class Variant:
             inner=self.inner,
             sink=self.sink,
             recent=self.recent,
+            center=self.center,
+            center_tokens=self.center_tokens,
         )
 
 
