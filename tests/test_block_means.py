@@ -58,20 +58,18 @@ MOVED = {  # by eight tokens
 PACKED = [name for name in IDIOMS if name not in REFUSED and "eviction" not in name]  # whose sink has four tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"center_tokens": 12, "quantizer": "unbiased", "sink": 12}], ids=str)
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning", "error::jkv_compile.PackedReadWarning")
-def test_idioms_stay_close_to_eager(name: str, settings: dict[str, Any]) -> None:
-    if name in MOVED and settings:
-        pytest.skip("refused, which is tested below")
+def test_idioms_stay_close_to_eager(name: str) -> None:
     steps, stable_from = IDIOMS[name]
     torch.manual_seed(0)
-    backend = fresh_backend(**{**SHIFTED, **settings})
+    block = 8 if name in MOVED else 12
+    backend = fresh_backend(center=True, center_tokens=block, quantizer="unbiased", sink=4)
     with torch.no_grad():
         generator = steps(backend)
         run_beside(generator, calls=10, stable_from=stable_from + 1)
     assert all(bool(store.means.data.any()) for store in backend._state.stores)
-    assert {store.mean_tokens for store in backend._state.stores} == {settings.get("center_tokens", 8)}
+    assert {store.mean_tokens for store in backend._state.stores} == {block}
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *MOVED])
@@ -87,10 +85,9 @@ def test_idioms_that_take_blocks_apart_run_as_written_and_say_why(name: str) -> 
     assert any("center_tokens=12 stores tokens less means of so many of them" in reason for reason in reasons)
 
 
-@pytest.mark.parametrize("settings", [{}, {"center_tokens": 20, "sink": 4, "recent": 8}], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "inductor, bfloat16, several layers"])  # slow
 @pytest.mark.filterwarnings("error::jkv_compile.NotRewrittenWarning")
-def test_caches_in_slices_stay_close_to_eager(name: str, settings: dict[str, Any]) -> None:
+def test_caches_in_slices_stay_close_to_eager(name: str) -> None:
     """Also where blocks are no multiples of chunks, and a read window begins inside of one."""
     model, options = CASES[name]
     options = dict(options)
@@ -98,13 +95,13 @@ def test_caches_in_slices_stay_close_to_eager(name: str, settings: dict[str, Any
     context, repeats = options.pop("context", torch.no_grad), options.pop("repeats", 1)
     stable_from, inner = options.pop("stable_from", 2), options.pop("inner", "eager")
     torch.manual_seed(0)
-    backend = fresh_backend(inner=inner, **{**SHIFTED, **settings})
+    backend = fresh_backend(inner=inner, center=True, center_tokens=20, sink=4, recent=8)
     compiled, eager = twins(model.to(dtype), backend, **options)
     with context():
         cache, reference_cache = (model.new_cache(batch, 6 * CHUNK, dtype) for _ in range(2))  # type: ignore[operator]
         steps = generate(compiled, eager, cache, reference_cache, batch, dtype, repeats)
         run_beside(steps, 6 * repeats, stable_from, BOUND if dtype == torch.float32 else 0.04)
-    assert {store.mean_tokens for store in backend._state.stores} == {settings.get("center_tokens", 8)}
+    assert {store.mean_tokens for store in backend._state.stores} == {20}
 
 
 def drifting(call: int, batch: int, length: int) -> Tensor:
@@ -119,9 +116,9 @@ def drifting(call: int, batch: int, length: int) -> Tensor:
     (BrokenAttention, {"sink": 6, "recent": 5}), (SelfAttention, {"inner": "inductor"}),
     (SelfAttention, {"inner": "inductor", "quantizer": "unbiased", "sink": 6, "recent": 5}),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("length", [8, 12])
-def test_two_bits_are_attended_as_they_read(kind: type[SelfAttention], settings: dict[str, Any], length: int) -> None:
+def test_two_bits_are_attended_as_they_read(kind: type[SelfAttention], settings: dict[str, Any]) -> None:
     """Corrected by Δ as it is stored, the chunk at hand in full precision; nothing compiles from the third call on."""
+    length = 8 if settings.get("quantizer") == "unbiased" else 12
     torch.manual_seed(0)
     model = kind(kv_heads=2)
     backend = fresh_backend(**{"bits": 2, **SHIFTED, **settings})
@@ -193,7 +190,7 @@ def test_rows_that_see_no_key_are_zero(additive: bool, inner: str) -> None:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if additive else mask
             got, want = compiled(x, cache, start, mask), eager(x, plain, start, mask)
             assert relative_error(got, want) < BOUND
-            assert relative_error(got[1, :, :3], want[1, :, :3]) == 0
+            assert not got[1, :, :3].any() and not want[1, :, :3].any()
 
 
 @pytest.mark.parametrize("center", [True, "keys", "values"])
@@ -254,8 +251,9 @@ def test_memory_is_counted_byte_by_byte() -> None:
     assert store.packed_bytes == packed and backend.memory().packed_bytes == 2 * packed
     explained = next(r for r in backend.reports if r.outcome == "adopted")
     assert {use.packed_bytes for match in explained.matches for use in match.caches} == {packed}
-    report = explain(model, torch.randn(3, 8, 256).bfloat16(), model.new_cache(3, 100, torch.bfloat16), 0,
-                     bits=2, center=True, center_tokens=24)  # fmt: skip
+    with torch.no_grad():
+        new = model.new_cache(3, 100, torch.bfloat16)
+        report = explain(model, torch.randn(3, 8, 256).bfloat16(), new, 8, bits=2, center=True, center_tokens=24)
     assert {use.packed_bytes for match in report.matches for use in match.caches} == {packed}
 
 
@@ -281,7 +279,9 @@ class TestGraph(expecttest.TestCase):
         with torch.no_grad():
             for start in (0, 8, 16):
                 compiled(torch.randn(1, 8, 256), cache, start)
-        self.assertExpectedInline(rewritten(backend), """\
+        self.assertExpectedInline(
+            rewritten(backend),
+            """\
 q = linear.view(1, 8, 4, 64)
 view_1 = linear_1.view(1, 8, 2, 2, 64)
 unbind = view_1.unbind(2)
@@ -307,7 +307,8 @@ rotate_default_5 = jkv::rotate(attention_means_default)
 transpose_3 = rotate_default_5.transpose(1, 2)
 flatten = transpose_3.flatten(2)
 return (linear_2)
-""")
+""",
+        )
 
     def test_a_graph_that_only_reads_takes_what_was_written_last_in_full_precision(self) -> None:
         torch.manual_seed(0)
@@ -317,7 +318,9 @@ return (linear_2)
         with torch.no_grad():
             for start in (0, 8, 16):
                 compiled(torch.randn(1, 8, 256), cache, start)
-        self.assertExpectedInline(rewritten(backend, index=-1), """\
+        self.assertExpectedInline(
+            rewritten(backend, index=-1),
+            """\
 transpose = l_q_.transpose(1, 2)
 add = add(-2, l_keys__first_token)
 add_1 = add(-2, s22)
@@ -329,7 +332,8 @@ attention_means_default = jkv::attention_means(transpose, l_keys__codes, l_keys_
 transpose_3 = attention_means_default.transpose(1, 2)
 flatten = transpose_3.flatten(2)
 return (linear)
-""")
+""",
+        )
 
 
 # ---- moves ----
@@ -355,8 +359,7 @@ def test_whole_blocks_roll_bit_for_bit(settings: dict[str, Any]) -> None:
                 assert torch.equal(store.means.data[:, :, 1:5], before[2][:, :, 2:])
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("sink, tokens", [(8, 44), (4, 48)])
+@pytest.mark.parametrize("sink, tokens, inner", [(8, 44, "eager"), (4, 48, "inductor")])
 def test_other_rolls_are_refused_before_anything_is_moved(sink: int, tokens: int, inner: str) -> None:
     torch.manual_seed(0)
     model = RollingCache(sink=sink, tokens=tokens)
@@ -546,7 +549,7 @@ def test_files_with_other_means_are_refused(damage: Any) -> None:
     store = mean_cache()[0]._store
     build, arguments = store.__reduce__()
     assert build is rebuild_store
-    with pytest.raises(PackedCacheError, match="has means .* expected"):
+    with pytest.raises(PackedCacheError, match=r"has means .* expected"):
         build(*arguments[:-1], damage(*arguments[-1]))
     with pytest.raises(PackedCacheError, match="beside a mean of all of them"):
         build(*arguments[:-2], store.means.data[:, :, :1], arguments[-1])
