@@ -191,7 +191,8 @@ def attention_means_lse(
     """`ops.attention_lse` over tokens that are stored less means of blocks, and over others as they are.
 
     With m_i the mean of block i, and out_i and lse_i attention over its keys and values as they are stored: scores of
-    the keys are s·q·m_i more, hence lse_i is, and values m_i more, hence out_i is. Blocks are parts of one softmax.
+    the keys are s·q·m_i more, hence lse_i is, and values m_i more, hence out_i is. Blocks are parts of one softmax:
+    Σ_i exp(lse_i - lse) · (out_i + m_i), of which the means' part is a product of [L, blocks] with [blocks, Dv].
 
     Args:
         key_means, value_means: `[B, H_kv, T, D]` in the basis that the cache is stored in; None for a cache whose
@@ -207,20 +208,23 @@ def attention_means_lse(
     jkv, settings = torch.ops.jkv, (scale, key_bits, value_bits, correction)
     nothing = key[:, :, :0], value[:, :, :0]
     shifts = None if key_means is None else _shifts(query, key_means.float(), scale)
-    merged, columns = _Merged(), 0
+    merged, blocks_of_values, columns = _Merged(), [], 0
     for i, j, part in _parts(ranges, key_means, key_block, value_means, value_block):
         n = sum(part[1::2]) - sum(part[::2])
         visible = _columns(mask, columns, columns + n)
         out, lse = jkv.attention_lse(query, *store, part, *nothing, visible, False, *settings)
-        lse = lse if shifts is None else lse + shifts[..., i]
-        shift = None if value_means is None else _per_query_head(value_means[:, :, j : j + 1], query)
-        merged.add(out if shift is None else out + shift, lse)
+        merged.add(out, lse if shifts is None else lse + shifts[..., i])
+        blocks_of_values.append(j)
         columns += n
     if key.shape[2] or not columns:
         visible = _columns(mask, columns, columns + key.shape[2])
         merged.add(*jkv.attention_lse(query, *store, [], key, value, visible, causal, *settings))
     result = ops._empty_attention_output(query, value.shape[-1])
-    return result.copy_(merged.out), merged.lse
+    if value_means is None or not blocks_of_values:
+        return result.copy_(merged.out), merged.lse
+    means = _per_query_head(value_means[:, :, blocks_of_values].float(), query)
+    weights = torch.stack(merged.weights()[: len(blocks_of_values)], -1)  # [B, H, L, parts]
+    return result.copy_(merged.out + weights @ means), merged.lse
 
 
 def _shifts(query: Tensor, means: Tensor, scale: float) -> Tensor:
@@ -254,21 +258,22 @@ def _columns(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
 class _Merged:
     """Attention over parts of the keys, put together one by one: Σ_i exp(lse_i - lse) · out_i, in float32."""
 
-    out: Tensor  # [B, H, L, Dv]
-    lse: Tensor  # [B, H, L]
-
     def __init__(self) -> None:
-        self.empty = True
+        self.parts: list[Tensor] = []  # lse_i, [B, H, L] each
+        self.lse, self.out = torch.empty(0), torch.empty(0)  # [B, H, L] and [B, H, L, Dv], once there are some
 
     def add(self, out: Tensor, lse: Tensor) -> None:
-        if self.empty:  # rows that see nothing of it are zeros, whatever the mean
-            seen = (lse > -torch.inf).unsqueeze(-1)
-            self.out, self.lse, self.empty = torch.where(seen, out.float(), 0.0), lse, False
-            return
-        both = torch.logaddexp(self.lse, lse)
-        base = torch.where(both == -torch.inf, 0.0, both)
-        self.out = self.out * (self.lse - base).exp().unsqueeze(-1) + out * (lse - base).exp().unsqueeze(-1)
-        self.lse = both
+        out, first = out.float(), not self.parts
+        self.parts.append(lse)
+        self.lse = lse if first else torch.logaddexp(self.lse, lse)
+        self.out = out if first else self.out.lerp_(out, self._share(lse).unsqueeze(-1))
+
+    def weights(self) -> list[Tensor]:
+        """What each part has of each row, `[B, H, L]`; zero where a row sees nothing."""
+        return [self._share(lse) for lse in self.parts]
+
+    def _share(self, lse: Tensor) -> Tensor:
+        return torch.where(self.lse == -torch.inf, 0.0, (lse - self.lse).exp())
 
 
 def _dequantize_means_fake(codes, scales, means, held, held_ranges, start, stop, block, bits, *others):
