@@ -1,55 +1,100 @@
 """What a mean per block of tokens brings in rollouts: ``python -m examples.block_means``.
 
-All clips are continued in two bits with tokens stored as they are, less one mean for a whole cache (that of the first
-chunk of the prompt), and less one for each chunk or frame; compared with the BF16 rollout from the same noise. Here,
-unlike in ``examples.centering``, it is the package that runs. A table is printed, and ``results/block_means.json``
-written.
+All clips are continued with tokens stored as they are, less one mean for a whole cache (that of the prompt's first
+chunk), and less one for each chunk or frame; compared with the BF16 rollout from the same noise. Here, unlike in
+``examples.centering``, it is the package that runs. Then attention over packed tokens less means is timed beside
+attention without. Tables are printed, and ``results/block_means.json`` written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
+
+import torch
 
 from examples.held import measure
 from examples.quality_report import with_interval
 from examples.quality_settings import FRAME_TOKENS
 from examples.rollout import Variant
 
-KINDS = ("unbiased", "taylor"), ("unbiased", "none"), ("symmetric_unbiased", "taylor")
+KINDS: tuple[tuple[str, int | tuple[int, int], str], ...] = (
+    ("unbiased", 2, "taylor"), ("unbiased", 2, "none"), ("symmetric_unbiased", 2, "taylor"),
+    ("unbiased", (2, 3), "taylor"),
+)  # fmt: skip
 NONE = "none"
+HEADS, HEAD_DIM, CACHED = 4, 128, 8192
+ROWS, BLOCKS = (512, 1560), (512, 1560)
 
 
 def variants(chunk_tokens: int) -> list[Variant]:
     """BF16, then every kind of cache with each choice of means."""
-    means = {NONE: (False, 0), "one": (True, 0), "chunk": (True, chunk_tokens), "frame": (True, FRAME_TOKENS)}
+    means: dict[str, tuple[bool | str, int]] = {
+        NONE: (False, 0), "one": (True, 0), "chunk": (True, chunk_tokens), "frame": (True, FRAME_TOKENS),
+        "chunk, of keys": ("keys", chunk_tokens), "chunk, of values": ("values", chunk_tokens),
+    }  # fmt: skip
     return [Variant("BF16", inner="eager")] + [
-        Variant(f"{quantizer}, {form}, {name}", 2, 64, form, quantizer, "eager", 0, 0, *centred)
-        for quantizer, form in KINDS
+        Variant(f"{quantizer}|{bits}|{form}|{name}", bits, 64, form, quantizer, "eager", 0, 0, *centred)
+        for quantizer, bits, form in KINDS
         for name, centred in means.items()
     ]
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Mean and interval per kind and choice, and what it gains over none, run by run."""
-    lines = ["| `quantizer` | correction | means | PSNR, dB | gain, dB | SSIM | against BF16 |", "|" + "---|" * 7]
+    lines = [
+        "| `quantizer` | bits | correction | means | PSNR, dB | gain, dB | SSIM | against BF16 |", "|" + "---|" * 8
+    ]  # fmt: skip
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault(record["means"], []).append(record)
+        groups.setdefault(record["setting"], []).append(record)
     for name, group in groups.items():
-        quantizer, form, means = name.split(", ")
-        before = groups[f"{quantizer}, {form}, {NONE}"]
+        quantizer, bits, form, means = name.split("|")
+        before = groups["|".join((quantizer, bits, form, NONE))]
         gain = [a["psnr"] - b["psnr"] for a, b in zip(group, before, strict=True)]
         shown = [
-            f"`{quantizer}`", form, means, with_interval([r["psnr"] for r in group]),
+            f"`{quantizer}`", bits, form, means, with_interval([r["psnr"] for r in group]),
             "" if means == NONE else with_interval(gain, sign="+"), f"{fmean(r['ssim'] for r in group):.4f}",
             f"{group[0]['ratio']:.2f}×",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def measure_cost(times: int) -> list[dict[str, Any]]:
+    """CPU time of attention over tokens in two bits and a chunk of its own, in ms: least and median, on one thread."""
+    jkv, records = torch.ops.jkv, []
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    packed: list[torch.Tensor] = []
+    for _ in range(2):
+        codes = torch.zeros(1, HEADS, CACHED, HEAD_DIM // 4, dtype=torch.uint8)
+        scales = torch.zeros(1, HEADS, HEAD_DIM // 64, CACHED, 2, dtype=torch.float16)
+        jkv.append(codes, scales, torch.randn(1, HEADS, CACHED, HEAD_DIM), 0, 2)
+        packed += [codes, scales]
+    for rows in ROWS:
+        query, key, value = (torch.randn(1, HEADS, rows, HEAD_DIM).bfloat16() for _ in range(3))
+        others = [0, CACHED], key, value, None, False, HEAD_DIM**-0.5, 2, 2, "taylor"
+        calls: dict[int, Callable[[], Any]] = {0: lambda others=others, q=query: jkv.attention(q, *packed, *others)}
+        for block in BLOCKS:
+            means = [torch.randn(1, HEADS, -(-CACHED // block), HEAD_DIM) for _ in range(2)]
+            less = means[0], block, means[1], block, [], [], [], []
+            calls[block] = lambda less=less, others=others, q=query: jkv.attention_means(q, *packed, *less, *others)
+        spent: dict[int, list[float]] = {block: [] for block in calls}
+        for _ in range(times):
+            for block, call in calls.items():  # one after the other, as the machine may be shared
+                began = time.process_time()
+                call()
+                spent[block].append(1000 * (time.process_time() - began))
+        for block, found in spent.items():
+            least, middle = round(min(found), 2), round(median(found), 2)
+            records.append({"rows": rows, "cached": CACHED, "block": block, "ms": least, "ms_median": middle})
+    return records
 
 
 def main() -> None:
@@ -58,9 +103,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "block_means.json")
     args = parser.parse_args()
     kept = "clip", "seed", "psnr", "ssim", "ratio"
-    records = [{"means": r["held"], **{k: r[k] for k in kept}} for r in measure(args.seeds, variants)]
-    args.out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    records = [{"setting": r["held"], **{k: r[k] for k in kept}} for r in measure(args.seeds, variants)]
+    costs = measure_cost(21)
+    args.out.write_text("[\n" + ",\n".join(json.dumps(record) for record in (*records, *costs)) + "\n]\n")
     print(table(records))
+    for cost in costs:
+        means = f"means of {cost['block']}" if cost["block"] else "no means"
+        print(f"{cost['rows']} rows, {cost['cached']} keys, {means}: {cost['ms']} ms, median {cost['ms_median']}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Variant:
     inner: str = "inductor"
     sink: int = 0
     recent: int = 0
-    center: bool = False
+    center: bool | str = False
     center_tokens: int = 0
 
     def backend(self) -> Backend:

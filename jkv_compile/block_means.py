@@ -11,12 +11,13 @@ from .errors import PackedCacheError
 from .kernels import block_means as rules
 
 TOKEN = 2
-Box = tuple[Sequence[int], Sequence[int]]  # first index and length per axis (batch, head, token, channel)
 Saved = tuple[Tensor, Tensor, int]
 
 
 class BlockMeans:
     """The means of a store, and which of its blocks nothing has been written to.
+
+    Boxes are told by their first index and their length per axis (batch, head, token, channel).
 
     Args:
         data: `[B, H, T, D]` in the cache's dtype, on its device; contiguous, as strides are compiled.
@@ -47,7 +48,7 @@ class BlockMeans:
                 f"a saved packed cache of {list(shape)}, {dtype}, has means {data.dtype} {list(data.shape)} of every "
                 f"{tokens} tokens, and constants {constants.dtype} {list(constants.shape)}; expected {list(expected)}"
             )
-        return cls(data, constants, tokens)
+        return cls(data.contiguous(), constants, tokens)
 
     @property
     def saved(self) -> Saved:

@@ -14,10 +14,11 @@ from .pieces import Pieces
 ops = torch.ops.jkv
 
 
-def write(pieces: Pieces, action: Append | Move | Fill, value: Node | None) -> None:
-    """Write `value` `[B, H, n, D]` as the model has it, a number, or tokens that are moved."""
+def write(pieces: Pieces, action: Append | Move | Fill, packed: tuple[Node, Node], value: Node | None) -> None:
+    """Write `value` `[B, H, n, D]` as the model has it, a number, or tokens that are moved, to codes and scales."""
     holder, number = action.holder, pieces.number
-    store, settings = _store(pieces, holder), _settings(pieces, holder)
+    store = *packed, pieces.own(holder, "means"), pieces.own(holder, "constants")
+    settings = _settings(pieces, holder)
     if isinstance(action, Append):
         pieces.call(ops.append_means.default, *store, value, number(action.start), *settings)
     elif isinstance(action, Fill):
@@ -31,20 +32,19 @@ def write(pieces: Pieces, action: Append | Move | Fill, value: Node | None) -> N
 def read(pieces: Pieces, holder: Holder, first: Any, stop: Any, whole: bool = False) -> Node:
     """Tokens as the model knows them, `[B, H, n, D]`; `whole`, of all batch entries and heads, as they are stored."""
     if whole:
-        codes, scales, means = (pieces.component(holder, kind) for kind in ("codes", "scales", "means"))
+        store = [pieces.component(holder, kind) for kind in ("codes", "scales", "means")]
         held: Sequence[Sequence[Node]] = ([], [])
     else:
-        (codes, scales, means, _), held = _store(pieces, holder), _in_full(pieces, holder)
+        store, held = [*pieces.packed(holder), pieces.own(holder, "means")], _in_full(pieces, holder)
     args = pieces.number(first), pieces.number(stop), *_settings(pieces, holder), holder.dtype
-    return pieces.call(ops.dequantize_means.default, codes, scales, means, *held, *args)
+    return pieces.call(ops.dequantize_means.default, *store, *held, *args)
 
 
 def attention(
-    pieces: Pieces, keys: Holder, values: Holder, query: Node, ranges: list[Any], key: Node, value: Node,
-    settings: Sequence[Any], lse: bool,
+    pieces: Pieces, keys: Holder, values: Holder, query: Node, packed: Sequence[Node], ranges: list[Any], key: Node,
+    value: Node, settings: Sequence[Any], lse: bool,
 ) -> Node:  # fmt: skip
     """`jkv::attention_means` over ranges of two caches, and `key` and `value` in the basis that these are stored in."""
-    components = [*pieces.packed(keys), *pieces.packed(values)]
     means, held = [], []
     for cache in (keys, values):
         rows, told = _in_full(pieces, cache)
@@ -54,11 +54,7 @@ def attention(
             node = pieces.to_grid(pieces.method("float", pieces.own(cache, "means")), cache)
         means += [node, n]
     target = ops.attention_means_lse.default if lse else ops.attention_means.default
-    return pieces.call(target, query, *components, *means, *held, ranges, key, value, *settings)
-
-
-def _store(pieces: Pieces, holder: Holder) -> tuple[Node, Node, Node, Node]:
-    return *pieces.packed(holder), pieces.own(holder, "means"), pieces.own(holder, "constants")
+    return pieces.call(target, query, *packed, *means, *held, ranges, key, value, *settings)
 
 
 def _settings(pieces: Pieces, holder: Holder) -> tuple[int, int, int, str]:

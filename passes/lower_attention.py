@@ -182,7 +182,8 @@ def _packed_attention(
         mask = _scattered_mask(pieces, mask, cached[0])
     settings = (mask, False, call.scale, pieces.plans[key_cache].bits, pieces.plans[value_cache].bits, correction)
     if pieces.plans[key_cache].mean_tokens or pieces.plans[value_cache].mean_tokens:
-        return block_means.attention(pieces, key_cache, value_cache, query, ranges, key, value, settings, lse)
+        tokens = query, components, ranges, key, value
+        return block_means.attention(pieces, key_cache, value_cache, *tokens, settings, lse)
     if pieces.plans[key_cache].holds and pieces.plans[value_cache].holds:
         sides = [pieces.all_held(cache) for cache in (key_cache, value_cache)]
         held = [x for cache, (rows, told) in zip((key_cache, value_cache), sides) for x in (

@@ -259,7 +259,7 @@ class _Rewriter:
             plan, (codes, scales) = self.plans[write.holder], self.pieces.packed(write.holder)
             if plan.mean_tokens and not isinstance(write, Scatter):
                 value = self._held(write) if isinstance(write, Append) else None
-                block_means.write(self.pieces, write, value)
+                block_means.write(self.pieces, write, (codes, scales), value)
             elif isinstance(write, Append):
                 value = self._stored(write, Fresh(write.value, write.axes, write.first), write.stop - write.start)
                 if plan.block > 1:
