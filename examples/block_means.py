@@ -23,25 +23,26 @@ from examples.quality_report import with_interval
 from examples.quality_settings import FRAME_TOKENS
 from examples.rollout import Variant
 
-KINDS: tuple[tuple[str, int | tuple[int, int], str], ...] = (
-    ("unbiased", 2, "taylor"), ("unbiased", 2, "none"), ("symmetric_unbiased", 2, "taylor"),
-    ("unbiased", (2, 3), "taylor"),
-)  # fmt: skip
-NONE = "none"
+NONE, ONE, CHUNK, FRAME, KEYS, VALUES = "none", "one", "chunk", "frame", "chunk, of keys", "chunk, of values"
+KINDS: tuple[tuple[str, int | tuple[int, int], str, tuple[str, ...]], ...] = (
+    ("unbiased", 2, "taylor", (NONE, ONE, CHUNK, FRAME, KEYS, VALUES)),
+    ("symmetric_unbiased", 2, "taylor", (NONE, ONE, CHUNK, FRAME)),
+    ("unbiased", (2, 3), "taylor", (NONE, CHUNK)),
+)
 HEADS, HEAD_DIM, CACHED = 4, 128, 8192
 ROWS, BLOCKS = (512, 1560), (512, 1560)
 
 
 def variants(chunk_tokens: int) -> list[Variant]:
-    """BF16, then every kind of cache with each choice of means."""
+    """BF16, then every kind of cache with its choices of means."""
     means: dict[str, tuple[bool | str, int]] = {
-        NONE: (False, 0), "one": (True, 0), "chunk": (True, chunk_tokens), "frame": (True, FRAME_TOKENS),
-        "chunk, of keys": ("keys", chunk_tokens), "chunk, of values": ("values", chunk_tokens),
+        NONE: (False, 0), ONE: (True, 0), CHUNK: (True, chunk_tokens), FRAME: (True, FRAME_TOKENS),
+        KEYS: ("keys", chunk_tokens), VALUES: ("values", chunk_tokens),
     }  # fmt: skip
     return [Variant("BF16", inner="eager")] + [
-        Variant(f"{quantizer}|{bits}|{form}|{name}", bits, 64, form, quantizer, "eager", 0, 0, *centred)
-        for quantizer, bits, form in KINDS
-        for name, centred in means.items()
+        Variant(f"{quantizer}|{bits}|{form}|{name}", bits, 64, form, quantizer, "eager", 0, 0, *means[name])
+        for quantizer, bits, form, names in KINDS
+        for name in names
     ]
 
 
