@@ -41,9 +41,10 @@ class BlockMeans:
         """Those that were `saved`. Raises `PackedCacheError` where they are not a cache's of `shape` and `dtype`."""
         data, constants, tokens = saved
         batch, heads, length, head_dim = shape
-        expected = (batch, heads, rules.blocks(length, max(1, tokens)))
-        sound = tokens > 0 and tuple(data.shape) == (*expected, head_dim) and tuple(constants.shape) == expected
-        if not sound or data.dtype != dtype or constants.dtype != torch.float64:
+        known = isinstance(tokens, int) and tokens > 0
+        expected = (batch, heads, rules.blocks(length, tokens if known else 1))
+        fits = tuple(data.shape) == (*expected, head_dim) and tuple(constants.shape) == expected
+        if not known or not fits or data.dtype != dtype or constants.dtype != torch.float64:
             raise PackedCacheError(
                 f"a saved packed cache of {list(shape)}, {dtype}, has means {data.dtype} {list(data.shape)} of every "
                 f"{tokens} tokens, and constants {constants.dtype} {list(constants.shape)}; expected {list(expected)}"

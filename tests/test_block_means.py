@@ -605,8 +605,8 @@ def test_attention_in_eager_code_reads_the_means() -> None:
 @pytest.mark.parametrize("damage", [
     lambda data, constants, n: (data[:1], constants, n), lambda data, constants, n: (data.half(), constants, n),
     lambda data, constants, n: (data, constants.float(), n), lambda data, constants, n: (data, constants, n + 9),
-    lambda data, constants, n: (data, constants, 0),
-], ids=["shape", "dtype", "constants", "another length", "no length"])  # fmt: skip
+    lambda data, constants, n: (data, constants, 0), lambda data, constants, n: (data, constants, "8"),
+], ids=["shape", "dtype", "constants", "another length", "no length", "a string"])  # fmt: skip
 def test_files_with_other_means_are_refused(damage: Any) -> None:
     store = mean_cache()[0]._store
     build, arguments = store.__reduce__()
