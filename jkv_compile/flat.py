@@ -9,7 +9,7 @@ know. The first `HEADER` bytes are
 
 then codes, scales and, where there is one, the range held in full precision (see `kernels.layout` and `store`); and of
 the first tokens and the newest, where these are, rows and ranges (`kernels.held`); the mean that tokens are stored less
-(`kernels.centers`), or means and constants of blocks (`kernels.block_means`); each padded with zeros to
+(`kernels.centers`), or means and extents of blocks (`kernels.block_means`); each padded with zeros to
 `ALIGNMENT` bytes. The header has one length, so that caches of one shape take the same number of
 bytes on every rank.
 """
@@ -70,7 +70,7 @@ def pack_bytes(cache: Tensor) -> Tensor:
     sections = [*store.data()] + ([store.active.data] if store.active else [])
     sections += [store.held.data, store.held.ranges.to(store.device)] if store.held else []
     sections += [] if store.center is None else [store.center]
-    sections += [] if store.means is None else [store.means.data, store.means.constants.to(store.device)]
+    sections += [] if store.means is None else [store.means.data, store.means.extents.to(store.device)]
     sections = [t.contiguous().reshape(-1).view(torch.uint8) for t in sections]
     total = HEADER + sum(_padded(t.numel()) for t in sections)
     with torch.inference_mode(False):
@@ -167,7 +167,7 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
         parts.append((dtype, (batch, heads, 1, head_dim)))
     if mean_tokens := given.get("mean_tokens"):
         blocks = -(-given["shape"][2] // mean_tokens)
-        parts += [(dtype, (batch, heads, blocks, head_dim)), (torch.float64, (batch, heads, blocks))]
+        parts += [(dtype, (batch, heads, blocks, head_dim)), (torch.float64, (batch, heads, blocks, 3))]
     tensors, at = [], 0
     with torch.inference_mode(False):
         for kind, shape in parts:
@@ -177,8 +177,8 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
             at += _padded(tensor.nbytes)
     means = None
     if mean_tokens:
-        constants, data = tensors.pop(), tensors.pop()
-        means = data, constants.cpu(), mean_tokens
+        extents, data = tensors.pop(), tensors.pop()
+        means = data, extents.cpu(), mean_tokens
     center = tensors.pop() if given.get("center") else None
     last = None if active is None else (tensors[2], *active)
     held = (tensors[-2], tensors[-1].cpu(), tuple(given["window"])) if "held" in given else None

@@ -13,7 +13,7 @@ from .errors import PackedCacheError
 from .geometry import Window, dense_strides, locate, memory_order, outermost_first
 from .store import CHANNEL, Store
 
-# Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are constants to it, so that a slice that
+# Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are extents to it, so that a slice that
 # begins at token 0 in one call and elsewhere in the next would be compiled twice.
 MARGIN = 2
 
@@ -245,7 +245,7 @@ class PackedKV(torch.Tensor):
         """All memory that a write changes."""
         held = self._store.held
         center = [] if self._store.center is None else [self._store.center]
-        center += [] if self._store.means is None else [self._store.means.data, self._store.means.constants]
+        center += [] if self._store.means is None else [self._store.means.data, self._store.means.extents]
         return [*self._store.memory, *center, *([] if held is None else [held.data, held.ranges])]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:

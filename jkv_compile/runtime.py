@@ -124,7 +124,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "first_token": lambda cache: cache.first_token.shape[0],
     "center": _center,
     "means": lambda cache: cache._store.means.data,
-    "constants": lambda cache: cache._store.means.constants,
+    "extents": lambda cache: cache._store.means.extents,
     "held": lambda cache: cache._store.held.data,
     "held_ranges": lambda cache: cache._store.held.ranges,
     "active": _active,

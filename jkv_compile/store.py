@@ -455,7 +455,7 @@ class Store:
             self.active = Active(held, starts[TOKEN], starts[TOKEN] + tokens)
 
     def _less_means(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, ...]:
-        """Codes, scales, means and constants of a box's batch entries and heads; views."""
+        """Codes, scales, means and extents of a box's batch entries and heads; views."""
         assert self.means is not None
         return *self._box(starts, lengths), *self.means.part(starts, lengths)
 

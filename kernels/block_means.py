@@ -7,11 +7,13 @@ that is added (`attention_means`); kernels are the same. Tokens in full precisio
 
 means: `[B, H, ⌈S / N⌉, D]` in the cache's dtype, in the basis that the model knows.
 
-constants: float64 `[B, H, ⌈S / N⌉]` on the CPU, so that reading it waits for no device: the number that all tokens of a
-block are, as long as none has been written, and NaN from then on. Such a block has its mean alone: all else is zeros.
+extents: float64 `[B, H, ⌈S / N⌉, 3]` on the CPU, so that reading it waits for no device: the number that a block's
+tokens are to which nothing has been written; and between which the others lie, first and stop, counted from the block's
+first (where both are the same, there are none). A block of one number has it for its mean, and zeros for all else.
 
-A write gives a block that it covers, or of which nothing has been written, the mean of what it writes there; other
-blocks keep theirs, as any mean is right but for rounding. So nothing changes for tokens that are not written.
+A write gives a block the mean of what it writes there where nothing else has been written to the block; so each of the
+steps that denoise a chunk does. Other blocks keep their mean, as any is right but for rounding. So tokens that are not
+written stay what they are.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .centers import _per_query_head
 from .grids import stored
 from .held import _HELD, _with_held, dequantize_held, put_over
 
-_STORE = "Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) means, Tensor(d!) constants"
+_STORE = "Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) means, Tensor(d!) extents"
 _GRID = "int bits, int group_size, str quantizer"
 for _schema in (
     f"append_means({_STORE}, Tensor source, SymInt start, int block, {_GRID}) -> ()",
@@ -55,8 +57,8 @@ def blocks(tokens: int, block: int) -> int:
 
 
 def nothing_written(batch: int, heads: int, tokens: int, block: int) -> Tensor:
-    """`constants` of a cache of zeros."""
-    return torch.zeros(batch, heads, blocks(tokens, block), dtype=torch.float64)
+    """`extents` of a cache of zeros."""
+    return torch.zeros(batch, heads, blocks(tokens, block), 3, dtype=torch.float64)
 
 
 def spread(means: Tensor, start: int, stop: int, block: int) -> Tensor:
@@ -68,14 +70,14 @@ def spread(means: Tensor, start: int, stop: int, block: int) -> Tensor:
 
 
 def append_means(
-    codes: Tensor, scales: Tensor, means: Tensor, constants: Tensor, source: Tensor, start: int, block: int,
+    codes: Tensor, scales: Tensor, means: Tensor, extents: Tensor, source: Tensor, start: int, block: int,
     bits: int, group_size: int, quantizer: str,
 ) -> None:  # fmt: skip
     """Quantize tokens `source` `[B, H, n, D]`, as the model has them, into tokens start … of a cache, less their means.
 
     Args:
         codes, scales: as for `ops.append`, a step per token; mutated.
-        means, constants: see above; mutated.
+        means, extents: see above; mutated.
         source: float32, float16 or bfloat16; must not alias the cache.
         block: how many tokens share a mean.
         bits, group_size, quantizer: how tokens are quantized, as `quantizers.Grid` spells it.
@@ -91,22 +93,44 @@ def append_means(
     jkv, grid = torch.ops.jkv, (bits, group_size, quantizer)
     for first, last, covered in _runs(start, stop, block, tokens):
         i, whole = first // block, block if covered and (last - first) % block == 0 else last - first
-        if not covered and constants[:, :, i].isnan().any():
+        place = first - i * block, last - i * block
+        if not covered and not _all_that_is_written(extents[:, :, i], *place):
+            _extend(extents[:, :, i], *place)
             continue
-        old = means[:, :, i : i + 1].to(torch.float32, copy=True)
         new = source[:, :, first - start : last - start].float().unflatten(2, (-1, whole)).mean(3)
         means[:, :, i : i + new.shape[2]] = torch.where(new.isfinite(), new, 0.0)
         for a, b in () if covered else ((i * block, first), (last, min((i + 1) * block, tokens))):
             if a < b:  # these are still the number that they were
-                others = (old - means[:, :, i : i + 1].float()).expand(-1, -1, b - a, -1)
+                others = _numbers(extents[:, :, i], means) - means[:, :, i : i + 1].float()
+                others = others.expand(-1, -1, b - a, -1)
                 jkv.append(codes, scales, stored(others, *grid), a, bits)
+        told = extents[:, :, i : i + new.shape[2], 1:]
+        told.copy_(torch.tensor((0, min(block, tokens - first)) if covered else place))
     shifted = source.float() - spread(means, start, stop, block).float()
     jkv.append(codes, scales, stored(shifted, *grid), start, bits)
-    constants[:, :, start // block : blocks(stop, block)] = torch.nan
+
+
+def _all_that_is_written(extents: Tensor, start: int, stop: int) -> bool:
+    """Whether tokens start … stop - 1 of a block, extents `[B, H, 3]`, are all that has been written to, if any has."""
+    first, last = extents[..., 1], extents[..., 2]
+    return bool(((first == last) | ((first >= start) & (last <= stop))).all())
+
+
+def _extend(extents: Tensor, start: int, stop: int) -> None:
+    """Tokens start … stop - 1 of a block have been written to, beside others."""
+    first, last = extents[..., 1], extents[..., 2]
+    nothing = first == last
+    first.copy_(torch.where(nothing, start, first.clamp(max=start)))
+    last.copy_(torch.where(nothing, stop, last.clamp(min=stop)))
+
+
+def _numbers(extents: Tensor, like: Tensor) -> Tensor:
+    """The number of a block, float32 `[B, H, 1, 1]`, on the device of `like`."""
+    return extents[..., :1, None].float().to(like.device)
 
 
 def fill_means(
-    codes: Tensor, scales: Tensor, means: Tensor, constants: Tensor, start: int, stop: int, block: int, bits: int,
+    codes: Tensor, scales: Tensor, means: Tensor, extents: Tensor, start: int, stop: int, block: int, bits: int,
     group_size: int, quantizer: str, value: float,
 ) -> None:  # fmt: skip
     """Set tokens start … stop - 1 to a number: exactly in blocks that are covered, else as any token is quantized.
@@ -122,11 +146,17 @@ def fill_means(
         i, n = first // block, blocks(last, block)
         if covered:
             jkv.fill(codes, scales, first, last, 0.0)
-            means[:, :, i:n], constants[:, :, i:n] = value, value
-        elif not bool((constants[:, :, i] == value).all()):
-            number = (value - means[:, :, i:n].float()).expand(-1, -1, last - first, -1)
-            jkv.append(codes, scales, stored(number, bits, group_size, quantizer), first, bits)
-            constants[:, :, i] = torch.nan
+            means[:, :, i:n] = value
+            extents[:, :, i:n] = torch.tensor((value, 0, 0), dtype=torch.float64)
+            continue
+        number, begin, end = extents[:, :, i].unbind(-1)
+        same = bool((number == value).all())  # as tokens that nothing has been written to are
+        if same and bool((begin == end).all()):
+            continue
+        new = (value - means[:, :, i:n].float()).expand(-1, -1, last - first, -1)
+        jkv.append(codes, scales, stored(new, bits, group_size, quantizer), first, bits)
+        if not same:
+            _extend(extents[:, :, i], first - i * block, last - i * block)
 
 
 def _runs(start: int, stop: int, block: int, tokens: int) -> Iterator[tuple[int, int, bool]]:
@@ -139,7 +169,7 @@ def _runs(start: int, stop: int, block: int, tokens: int) -> Iterator[tuple[int,
 
 
 def move_means(
-    codes: Tensor, scales: Tensor, means: Tensor, constants: Tensor, source: int, destination: int, length: int,
+    codes: Tensor, scales: Tensor, means: Tensor, extents: Tensor, source: int, destination: int, length: int,
     block: int,
 ) -> None:  # fmt: skip
     """`ops.move` of whole blocks, bit for bit, whose means come along.
@@ -156,7 +186,7 @@ def move_means(
         )
     torch.ops.jkv.move(codes, scales, source, destination, length)
     i, j, n = source // block, destination // block, blocks(length, block)
-    for x in (means, constants):
+    for x in (means, extents):
         x[:, :, j : j + n] = x[:, :, i : i + n].clone()
 
 

@@ -17,7 +17,7 @@ ops = torch.ops.jkv
 def write(pieces: Pieces, action: Append | Move | Fill, packed: tuple[Node, Node], value: Node | None) -> None:
     """Write `value` `[B, H, n, D]` as the model has it, a number, or tokens that are moved, to codes and scales."""
     holder, number = action.holder, pieces.number
-    store = *packed, pieces.own(holder, "means"), pieces.own(holder, "constants")
+    store = *packed, pieces.own(holder, "means"), pieces.own(holder, "extents")
     settings = _settings(pieces, holder)
     if isinstance(action, Append):
         pieces.call(ops.append_means.default, *store, value, number(action.start), *settings)

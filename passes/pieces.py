@@ -22,7 +22,7 @@ from .uncertainty import StepLayout
 ops = torch.ops.jkv
 
 Component = Literal[
-    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "means", "constants",
+    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "means", "extents",
     "first_token", "steps",
 ]  # fmt: skip
 

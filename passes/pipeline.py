@@ -114,7 +114,7 @@ class Plan:
                 batch, heads, _, head_dim = map(int, value._store.shape)
                 center = torch.zeros(batch, heads, 1, head_dim, dtype=value._store.dtype, device=value.device)
                 inputs.append(static_input(center))
-            elif component in ("means", "constants"):
+            elif component in ("means", "extents"):
                 inputs.append(_means_input(value._store, component))
             elif component == "steps":
                 inputs.append(input_like(self.handed_in[argument]))
@@ -136,7 +136,7 @@ def _held_input(store: Store, component: Component) -> Tensor:
 def _means_input(store: Store, component: Component) -> Tensor:
     """An example of the means of a cache's blocks, or of what is told of these blocks."""
     batch, heads, length, head_dim = map(int, store.shape)
-    if component == "constants":
+    if component == "extents":
         return static_input(nothing_written(batch, heads, length, store.mean_tokens))
     rows = batch, heads, blocks(length, store.mean_tokens), head_dim
     return static_input(torch.zeros(rows, dtype=store.dtype, device=store.device))
