@@ -19,7 +19,8 @@ COLOURS = {
     "rtn": "tab:gray", "quarot": "tab:blue", "kivi": "tab:green", "qvg": "tab:red",
     "qvg_4": "tab:red", "qvg_pro": "tab:red", "qvg_asymmetric": "tab:pink", "ternary": "tab:brown",
     "symmetric_quarot": "tab:cyan", "centred_quarot": "tab:purple", "unbiased": "black",
-    "symmetric_unbiased": "tab:orange", "symmetric": "tab:olive",
+    "symmetric_unbiased": "tab:orange",
+    "unbiased/steps8": "dimgray", "symmetric_unbiased/steps8": "gold", "symmetric": "tab:olive",
 }  # fmt: skip
 
 

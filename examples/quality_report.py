@@ -135,6 +135,7 @@ def statements(rollouts: Sequence[Record]) -> str:
     """Pairs that were to be compared: PSNR of the first less that of the second, and on each clip."""
     int2 = {q: (q, 2, 2, 64) for q in ("rtn", "quarot", "unbiased", "symmetric", "ternary", "kivi", "qvg")}
     int4, mixed, smallest = ("rtn", 4, 4, 64), ("unbiased", 2, 3, 64), ("symmetric_unbiased", 2, 2, 64)
+    byte_steps = ("symmetric_unbiased/steps8", 2, 2, 64)
     pairs: list[tuple[str, Key, Key]] = [
         (name, (*better, corrected[0]), (*worse, corrected[1]))
         for name, better, worse, corrected in (
@@ -157,6 +158,8 @@ def statements(rollouts: Sequence[Record]) -> str:
             ("unbiased INT2 g=64 against INT4 g=64", int2["unbiased"], int4, ("none", "none")),
             ("unbiased INT2/3 against INT4 g=64", mixed, int4, ("none", "none")),
             ("symmetric unbiased against INT4 g=64, twice as large", smallest, int4, ("none", "none")),
+            ("the same with 8-bit steps (7.5×) against 16-bit ones", byte_steps, smallest, ("none", "none")),
+            ("the same, both corrected", byte_steps, smallest, ("taylor", "taylor")),
         )
     ]
     lines = ["| statement | PSNR difference, dB | per clip |", "|---|---|---|"]

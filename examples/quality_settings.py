@@ -15,6 +15,7 @@ from jkv_compile.kernels.quantizers import QUANTIZERS, grid_of
 
 Quantize = Callable[[Tensor], Quantized]
 PACKED = tuple(q for q in QUANTIZERS if not grid_of(q).per_channel)  # as the study has them
+BYTE_STEPS = ("unbiased/steps8", "symmetric_unbiased/steps8")  # `step_bits=8`
 ASYMMETRIC = tuple(q for q in PACKED if not grid_of(q).symmetric)
 # Of the example model. Three blocks of them make a chunk, so that KIVI needs no tail here; the package's blocks have
 # group_size tokens, which divide no chunk, and hold an open block's tokens in full precision. So KIVI is simulated.
@@ -39,7 +40,7 @@ class Setting:
     @property
     def simulated(self) -> bool:
         """Whether the package does not run this."""
-        return self.quantizer not in PACKED or self.correction not in get_args(Correction)
+        return self.quantizer not in (*PACKED, *BYTE_STEPS) or self.correction not in get_args(Correction)
 
     @property
     def bits(self) -> str:
@@ -53,8 +54,9 @@ class Setting:
 
     def variant(self) -> Variant:
         """As the package runs it; without Inductor, whose compilations would take most of the study's time."""
-        bits = self.bits_k, self.bits_v
-        return Variant(self.name, bits, self.group_size, self.correction, self.quantizer, inner="eager")
+        bits, grid = (self.bits_k, self.bits_v), grid_of(self.quantizer)
+        settings = bits, self.group_size, self.correction, grid.quantizer
+        return Variant(self.name, *settings, inner="eager", step_bits=grid.step_bits)
 
     def quantizers(self) -> tuple[Quantize, Quantize]:
         """Simulations for keys and for values."""
@@ -74,6 +76,10 @@ def _quantizer(setting: Setting, bits: int, keys: bool) -> Quantize:
             return MinMax(bits, group_size, rotated=True, unbiased=True)
         case "symmetric_unbiased":
             return MinMax(bits, group_size, rotated=True, unbiased=True, symmetric=True)
+        case "unbiased/steps8":
+            return MinMax(bits, group_size, rotated=True, unbiased=True, step_bits=8)
+        case "symmetric_unbiased/steps8":
+            return MinMax(bits, group_size, rotated=True, unbiased=True, symmetric=True, step_bits=8)
         case "centred_quarot":
             return MinMax(bits, group_size, rotated=True, centred=True)
         case "symmetric_quarot":
@@ -105,6 +111,7 @@ def full() -> list[Setting]:
     storages += [(("symmetric", 2, 2, 64), plain), (("symmetric_quarot", 2, 2, 64), plain)]
     storages += [(("symmetric_unbiased", 2, 2, 64), both), (("symmetric_unbiased", 2, 3, 64), both)]
     storages += [(("symmetric_unbiased", 3, 4, 64), plain)]
+    storages += [((name, 2, 2, 64), both) for name in BYTE_STEPS] + [((BYTE_STEPS[1], 2, 3, 64), plain)]
     storages += [((name, 2, 2, 64), both) for name in ("kivi", "ternary", "qvg")]
     storages += [((name, 2, 2, 64), plain) for name in ("centred_quarot", "qvg_4", "qvg_asymmetric")]
     storages += [(("qvg_pro", 2, 2, 16), plain)]

@@ -44,6 +44,7 @@ class Variant:
     inner: str = "inductor"
     sink: int = 0
     recent: int = 0
+    step_bits: int = 16
     center: bool | str = False
     center_tokens: int = 0
 
@@ -61,6 +62,7 @@ class Variant:
             correction=self.correction,
             quantizer=self.quantizer,
             inner=self.inner,
+            step_bits=self.step_bits,
             sink=self.sink,
             recent=self.recent,
             center=self.center,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jkv_compile.kernels import reference
+from jkv_compile.kernels import byte_steps, reference
 from jkv_compile.kernels.quantizers import rotate, round_unbiased
 
 FLOAT16_BITS, FLOAT8_BITS = 16, 8
@@ -53,6 +53,7 @@ class MinMax:
     ``round_unbiased``. symmetric: "symmetric", between plus and minus the greatest magnitude, and no zero points.
     centred: the chunk's mean per channel is removed, and stored in float16.
     block: tokens that share a step; 1 is per token, more with group_size 1 is KIVI (arXiv 2402.02750) for keys.
+    step_bits: 16, or 8, see ``jkv_compile.kernels.byte_steps``.
     """
 
     bits: int
@@ -62,6 +63,7 @@ class MinMax:
     unbiased: bool = False
     symmetric: bool = False
     block: int = 1
+    step_bits: int = FLOAT16_BITS
 
     def __call__(self, x: Tensor) -> Quantized:
         """Quantize x [B, H, S, D]."""
@@ -71,9 +73,11 @@ class MinMax:
         stored = rotate(x - mean) if self.rotated else x - mean
         source = round_unbiased(x - mean, self.bits, self.group_size, self.symmetric) if self.unbiased else stored
         codes, scales = reference.quantize(source, self.bits, self.group_size, self.block, self.symmetric)
+        if self.step_bits == FLOAT8_BITS:
+            scales = byte_steps.decode(byte_steps.encode(scales, self.bits))
         read = reference.dequantize(codes, scales, self.bits)
         step = reference.quantization_step(reference.per_token(scales, tokens), self.bits)
-        per_group = FLOAT16_BITS if self.symmetric else 2 * FLOAT16_BITS
+        per_group = self.step_bits + (0 if self.symmetric else FLOAT16_BITS)
         metadata = per_group / (self.group_size * self.block) + self.centred * FLOAT16_BITS / tokens
         return Quantized(
             (rotate(read) if self.rotated else read) + mean,

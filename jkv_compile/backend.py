@@ -139,6 +139,9 @@ class JKVBackend:
         logger.debug("%s", plan.report)
         self._complain(plan)
 
+        def later() -> Callable[..., Any]:
+            return self._compiled_later(gm, mode, options)
+
         def compile_plan(plan: Plan | None) -> Callable[..., Any]:
             """The graph as it is where there is no plan, or none to do with packed caches."""
             if plan is not None and plan.outcome == "eager":
@@ -150,14 +153,10 @@ class JKVBackend:
             return inner if graph is gm else packed_call(plan, inner, state.stores, state.passed)  # type: ignore[arg-type]
 
         if plan.outcome == "adopted":
-            if plan.ignores:
-                otherwise = compile_plan(plan.instead)
-            else:
-                otherwise = gm.forward if again else self._compiled_later(gm, mode, options)
-            return first_contact(otherwise, gm.forward, plan, self.config, state.stores, state.written, state.passed)
-
-        def later() -> Callable[..., Any]:
-            return self._compiled_later(gm, mode, options)
+            anew = later()
+            otherwise = compile_plan(plan.instead) if plan.ignores else gm.forward if again else anew
+            known = state.stores, state.written, state.passed
+            return first_contact(otherwise, gm.forward, anew, plan, self.config, *known)
 
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
         if plan.glimpses:
@@ -221,7 +220,7 @@ def jkv_backend(
 
     Args:
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
-        preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.1 times less
+        preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.5 times less
             memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
         settings: group_size, correction, quantizer, inner, strict, offload, sink, recent, center and center_tokens, as
             `Config` describes them.

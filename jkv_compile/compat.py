@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-TORCH_RANGE = ((2, 11), (2, 15))  # [from, to): what the private interfaces below are known for
+TORCH_RANGE = ((2, 11), (2, 16))  # [from, to): what the private interfaces below are known for
 
 
 def check_torch_version() -> None:
@@ -62,6 +63,17 @@ def swap_implementation(tensor: Tensor, other: Tensor) -> None:
     """
     tensor.__class__, other.__class__ = other.__class__, tensor.__class__
     torch._C._swap_tensor_impl(tensor, other)
+    if torch._dynamo.config.use_recursive_dict_tags_for_guards:  # as in torch 2.11
+        _touch_dicts_of(tensor, other)
+
+
+def _touch_dicts_of(tensor: Tensor, other: Tensor) -> None:
+    """Have Dynamo look at a tensor anew: it does not check what is in a dict that nothing was put into since."""
+    for holder in gc.get_referrers(tensor):
+        if type(holder) is dict:
+            for key in [k for k, value in list(holder.items()) if value is tensor]:
+                holder[key] = other
+                holder[key] = tensor
 
 
 def storage_key(tensor: Tensor) -> int:

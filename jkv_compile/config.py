@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS
-from .kernels.quantizers import QUANTIZERS, grid_of
+from .kernels.quantizers import QUANTIZERS, Grid, grid_of
 
 Correction = Literal["taylor", "clamped", "exact", "none"]
 Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi"]
@@ -16,13 +16,13 @@ Offload = Literal["cpu"]
 Center = Literal["keys", "values"]
 
 
-# What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.1x
+# What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.5x
 # smaller (`examples/README.md`, "Quality").
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"quantizer": "unbiased", "bits": (3, 4), "group_size": 64},
     "balanced": {"quantizer": "unbiased", "bits": (2, 3), "group_size": 64},
     "memory": {"quantizer": "unbiased", "bits": 2, "group_size": 64},
-    "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64},
+    "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64, "step_bits": 8},
 }
 
 
@@ -58,6 +58,8 @@ class Config:
             is packed, and kept beside the packed data: True, or "keys" or "values" alone (a tensor of both is of
             either). Scores of keys that are all shifted alike shift alike, which softmax does not see; results over
             values are shifted back (`kernels.centers`).
+        step_bits: bits of a group's step: 16, or 8, which takes 2.125 bits a channel at 2 bits in groups of 64 without
+            zero points, and 2.375 with these, which keep 16 (`kernels.byte_steps`). Not for codes of 8 bits.
         center_tokens: with `center`, every so many tokens of a cache have a mean of their own, which is that of what is
             written to them: the number of tokens of a chunk, as a rule, or of a frame. Attention is then computed for
             each such block, and put together (`kernels.block_means`). 0, one mean for a whole cache. Tokens of such
@@ -77,6 +79,7 @@ class Config:
     sink: int = 0
     recent: int = 0
     center: bool | Center = False
+    step_bits: Literal[8, 16] = 16
     center_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class Config:
             ("strict", self.strict, (True, False)),
             ("center", self.center, (True, False, *get_args(Center))),
             ("offload", self.offload, (None, *get_args(Offload))),
+            ("step_bits", self.step_bits, (8, 16)),
         ):
             if value not in allowed:
                 raise ConfigurationError(f"{name}={value!r}: expected one of {allowed}")
@@ -112,6 +116,17 @@ class Config:
                     f"{name}={tokens!r}: expected a number of tokens of at least 0, which are held in full precision; "
                     "a chunk of the model's is usual"
                 )
+        if self.step_bits == 8 and 8 in pair:
+            raise ConfigurationError(
+                f"step_bits=8 with bits={self.bits!r}: codes of 8 bits tell levels apart that lie closer than such "
+                "steps are rounded; expected step_bits=16, or 2, 3 or 4 bits"
+            )
+        if self.step_bits == 8 and self.offload is not None and not grid_of(self.quantizer).symmetric:
+            raise ConfigurationError(
+                f"offload={self.offload!r} with step_bits=8 and quantizer={self.quantizer!r}: a group's step and zero "
+                "point take 3 bytes, which caches in host memory are not laid out for; expected step_bits=16, or a "
+                "symmetric quantizer"
+            )
         self._check_center_tokens()
         if self.quantizer == "kivi" and self.offload is not None:
             raise ConfigurationError(
@@ -143,13 +158,14 @@ class Config:
             )
 
     @property
-    def key_quantizer(self) -> Quantizer:
-        return self.quantizer
+    def key_quantizer(self) -> str:
+        """That of keys, as `kernels.quantizers.Grid` spells it."""
+        return str(Grid(self.quantizer, step_bits=self.step_bits))
 
     @property
-    def value_quantizer(self) -> Quantizer:
+    def value_quantizer(self) -> str:
         """That of values, which KIVI quantizes by token."""
-        return "rtn" if self.quantizer == "kivi" else self.quantizer
+        return str(Grid("rtn" if self.quantizer == "kivi" else self.quantizer, step_bits=self.step_bits))
 
     @property
     def window(self) -> tuple[int, int]:

@@ -155,8 +155,9 @@ def _described(buffer: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
     batch, heads, _, head_dim = given["shape"]
     active, dtype = given["active"], _DTYPES[given["dtype"]]
-    shapes = grid_of(given["quantizer"]).store_shapes(given["shape"], given["bits"], given["group_size"])
-    parts: list[tuple[torch.dtype, tuple[int, ...]]] = [*zip((torch.uint8, torch.float16), shapes)]
+    grid = grid_of(given["quantizer"])
+    shapes = grid.store_shapes(given["shape"], given["bits"], given["group_size"])
+    parts: list[tuple[torch.dtype, tuple[int, ...]]] = [*zip((torch.uint8, grid.scale_dtype), shapes)]
     if active is not None:
         parts.append((dtype, (batch, heads, active[1] - active[0], head_dim)))
     if "held" in given:

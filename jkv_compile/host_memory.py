@@ -162,7 +162,7 @@ class HostMemory:
         batch, heads, _, width = self.codes.shape
         _, _, groups, _, numbers = self.scales.shape
         codes = self.lane.empty((batch, heads, tokens, width), torch.uint8)
-        return codes, self.lane.empty((batch, heads, groups, tokens, numbers), torch.float16)
+        return codes, self.lane.empty((batch, heads, groups, tokens, numbers), self.scales.dtype)
 
     # ---- rows ----
 

@@ -19,9 +19,9 @@ from typing import get_args
 
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS, packed_bytes
-from .kernels.quantizers import QUANTIZERS, grid_of
+from .kernels.quantizers import QUANTIZERS, Grid
 from .plan_devices import Sharding, Traffic, offload_traffic, share_of, traffic
-from .plan_tables import BYTES_FULL, GIB, GPUS, MODELS, Gpu, Model
+from .plan_tables import BYTES_FULL, GIB, GPUS, MODELS, RTN, Gpu, Model
 
 MATRIX_UTILISATION = 0.65
 """Part of the peak matrix rate that plain flash attention reaches on long chunks."""
@@ -47,7 +47,7 @@ class Overhead:
 
 
 def attention_overhead(
-    model: Model, gpu: Gpu, key_bits: int, value_bits: int, group_size: int, symmetric: bool = False
+    model: Model, gpu: Gpu, key_bits: int, value_bits: int, group_size: int, grid: Grid = RTN
 ) -> Overhead:
     """Roofline of one layer's attention over a full cache.
 
@@ -62,7 +62,7 @@ def attention_overhead(
     plain = max(matrix, full)
     share = cached / keys  # of the keys that are packed
     packed = sum(
-        packed_bytes((1, model.kv_heads, cached, model.head_dim), bits, group_size, symmetric)
+        packed_bytes((1, model.kv_heads, cached, model.head_dim), bits, group_size, grid.scale_bytes)
         for bits in (key_bits, value_bits)
     )
     current = 2 * model.kv_heads * model.chunk * model.head_dim * BYTES_FULL
@@ -90,11 +90,11 @@ def room_for_cache(model: Model, gpu: Gpu, weights_on: int = 1) -> float:
 
 
 def tokens_that_fit(
-    model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1, symmetric: bool = False,
+    model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1, grid: Grid = RTN,
     window: tuple[int, int] = (0, 0),
 ) -> int:  # fmt: skip
     """Cached tokens that fit beside bfloat16 weights; bits None is the uncompressed cache. Never negative."""
-    per_token = replace(model, tokens=1).bytes_of(bits, group_size, symmetric)
+    per_token = replace(model, tokens=1).bytes_of(bits, group_size, grid)
     room = room_for_cache(model, gpu, weights_on) - (0 if bits is None else model.held_bytes(*window))
     return max(0, int(room / per_token))
 
@@ -109,11 +109,12 @@ class Devices:
 
 
 def report(
-    model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, symmetric: bool = False,
+    model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, grid: Grid = RTN,
     window: tuple[int, int] = (0, 0), offloads: bool = True,
 ) -> str:  # fmt: skip
-    """The plan as text; `symmetric` is of caches without zero points.
+    """The plan as text.
 
+    grid: whether caches have zero points, and how many bits a step has.
     window: how many of the first tokens, and of the newest, are held in full precision.
     offloads: whether such caches can live in host memory.
     """
@@ -126,7 +127,7 @@ def report(
     lines = [
         f"{model.name} on {several}{gpu.name}: {model.layers} layers x {model.kv_heads} key/value heads x "
         f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}"
-        f"{' without zero points' if symmetric else ''}",
+        f"{_of_scales(grid)}",
     ]
     if any(window):
         lines += [
@@ -142,26 +143,26 @@ def report(
         f"{which:>14} {'bits/elem':>10} {'GiB':>8} {'smaller':>8} {'fits':>5} {'tokens that fit':>16}",
     ]
     for bits in (None, *sorted(SUPPORTED_BITS, reverse=True)):
-        size = share.bytes_of(bits, group_size, symmetric, window)
+        size = share.bytes_of(bits, group_size, grid, window)
         lines.append(
             f"{_name(bits):>14} {16 * size / share.full_bytes:10.2f} {size / GIB:8.2f} {share.full_bytes / size:7.2f}x "
             f"{'yes' if size <= room else 'no':>5} "
-            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on, symmetric, window):16,}"
+            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on, grid, window):16,}"
         )
     if model.tokens_per_second:
-        lines += ["", *_lengths(model, group_size, devices, room, symmetric, window)]
+        lines += ["", *_lengths(model, group_size, devices, room, grid, window)]
     if count > 1:
-        received = traffic(model, count, devices.sharding, 2, group_size, symmetric, window)
+        received = traffic(model, count, devices.sharding, 2, group_size, grid, window)
         lines += ["", *_moved("a device receives, GiB", received)]
     if offloads:
-        at_hand = [2 * share.bytes_of(bits, group_size, symmetric, window) / share.layers / GIB for bits in (None, 2)]
+        at_hand = [2 * share.bytes_of(bits, group_size, grid, window) / share.layers / GIB for bits in (None, 2)]
         lines += [
             "",
-            *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, symmetric, window)),
+            *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, grid, window)),
             f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
         ]
     if share.chunk <= share.tokens:
-        overhead = attention_overhead(share, gpu, 2, 2, group_size, symmetric)
+        overhead = attention_overhead(share, gpu, 2, 2, group_size, grid)
         lines += [
             "",
             f"attention, one layer and chunk over the full cache: {overhead.plain_ms:.2f} ms plain (modelled)",
@@ -182,14 +183,14 @@ def _moved(title: str, rows: Sequence[Traffic]) -> list[str]:
 
 
 def _lengths(
-    model: Model, group_size: int, devices: Devices, room: float, symmetric: bool, window: tuple[int, int]
+    model: Model, group_size: int, devices: Devices, room: float, grid: Grid, window: tuple[int, int]
 ) -> list[str]:
     """A table of videos all of whose tokens are kept."""
     lines = [f"{'all of a video':>14} {'tokens':>13} {'bfloat16, GiB':>15} {'fits':>5} {'2 bits, GiB':>13} {'fits':>5}"]
     for name, seconds in LENGTHS.items():
         long = replace(model, tokens=int(seconds * model.tokens_per_second))
         share = share_of(long, devices.count, devices.sharding)
-        sizes = [share.bytes_of(bits, group_size, symmetric, window) for bits in (None, 2)]
+        sizes = [share.bytes_of(bits, group_size, grid, window) for bits in (None, 2)]
         full, packed = (f"{size / GIB:,.1f}" for size in sizes)
         fits = ["yes" if size <= room else "no" for size in sizes]
         lines.append(f"{name:>14} {long.tokens:13,} {full:>15} {fits[0]:>5} {packed:>13} {fits[1]:>5}")
@@ -223,6 +224,11 @@ def _name(bits: int | None) -> str:
     return "bfloat16" if bits is None else f"{bits} bits"
 
 
+def _of_scales(grid: Grid) -> str:
+    words = (" without zero points" if grid.symmetric else ""), (" with 8-bit steps" if grid.step_bits == 8 else "")
+    return " and".join(word for word in words if word)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jkv_compile.plan", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name the models and GPUs in the tables")
@@ -233,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quantizer", choices=QUANTIZERS, default="rtn",
         help="symmetric ones store no zero points; kivi holds group-size - 1 recent tokens in full precision",
     )  # fmt: skip
+    parser.add_argument("--step-bits", type=int, choices=(8, 16), default=16, help="bits of a group's step")
     parser.add_argument("--sink", type=int, default=0, help="first tokens that are held in full precision")
     parser.add_argument("--recent", type=int, default=0, help="tokens before a chunk that are held in full precision")
     for name, kind in (
@@ -272,10 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sharding: Sharding = options.sharding or ("heads" if options.devices > 1 else "none")
     devices = Devices(options.devices, sharding, options.shard_weights)
     try:
-        grid = grid_of(options.quantizer)
+        grid = Grid(options.quantizer, step_bits=options.step_bits)
         window = options.sink, max(options.recent, grid.open_tokens(options.group_size))
         offloads = not grid.per_channel
-        print(report(model, GPUS[options.gpu], options.group_size, devices, grid.symmetric, window, offloads))
+        print(report(model, GPUS[options.gpu], options.group_size, devices, grid, window, offloads))
     except ConfigurationError as error:
         parser.error(str(error))
     return 0

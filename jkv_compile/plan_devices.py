@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .errors import ConfigurationError
-from .plan_tables import BYTES_FULL, Model
+from .kernels.quantizers import Grid
+from .plan_tables import BYTES_FULL, RTN, Model
 
 Sharding = Literal["none", "heads", "tokens"]
 BYTES_LSE = 4  # float32
@@ -40,7 +41,7 @@ class Traffic:
 
 
 def traffic(
-    model: Model, devices: int, sharding: Sharding, bits: int, group_size: int, symmetric: bool = False,
+    model: Model, devices: int, sharding: Sharding, bits: int, group_size: int, grid: Grid = RTN,
     window: tuple[int, int] = (0, 0),
 ) -> list[Traffic]:  # fmt: skip
     """What a chunk costs between devices, over all layers and passes; and what moving one device's cache costs, once.
@@ -51,7 +52,7 @@ def traffic(
     caches are passed round instead (ring attention), those of every other device.
     """
     share, rounds = share_of(model, devices, sharding), model.layers * model.passes
-    sizes = share.full_bytes, share.bytes_of(bits, group_size, symmetric, window)
+    sizes = share.full_bytes, share.bytes_of(bits, group_size, grid, window)
     others, result = devices - 1, []
     if sharding == "heads":
         rows = -(-model.chunk // devices) * others // devices  # of a device's tokens, what it gets from others
@@ -70,7 +71,7 @@ def traffic(
 
 
 def offload_traffic(
-    share: Model, bits: int, group_size: int, symmetric: bool = False, window: tuple[int, int] = (0, 0)
+    share: Model, bits: int, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)
 ) -> list[Traffic]:
     """What a chunk costs between host memory and a device, over all layers and passes, with caches in the former.
 
@@ -83,7 +84,7 @@ def offload_traffic(
         Traffic(
             what,
             share.passes * part.full_bytes,
-            share.passes * (part.bytes_of(bits, group_size, symmetric) + share.held_bytes(*window)),
+            share.passes * (part.bytes_of(bits, group_size, grid) + share.held_bytes(*window)),
         )
         for what, part in parts
     ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .kernels.layout import packed_bytes
+from .kernels.quantizers import Grid
 
 GIB = 2**30
+RTN = Grid("rtn")
 BYTES_FULL = 2  # bfloat16
 
 
@@ -35,14 +37,15 @@ class Model:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * BYTES_FULL
 
     def cache_bytes(
-        self, key_bits: int, value_bits: int, group_size: int, symmetric: bool = False, window: tuple[int, int] = (0, 0)
+        self, key_bits: int, value_bits: int, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)
     ) -> int:
-        """Bytes of the packed cache: codes and scales, which are steps alone where it is symmetric.
+        """Bytes of the packed cache: codes and scales.
 
+        grid: what scales consist of.
         window: of how many first tokens, and of how many of the newest, there is a copy in bfloat16 beside them.
         """
         shape = (1, self.kv_heads, self.tokens, self.head_dim)
-        packed = sum(packed_bytes(shape, bits, group_size, symmetric) for bits in (key_bits, value_bits))
+        packed = sum(packed_bytes(shape, bits, group_size, grid.scale_bytes) for bits in (key_bits, value_bits))
         return self.layers * packed + self.held_bytes(*window)
 
     def held_bytes(self, sink: int, recent: int) -> int:
@@ -50,11 +53,9 @@ class Model:
         rows = min(sink, self.tokens) + 2 * min(recent, self.tokens)
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * BYTES_FULL
 
-    def bytes_of(
-        self, bits: int | None, group_size: int, symmetric: bool = False, window: tuple[int, int] = (0, 0)
-    ) -> int:
+    def bytes_of(self, bits: int | None, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)) -> int:
         """Bytes of the cache at so many bits for keys and values; None is bfloat16."""
-        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, symmetric, window)
+        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, grid, window)
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ def _hold(store: Store, parent: Store | None, new: OutputStore, outputs: Sequenc
 def first_contact(
     otherwise: Callable[..., Any],
     as_written: Callable[..., Any],
+    later: Callable[..., Any],
     plan: Plan,
     config: Config,
     stores: Any,
@@ -208,7 +209,8 @@ def first_contact(
     Dynamo recompiles as soon as it sees packed caches: this graph runs once per cache and is not worth a compilation.
     Where the caches cannot be adopted after all, `otherwise` (the graph without them) runs, and a warning says why.
     Where means are to be taken of caches that hold nothing yet, `as_written` (the graph as it was) writes to them
-    first.
+    first. Where Dynamo does not see it, as torch 2.11 does not look into a dict that holds the same objects as before,
+    `later` has the graph compiled for what its arguments are by then.
     """
     rewritten = plan.rewritten
     assert rewritten is not None
@@ -217,6 +219,8 @@ def first_contact(
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)
+        if not plain:
+            return later(*args)
         owners = {i: _owner(args[i], i in plan.owners, written) for i in plain}
         for argument, owner in owners.items():
             reason = "it is not known as a cache any more" if owner is None else None
@@ -278,7 +282,7 @@ def watched_call(
     """
     rewritten = plan.rewritten
     assert rewritten is not None
-    adopting = first_contact(inner, inner, plan, config, stores, written, passed)
+    adopting = first_contact(inner, inner, later, plan, config, stores, written, passed)
     passed.watched.append(plan.report)
 
     def call(*args: Any) -> Any:

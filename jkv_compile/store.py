@@ -137,10 +137,11 @@ class Store:
         quantizer: str = "rtn",
     ) -> Store:
         """A store that reads as zeros."""
-        codes_shape, scales_shape = grid_of(quantizer).store_shapes(shape, bits, group_size)
+        grid = grid_of(quantizer)
+        codes_shape, scales_shape = grid.store_shapes(shape, bits, group_size)
         with torch.inference_mode(False):  # one kind of tensor, whatever the mode: packed data outlives it
             codes = torch.zeros(codes_shape, dtype=torch.uint8, device=device)
-            scales = torch.zeros(scales_shape, dtype=torch.float16, device=device)
+            scales = torch.zeros(scales_shape, dtype=grid.scale_dtype, device=device)
         new = cls(shape, strides, dtype, bits, codes, scales, quantizer)
         new.window = 0, new._grid.open_tokens(group_size)
         return new
@@ -889,8 +890,9 @@ class Store:
         if not self._grid.holds(value):
             raise PackedCacheError(
                 f"a fill of a packed cache with {value}: expected 0, the only constant that quantizer "
-                f"{self.quantizer!r} holds, as it rotates tokens and its grids have no level at zero; choose a "
-                "quantizer with zero points, or go back to a plain tensor with jkv_compile.materialize(cache)"
+                f"{self.quantizer!r} holds, as it rotates tokens and its grids have no level that is exactly zero; "
+                "choose a quantizer with zero points and 16-bit steps, or go back to a plain tensor with "
+                "jkv_compile.materialize(cache)"
             )
         symmetric = self._grid.symmetric
         most = reference.symmetric_max(self.bits) if symmetric else reference.FLOAT16_MAX
@@ -930,7 +932,7 @@ def rebuild_store(
         and grid is not None
         and group_size > 0
         and codes.dtype == torch.uint8
-        and scales.dtype == torch.float16
+        and scales.dtype == grid.scale_dtype
         and (tuple(codes.shape), tuple(scales.shape)) == grid.store_shapes(shape, bits, group_size)
         and (not grid.pairs or grid_within(quantizer, head_dim, group_size, grid.pairs) == grid)
         and len(strides) == 4

@@ -21,6 +21,9 @@ everything tells it from the others. Its 2^bits levels lie around 0, which is no
       x̂ = Δ · (c - (2^bits - 1) / 2),       that is, zero' = -(3 · 2^bits - 1) / (2 · 2^bits) · step'
 
 Both are exact in float32. A step of 0 is how it holds zeros.
+
+Steps may also be stored in 8 bits (`byte_steps`): scales are then uint8 `[B, H, G, T, 3]`, a byte of step' and two of
+zero', or `[B, H, G, T, 1]`.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def is_symmetric(scales: Tensor) -> bool:
 
 
 def step_and_zero(scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """step' and zero' of scales `[…, 2]` or `[…, 1]`, float32 `[…]`."""
+    """step' and zero' of float16 scales `[…, 2]` or `[…, 1]`, float32 `[…]`."""
     step = scales[..., 0].float()
     return step, step * implied_zero(bits) if is_symmetric(scales) else scales[..., 1].float()
 
@@ -83,8 +86,9 @@ def implied_zero(bits: int) -> float:
 
 
 def scale_word(scales: Tensor) -> torch.dtype:
-    """The integer that takes as many bytes as a group's scales: int32, or int16 of a symmetric cache."""
-    return torch.int16 if is_symmetric(scales) else torch.int32
+    """The integer that takes as many bytes as a group's scales: int32, or int16 of a symmetric cache, uint8 where its
+    steps are bytes."""
+    return (torch.uint8 if scales.dtype == torch.uint8 else torch.int16) if is_symmetric(scales) else torch.int32
 
 
 def scale_words(scales: Tensor) -> Tensor:
@@ -112,8 +116,8 @@ def in_blocks(codes: Tensor, scales: Tensor, *tokens: int) -> list[int]:
     return [token // block for token in tokens]
 
 
-def packed_bytes(shape: tuple[int, int, int, int], bits: int, group_size: int, symmetric: bool = False) -> int:
-    """Bytes of a packed cache of logical shape `[B, H, S, D]`: codes and scales."""
+def packed_bytes(shape: tuple[int, int, int, int], bits: int, group_size: int, scale_bytes: int = 4) -> int:
+    """Bytes of a packed cache of logical shape `[B, H, S, D]`: codes, and scales of so many bytes a group
+    (`quantizers.Grid.scale_bytes`)."""
     batch, heads, tokens, head_dim = shape
-    scale_bytes = 2 if symmetric else 4
     return batch * heads * tokens * (packed_width(head_dim, bits) + scale_bytes * (head_dim // group_size))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, quantizers
+from . import byte_steps, cpu, cpu_torch, quantizers
 from .layout import in_blocks, is_symmetric
 
 library = torch.library.Library("jkv", "DEF")
@@ -99,7 +99,7 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
         codes: uint8 `[B, H, S, D · bits / 8]`, mutated.
         scales: float16 `[B, H, G, S, 2]`, mutated; or `[B, H, G, S / block, 2]`, where a block of tokens shares its
             steps (with G = D, per-channel steps: KIVI, arXiv 2402.02750). With a last dimension of 1, the grid is
-            symmetric (`layout`); so for all operators.
+            symmetric; of uint8, steps have 8 bits (`layout`); so for all operators.
         source: float32, float16 or bfloat16, any strides; must not alias the cache.
         start: first token written.
         bits: 2, 3, 4 or 8.
@@ -113,8 +113,18 @@ def append(codes: Tensor, scales: Tensor, source: Tensor, start: int, bits: int)
             f"jkv::append: tokens {start}:{start + source.shape[2]} "
             f"do not lie within the cache's {codes.shape[2]} tokens"
         )
-    if source.numel():
+    if not source.numel():
+        return
+    if byte_steps.are_bytes(scales):
+        _write(codes, scales, start, start + source.shape[2], bits, "append", source, 0, bits)
+    else:
         _kernels(codes.device).append(codes, scales, source, start, bits)
+
+
+def _write(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, name: str, *arguments: Any) -> None:
+    """Have the operator of this name set tokens start … stop - 1, the only ones that it gets, with float16 scales."""
+    operator = getattr(torch.ops.jkv, name)
+    byte_steps.write(lambda c, s: operator(c, s, *arguments), codes, scales, start, stop, bits)
 
 
 def append_kv(
@@ -137,7 +147,8 @@ def append_kv(
         )
     in_blocks(key_codes, key_scales, start, stop)
     in_blocks(value_codes, value_scales, start, stop)
-    if key_codes.device.type == "cuda" and key.numel():
+    halves = not (byte_steps.are_bytes(key_scales) or byte_steps.are_bytes(value_scales))
+    if key_codes.device.type == "cuda" and key.numel() and halves:
         _kernels(key_codes.device).append_kv(
             key_codes, key_scales, value_codes, value_scales, key, value, start, key_bits, value_bits
         )
@@ -153,7 +164,8 @@ def move(codes: Tensor, scales: Tensor, source: int, destination: int, length: i
             raise RuntimeError(
                 f"jkv::move: tokens {first}:{first + length} do not lie within the cache's {codes.shape[2]} tokens"
             )
-    _kernels(codes.device).move(codes, scales, source, destination, length)
+    kernels = cpu_torch if byte_steps.are_bytes(scales) else _kernels(codes.device)
+    kernels.move(codes, scales, source, destination, length)
 
 
 def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
@@ -167,6 +179,8 @@ def fill(codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> 
         raise RuntimeError(f"jkv::fill: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens")
     if is_symmetric(scales) and value:
         raise RuntimeError(f"jkv::fill: {value} in a symmetric cache; jkv::fill_symmetric takes other numbers than 0")
+    if byte_steps.are_bytes(scales):
+        return _write(codes, scales, start, stop, 8, "fill", 0, stop - start, value)  # whatever its bits: steps are 0
     first, last = in_blocks(codes, scales, start, stop)
     codes[:, :, start:stop] = 0
     scales[:, :, :, first:last, 0] = 0
@@ -197,6 +211,9 @@ def dequantize(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, 
         raise RuntimeError(
             f"jkv::dequantize: tokens {start}:{stop} do not lie within the cache's {codes.shape[2]} tokens"
         )
+    if byte_steps.are_bytes(scales):
+        first, [(codes, scales)] = byte_steps.read(start, stop, (codes, scales))
+        return torch.ops.jkv.dequantize(codes, scales, start - first, stop - first, bits, dtype)
     return _kernels(codes.device).dequantize(codes, scales, start, stop, bits, dtype)
 
 
@@ -239,11 +256,24 @@ def attention(
         RuntimeError: a range does not lie within the cache.
     """
     _check_ranges("attention", ranges, key_codes)
+    if byte_steps.are_bytes(key_scales) or byte_steps.are_bytes(value_scales):
+        store, ranges = _with_halves((key_codes, key_scales), (value_codes, value_scales), ranges)
+        return torch.ops.jkv.attention(
+            query, *store, ranges, key, value, mask, causal, scale, key_bits, value_bits, correction
+        )
     output, _ = _kernels(query.device).attention(
         query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
         value_bits, correction,
     )  # fmt: skip
     return output
+
+
+def _with_halves(
+    keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], ranges: list[int]
+) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Codes and float16 scales of keys and of values, as far as `ranges` reach, and where these are there."""
+    first, (keys, values) = byte_steps.read(min(ranges, default=0), max(ranges, default=0), keys, values)
+    return (*keys, *values), [token - first for token in ranges]
 
 
 def _check_ranges(name: str, ranges: list[int], codes: Tensor) -> None:
@@ -286,6 +316,11 @@ def attention_lse(
     if sum(ranges[1::2]) - sum(ranges[::2]) + key.shape[2] == 0:
         output = _empty_attention_output(query, value.shape[-1])
         return output.zero_(), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    if byte_steps.are_bytes(key_scales) or byte_steps.are_bytes(value_scales):
+        store, ranges = _with_halves((key_codes, key_scales), (value_codes, value_scales), ranges)
+        return torch.ops.jkv.attention_lse(
+            query, *store, ranges, key, value, mask, causal, scale, key_bits, value_bits, correction
+        )
     output, lse = _kernels(query.device).attention(
         query, key_codes, key_scales, value_codes, value_scales, ranges, key, value, mask, causal, scale, key_bits,
         value_bits, correction,

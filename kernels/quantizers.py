@@ -36,11 +36,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .byte_steps import are_bytes, encode
 from .layout import in_blocks, is_symmetric, pack, packed_width
 from .reference import FLOAT16_MAX
 
 QUANTIZERS = ("rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi")
-_STORED = re.compile(f"({'|'.join(QUANTIZERS)})(/groups|/pairs([1-9][0-9]{{0,5}}))?")
+_STORED = re.compile(f"({'|'.join(QUANTIZERS)})(/steps8)?(/groups|/pairs([1-9][0-9]{{0,5}}))?")
 
 # Greatest level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error for normal
 # numbers. With 8 bits it lies beyond the extremes of any group.
@@ -49,16 +50,19 @@ NORMAL_RANGE = {2: 1.494, 3: 2.051, 4: 2.514, 8: math.inf}
 
 @dataclass(frozen=True)
 class Grid:
-    """How channels lie in groups: what a cache's `quantizer` says, "quarot", "quarot/groups" or "quarot/pairs128".
+    """How channels lie in groups: what a cache's `quantizer` says, "quarot", "quarot/groups" or "quarot/pairs128"; with
+    steps of 8 bits "quarot/steps8", "quarot/steps8/groups", ….
 
     quantizer: one of `QUANTIZERS`.
     within: nothing leaves its group: rotations are of each group by itself.
     pairs: channels c and c + pairs/2 of each run of so many channels lie in one group; 0, groups are neighbours.
+    step_bits: 16, or 8 (`byte_steps`).
     """
 
     quantizer: str
     within: bool = False
     pairs: int = 0
+    step_bits: int = 16
 
     @property
     def rotates(self) -> bool:
@@ -76,9 +80,18 @@ class Grid:
         return self.quantizer.startswith("symmetric")
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.step_bits == 8 else torch.float16
+
+    @property
     def scale_size(self) -> int:
         """Numbers in a group's scales, their last dimension."""
-        return 1 if self.symmetric else 2
+        return 1 if self.symmetric else 3 if self.step_bits == 8 else 2
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a group's scales."""
+        return self.scale_size * self.scale_dtype.itemsize
 
     def open_tokens(self, group_size: int) -> int:
         """The most tokens of a block that is not full yet: those that have to be held in full precision (`blocks`)."""
@@ -107,10 +120,11 @@ class Grid:
 
     def holds(self, value: float) -> bool:
         """Whether tokens can be set to a number: not where they are rotated, and the grid has no level at zero."""
-        return value == 0 or not (self.rotates and self.symmetric)
+        return value == 0 or not (self.rotates and (self.symmetric or self.step_bits == 8))
 
     def __str__(self) -> str:
-        return self.quantizer + (f"/pairs{self.pairs}" if self.pairs else "/groups" if self.within else "")
+        steps = "/steps8" if self.step_bits == 8 else ""
+        return self.quantizer + steps + (f"/pairs{self.pairs}" if self.pairs else "/groups" if self.within else "")
 
 
 @functools.cache
@@ -118,13 +132,15 @@ def grid_of(quantizer: str) -> Grid:
     """The grid that a cache's `quantizer` names. Raises `ValueError` where it names none."""
     match = _STORED.fullmatch(quantizer)
     if match is None:
-        raise ValueError(f"quantizer {quantizer!r}: expected one of {QUANTIZERS}, and /groups or /pairsN after it")
-    return Grid(match[1], match[2] is not None, int(match[3] or 0))
+        raise ValueError(
+            f"quantizer {quantizer!r}: expected one of {QUANTIZERS}, and /steps8, /groups or /pairsN after it"
+        )
+    return Grid(match[1], match[3] is not None, int(match[4] or 0), 8 if match[2] else 16)
 
 
 def grid_within(quantizer: str, head_dim: int, group_size: int, pairs: int) -> Grid:
     """The grid for keys that are changed after they are read, `pairs` as they are turned; the plainest that will do."""
-    grid = Grid(grid_of(quantizer).quantizer)
+    grid = replace(grid_of(quantizer), within=False, pairs=0)
     if grid.per_channel:  # no two channels share a step
         return grid
     apart = pairs > group_size and pairs % group_size == 0 and head_dim % pairs == 0
@@ -247,7 +263,8 @@ def fill_symmetric(codes: Tensor, scales: Tensor, start: int, stop: int, bits: i
     first, last = in_blocks(codes, scales, start, stop)
     codes[:, :, start:stop] = 255 if value > 0 else 0  # the greatest code, of any number of bits, or the least
     step = min(abs(value) * 2 * 2**bits / (2**bits - 1), FLOAT16_MAX)
-    scales[:, :, :, first:last] = step if math.isfinite(value) else math.nan
+    stored = torch.tensor([step if math.isfinite(value) else math.nan], dtype=torch.float16)
+    scales[:, :, :, first:last] = _as_stored(stored, scales, bits)
 
 
 def _check_range(name: str, codes: Tensor, start: int, stop: int) -> None:
@@ -257,8 +274,11 @@ def _check_range(name: str, codes: Tensor, start: int, stop: int) -> None:
 
 def _check_fill(name: str, codes: Tensor, scales: Tensor, start: int, stop: int, value: float) -> None:
     _check_range(name, codes, start, stop)
-    if is_symmetric(scales) and value:
-        raise RuntimeError(f"jkv::{name}: {value} in tokens of a symmetric cache, which can be filled with zeros only")
+    if value and (is_symmetric(scales) or are_bytes(scales)):
+        raise RuntimeError(
+            f"jkv::{name}: {value} in tokens of a cache that is symmetric, or whose steps have 8 bits: such tokens "
+            "can be filled with zeros only"
+        )
 
 
 def _fill_runs(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, value: float, order: int) -> None:
@@ -267,8 +287,14 @@ def _fill_runs(codes: Tensor, scales: Tensor, start: int, stop: int, bits: int, 
     token[::order] = levels - 1
     codes[:, :, start:stop] = pack(token, bits)
     step = (token.view(scales.shape[2], -1).amax(-1) > 0) * (value * order**0.5 * levels / (levels - 1))  # [G]
-    pairs = torch.stack((step, -step), -1)[:, : scales.shape[4]]  # zeros of a symmetric cache have a step of 0
-    scales[:, :, :, start:stop] = pairs.unsqueeze(1).to(scales.dtype)
+    pairs = torch.stack((step, -step), -1)[:, : 1 if is_symmetric(scales) else 2]  # zeros have a step of 0
+    scales[:, :, :, start:stop] = _as_stored(pairs.to(torch.float16), scales, bits).unsqueeze(1)
+
+
+def _as_stored(half: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Float16 scales as `scales` hold them, on their device."""
+    half = half.to(scales.device)
+    return encode(half, bits) if are_bytes(scales) else half
 
 
 def _order(head_dim: int) -> int:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import byte_steps
 from .layout import pack, step_and_zero, token_block, unpack
 
 FLOAT16_MAX = 65504.0
@@ -77,7 +78,8 @@ def dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def quantization_step(scales: Tensor, bits: int) -> Tensor:
     """Δ, float32 `[B, H, S, G]`."""
-    return scales[..., 0].float().transpose(2, 3) / 2**bits
+    step = byte_steps.step(scales) if byte_steps.are_bytes(scales) else scales[..., 0]
+    return step.float().transpose(2, 3) / 2**bits
 
 
 def correction_bias(query: Tensor, delta: Tensor, scale: float, correction: str) -> Tensor:

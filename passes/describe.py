@@ -116,7 +116,8 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     means = -(-length // plan.mean_tokens) if plan.mean_tokens else int(plan.centered)
     center_bytes = means * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
     stored = tokens // max(1, length) * -(-length // plan.block) * plan.block  # whole blocks of them
-    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric)
+    scale_bytes = grid_of(plan.quantizer).scale_bytes
+    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, scale_bytes)
     return CacheUse(
         name=input_name(holder.node),
         role="keys" if is_key else "values",

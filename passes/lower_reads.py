@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..geometry import same
+from ..kernels.byte_steps import step
 from ..kernels.quantizers import grid_of, unpaired
 from . import block_means
 from .actions import Read
@@ -56,7 +57,7 @@ def steps(pieces: Pieces, read: Read) -> Node:
     def delta(first: int, stop: int) -> Node:
         _, scales = pieces.packed(holder)
         length = number(stop - first)
-        node = pieces.method("select", scales, -1, 0)
+        node = pieces.call(step, scales) if grid.step_bits == 8 else pieces.method("select", scales, -1, 0)
         if plan.block > 1:
             node = pieces.method("repeat_interleave", node, plan.block, 3)
         node = pieces.call(torch.narrow, node, 3, number(first), length)

@@ -120,7 +120,7 @@ def drifting(call: int, batch: int, length: int) -> Tensor:
 @pytest.mark.parametrize("kind, settings", [
     (SelfAttention, {}), (SelfAttention, {"quantizer": "unbiased"}), (SelfAttention, {"center": "keys"}),
     (SelfAttention, {"center": "values", "correction": "exact"}), (SelfAttention, {"correction": "none"}),
-    (SelfAttention, {"quantizer": "symmetric_unbiased", "sink": 6, "recent": 5}), (BrokenAttention, {}),
+    (SelfAttention, {"quantizer": "symmetric_unbiased", "step_bits": 8, "sink": 6, "recent": 5}), (BrokenAttention, {}),
     (BrokenAttention, {"sink": 6, "recent": 5}), (SelfAttention, {"inner": "inductor"}),
     (SelfAttention, {"inner": "inductor", "quantizer": "unbiased", "sink": 6, "recent": 5}),
 ], ids=str)  # fmt: skip

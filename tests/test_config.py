@@ -99,16 +99,16 @@ def test_preset_sets_what_is_not_given(preset):
     config = jkv_backend(preset=preset).config
     assert config == Config(**PRESETS[preset])
     assert jkv_backend(preset=preset, correction="none").config == dataclasses.replace(config, correction="none")
-    assert jkv_backend(8, preset=preset, group_size=32).config == dataclasses.replace(config, bits=8, group_size=32)
+    assert jkv_backend(4, preset=preset, group_size=32).config == dataclasses.replace(config, bits=4, group_size=32)
 
 
 def test_presets_are_ordered_by_what_they_cost():
     def bits(preset):
         config = jkv_backend(preset=preset).config
-        scales = 16 * grid_of(config.quantizer).scale_size / config.group_size
+        scales = 8 * grid_of(config.key_quantizer).scale_bytes / config.group_size
         return (config.key_bits + config.value_bits) / 2 + scales
 
-    assert [bits(name) for name in PRESETS] == [4.0, 3.0, 2.5, 2.25]
+    assert [bits(name) for name in PRESETS] == [4.0, 3.0, 2.5, 2.125]
 
 
 def test_without_a_preset_nothing_changes():

@@ -9,6 +9,7 @@ import torch
 
 from jkv_compile import plan
 from jkv_compile.kernels import reference
+from jkv_compile.kernels.quantizers import Grid
 
 PUBLISHED = [
     ("self-forcing", 5.6), ("krea-14b", 25.0), ("longcat-video", 21.8), ("magi-4.5b", 6.3), ("magi-24b", 15.8),
@@ -26,14 +27,16 @@ def test_full_precision_sizes_are_the_published_ones(name, gib):
 def test_packed_sizes_are_those_of_real_tensors(bits, group_size, symmetric):
     model = plan.Model("tiny", 0, 3, 4, 2, 128, 50, 10)
     codes, scales = reference.quantize(torch.randn(1, 2, 50, 128), bits, group_size, symmetric=symmetric)
-    assert model.cache_bytes(bits, bits, group_size, symmetric) == 3 * 2 * (codes.nbytes + scales.nbytes)
+    grid = Grid("symmetric" if symmetric else "rtn")
+    assert model.cache_bytes(bits, bits, group_size, grid) == 3 * 2 * (codes.nbytes + scales.nbytes)
 
 
 def test_two_bits_in_groups_of_32_are_three_effective_bits():
     model = plan.MODELS["self-forcing"]
     assert 16 * model.cache_bytes(2, 2, 32) / model.full_bytes == 3.0
     assert 16 * model.cache_bytes(4, 2, 64) / model.full_bytes == 3.5
-    assert 16 * model.cache_bytes(2, 2, 64, symmetric=True) / model.full_bytes == 2.25
+    for quantizer, step_bits, bits in (("symmetric", 16, 2.25), ("symmetric", 8, 2.125), ("rtn", 8, 2.375)):
+        assert 16 * model.cache_bytes(2, 2, 64, Grid(quantizer, step_bits=step_bits)) / model.full_bytes == bits
 
 
 def test_first_and_newest_tokens_are_counted_beside_the_packed_ones(capsys):

@@ -26,14 +26,14 @@ def chunk(tokens: int = 48) -> torch.Tensor:
     "quantizer, how", [("rtn", {}), ("quarot", {"rotated": True}), ("unbiased", {"rotated": True, "unbiased": True})]
 )
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 64), (4, 64)])
-def test_the_simulation_is_what_the_package_stores(quantizer, how, symmetric, bits, group_size):
+@pytest.mark.parametrize("bits, group_size, step_bits", [(2, 32, 16), (3, 64, 16), (4, 64, 16), (2, 64, 8)])
+def test_the_simulation_is_what_the_package_stores(quantizer, how, symmetric, bits, group_size, step_bits):
     if symmetric:
         quantizer = {"rtn": "symmetric"}.get(quantizer, f"symmetric_{quantizer}")
     x = chunk()
     cache = x.clone()
-    store = adopt(cache, (0, 1, 2, 3), bits, Config(bits, group_size, quantizer=quantizer))
-    quantized = MinMax(bits, group_size, symmetric=symmetric, **how)(x)
+    store = adopt(cache, (0, 1, 2, 3), bits, Config(bits, group_size, quantizer=quantizer, step_bits=step_bits))
+    quantized = MinMax(bits, group_size, symmetric=symmetric, step_bits=step_bits, **how)(x)
     torch.testing.assert_close(quantized.values, materialize(cache))
     torch.testing.assert_close(quantized.step[..., ::group_size], quantization_step(cache))
     assert quantized.bits == 8 * store.packed_bytes

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from jkv_compile import PackedKV, is_packed
-from jkv_compile.kernels import quantizers, reference
+from jkv_compile.kernels import byte_steps, quantizers, reference
 
 
 def caches_of(model: nn.Module, args: Any) -> dict[str, Tensor]:
@@ -123,6 +123,8 @@ class Simulated(nn.Module):
         if grid.unbiased:
             stored = quantizers.round_rotated(stored, self.bits, self.group_size, grid.symmetric)
         codes, scales = reference.quantize(stored, self.bits, self.group_size, symmetric=grid.symmetric)
+        if grid.step_bits == 8:
+            scales = byte_steps.decode(byte_steps.encode(scales, self.bits))
         read = reference.dequantize(codes, scales, self.bits).view(cache.shape) @ basis.mT
         step = reference.quantization_step(scales, self.bits).repeat_interleave(self.group_size, -1).view(cache.shape)
         rounded = _are_among(self.rounded, cache)
@@ -155,10 +157,10 @@ def _are_among(known: list[Tensor], cache: Tensor) -> Tensor:
 
 
 def _basis(quantizer: str, head_dim: int, group_size: int) -> Tensor:
-    if "/" in quantizer:
-        return quantizers.to_grid(torch.eye(head_dim), quantizer, group_size)
-    basis = torch.eye(head_dim)
-    return quantizers.rotate(basis) if quantizers.grid_of(quantizer).rotates else basis
+    grid, basis = quantizers.grid_of(quantizer), torch.eye(head_dim)
+    if grid.within or grid.pairs:
+        return quantizers.to_grid(basis, quantizer, group_size)
+    return quantizers.rotate(basis) if grid.rotates else basis
 
 
 def _attended_keys(model: nn.Module, args: Any, change: Callable[[list[Tensor]], None]) -> list[Tensor]:

@@ -14,34 +14,34 @@ class TestGraphs(expecttest.TestCase):
         self.assertExpectedInline(
             graphs.split("---\n")[-1],
             """\
-- getitem = l_cache_k_[:, add_2:l_stack1_]
+- getitem = l_cache_k_[:, add:l_stack1_]
 - old = getitem.clone()
-- l_cache_k_[:, 4:add_5] = old
-- getitem_1 = l_cache_v_[:, add_2:l_stack1_]
+- l_cache_k_[:, 4:add_1] = old
+- getitem_1 = l_cache_v_[:, add:l_stack1_]
 - old_1 = getitem_1.clone()
-+ jkv::move(l_cache_k__codes, l_cache_k__scales, add_2, 4, 20)
-+ jkv::hold_moved(l_cache_k__held, l_cache_k__held_ranges, add_2, 4, 20)
-- l_cache_v_[:, 4:add_9] = old_1
-+ jkv::move(l_cache_v__codes, l_cache_v__scales, add_2, 4, 20)
-+ jkv::hold_moved(l_cache_v__held, l_cache_v__held_ranges, add_2, 4, 20)
-- l_cache_k_[:, sub_5:sub_4] = l_k_
-- l_cache_v_[:, sub_5:sub_4] = l_v_
-- getitem_2 = l_cache_k_[:, :sub_4]
-- getitem_3 = l_cache_v_[:, :sub_4]
++ jkv::move(l_cache_k__codes, l_cache_k__scales, add, 4, 20)
++ jkv::hold_moved(l_cache_k__held, l_cache_k__held_ranges, add, 4, 20)
+- l_cache_v_[:, 4:add_2] = old_1
++ jkv::move(l_cache_v__codes, l_cache_v__scales, add, 4, 20)
++ jkv::hold_moved(l_cache_v__held, l_cache_v__held_ranges, add, 4, 20)
+- l_cache_k_[:, sub_2:sub_3] = l_k_
+- l_cache_v_[:, sub_2:sub_3] = l_v_
+- getitem_2 = l_cache_k_[:, :sub_3]
+- getitem_3 = l_cache_v_[:, :sub_3]
 + permute = l_k_.permute([0, 2, 1, 3])
 + permute_1 = l_k_.permute([0, 2, 1, 3])
-+ jkv::hold(l_cache_k__held, l_cache_k__held_ranges, permute_1, sub_5)
++ jkv::hold(l_cache_k__held, l_cache_k__held_ranges, permute_1, sub_2)
 + permute_2 = l_v_.permute([0, 2, 1, 3])
-+ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_2, sub_5, 2, 2)
++ jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, permute, permute_2, sub_2, 2, 2)
 + permute_3 = l_v_.permute([0, 2, 1, 3])
-+ jkv::hold(l_cache_v__held, l_cache_v__held_ranges, permute_3, sub_5)
-- transpose_1 = getitem_2.transpose(1, 2)
-- transpose_2 = getitem_3.transpose(1, 2)
-- o = scaled_dot_product_attention(transpose, transpose_1, transpose_2, attn_mask=None)
++ jkv::hold(l_cache_v__held, l_cache_v__held_ranges, permute_3, sub_2)
+- transpose = getitem_2.transpose(1, 2)
+- transpose_1 = getitem_3.transpose(1, 2)
+- o = scaled_dot_product_attention(transpose_2, transpose, transpose_1, attn_mask=None)
 - transpose_3 = o.transpose(1, 2)
 + permute_4 = l_k_.permute([0, 2, 1, 3])
 + permute_5 = l_v_.permute([0, 2, 1, 3])
-+ attention_held_default = jkv::attention_held(transpose, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [l_cache_k__held], [l_cache_k__held_ranges], [l_cache_v__held], [l_cache_v__held_ranges], [0, 4, 4, 24], permute_4, permute_5, None, False, 0.17677669529663687, 2, 2, 'taylor')
++ attention_held_default = jkv::attention_held(transpose_2, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [l_cache_k__held], [l_cache_k__held_ranges], [l_cache_v__held], [l_cache_v__held_ranges], [0, 4, 4, 24], permute_4, permute_5, None, False, 0.17677669529663687, 2, 2, 'taylor')
 + transpose_3 = attention_held_default.transpose(1, 2)
 """,
         )
@@ -52,43 +52,43 @@ class TestGraphs(expecttest.TestCase):
             """\
 - past_k = l_past_0_.to(torch.float32)
 - past_v = l_past_1_.to(torch.float32)
-- k_1 = cat([past_k, transpose], dim=2)
+- k = cat([past_k, transpose], dim=2)
 + select = l_past_0__scales.select(-1, 0)
 + narrow = narrow(select, 3, 0, 8)
-+ float_1 = narrow.float()
-+ transpose_8 = float_1.transpose(2, 3)
-+ mul_8 = mul(transpose_8, 0.25)
-+ repeat_interleave = mul_8.repeat_interleave(32, -1)
++ float = narrow.float()
++ transpose_1 = float.transpose(2, 3)
++ mul = mul(transpose_1, 0.25)
++ repeat_interleave = mul.repeat_interleave(32, -1)
 + _outside = _outside(repeat_interleave, l_past_0__active_range, 0)
 + _outside_held = _outside_held(_outside, l_past_0__held_ranges, 0)
 + to = _outside_held.to(torch.float32)
 + zeros_like = zeros_like(transpose)
-+ k_3 = cat([to, zeros_like], dim=2)
++ k_1 = cat([to, zeros_like], dim=2)
 + dequantize_held_default = jkv::dequantize_held(l_past_0__codes, l_past_0__scales, [l_past_0__held, l_past_0__active], [l_past_0__held_ranges, l_past_0__active_range], 0, 8, 2, 32, 'rtn', torch.float32)
-+ k_1 = cat([dequantize_held_default, transpose], dim=2)
-- v_1 = cat([past_v, transpose_1], dim=2)
++ k = cat([dequantize_held_default, transpose], dim=2)
+- v = cat([past_v, transpose_2], dim=2)
 + dequantize_held_default_1 = jkv::dequantize_held(l_past_1__codes, l_past_1__scales, [l_past_1__held, l_past_1__active], [l_past_1__held_ranges, l_past_1__active_range], 0, 8, 2, 32, 'rtn', torch.float32)
-+ v_1 = cat([dequantize_held_default_1, transpose_1], dim=2)
-+ transpose_9 = k_3.transpose(1, 2)
-+ a_2 = transpose_9[Ellipsis, 0::2]
-+ b_2 = transpose_9[Ellipsis, 1::2]
-+ mul_9 = mul(a_2, cos_1)
-+ mul_10 = mul(b_2, sin_1)
-+ sub_2 = sub(mul_9, mul_10)
-+ mul_11 = mul(a_2, sin_1)
-+ mul_12 = mul(b_2, cos_1)
-+ add_4 = add(mul_11, mul_12)
-+ stack_2 = stack((sub_2, add_4), -1)
-+ flatten_3 = stack_2.flatten(-2)
-+ k_4 = flatten_3.transpose(1, 2)
-- o = scaled_dot_product_attention(q_2, k_2, v_1)
-- transpose_7 = o.transpose(1, 2)
-+ float_2 = k_4.float()
-+ square = float_2.square()
++ v = cat([dequantize_held_default_1, transpose_2], dim=2)
++ transpose_3 = k_1.transpose(1, 2)
++ a = transpose_3[Ellipsis, 0::2]
++ b = transpose_3[Ellipsis, 1::2]
++ mul_1 = mul(a, cos)
++ mul_2 = mul(b, sin)
++ sub = sub(mul_1, mul_2)
++ mul_3 = mul(a, sin)
++ mul_4 = mul(b, cos)
++ add = add(mul_3, mul_4)
++ stack = stack((sub, add), -1)
++ flatten = stack.flatten(-2)
++ k_2 = flatten.transpose(1, 2)
+- o = scaled_dot_product_attention(q, k_3, v)
+- transpose_4 = o.transpose(1, 2)
++ float_1 = k_2.float()
++ square = float_1.square()
 + unflatten = square.unflatten(-1, (1, -1))
 + mean = unflatten.mean(-1)
-+ attention_dense_default = jkv::attention_dense(q_2, k_2, v_1, mean, None, False, 0.17677669529663687, 0, 'taylor')
-+ transpose_7 = attention_dense_default.transpose(1, 2)
++ attention_dense_default = jkv::attention_dense(q, k_3, v, mean, None, False, 0.17677669529663687, 0, 'taylor')
++ transpose_4 = attention_dense_default.transpose(1, 2)
 """,
         )
 
@@ -115,10 +115,10 @@ class TestGraphs(expecttest.TestCase):
 + clone = cat.clone(memory_format=torch.contiguous_format)
 + return (clone, l_start_, add)
 ---
-- getitem_3 = l_cache_[0, :, :, :l_length_]
-- keys = cat([getitem_3, transpose], 2)
-- getitem_4 = l_cache_[1, :, :, :l_length_]
-- values = cat([getitem_4, transpose_1], 2)
+- getitem = l_cache_[0, :, :, :l_length_]
+- keys = cat([getitem, transpose], 2)
+- getitem_1 = l_cache_[1, :, :, :l_length_]
+- values = cat([getitem_1, transpose_1], 2)
 - o = scaled_dot_product_attention(transpose_2, keys, values)
 - transpose_3 = o.transpose(1, 2)
 + narrow = narrow(l_cache__codes, 0, 0, 1)
@@ -146,10 +146,10 @@ class TestGraphs(expecttest.TestCase):
 - index_copy__1 = l_cache_v_.index_copy_(2, l_positions_, transpose_1)
 + jkv::append_at(l_cache_v__codes, l_cache_v__scales, transpose_1, l_positions_, 2)
 + jkv::hold_at(l_cache_v__held, l_cache_v__held_ranges, transpose_1, l_positions_)
-- o = scaled_dot_product_attention(transpose_2, l_cache_k_, l_cache_v_, attn_mask=getitem_5)
+- o = scaled_dot_product_attention(transpose_2, l_cache_k_, l_cache_v_, attn_mask=getitem)
 - transpose_3 = o.transpose(1, 2)
-+ index_fill = getitem_5.index_fill(-1, l_positions_, False)
-+ index_select = getitem_5.index_select(-1, l_positions_)
++ index_fill = getitem.index_fill(-1, l_positions_, False)
++ index_select = getitem.index_select(-1, l_positions_)
 + cat = cat([index_fill, index_select], -1)
 + attention_held_default = jkv::attention_held(transpose_2, l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, [l_cache_k__held], [l_cache_k__held_ranges], [l_cache_v__held], [l_cache_v__held_ranges], [0, 176], transpose, transpose_1, cat, False, 0.17677669529663687, 2, 2, 'taylor')
 + transpose_3 = attention_held_default.transpose(1, 2)
@@ -161,13 +161,13 @@ class TestGraphs(expecttest.TestCase):
         self.assertExpectedInline(
             graphs.split("---\n")[-1],
             """\
-- k_2 = cat([l_past_0_, k_1], 2)
-- v_2 = cat([l_past_1_, v_1], 2)
-- o = scaled_dot_product_attention(transpose_2, k_2, v_2)
-- transpose_3 = o.transpose(1, 2)
-+ attention_held_default = jkv::attention_held(transpose_2, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, [l_past_0__held, l_past_0__active], [l_past_0__held_ranges, l_past_0__active_range], [l_past_1__held, l_past_1__active], [l_past_1__held_ranges, l_past_1__active_range], [0, s69], k_1, v_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
-+ transpose_3 = attention_held_default.transpose(1, 2)
-- return (linear_1, k_2, v_2)
+- k = cat([l_past_0_, k_1], 2)
+- v = cat([l_past_1_, v_1], 2)
+- o = scaled_dot_product_attention(transpose, k, v)
+- transpose_1 = o.transpose(1, 2)
++ attention_held_default = jkv::attention_held(transpose, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, [l_past_0__held, l_past_0__active], [l_past_0__held_ranges, l_past_0__active_range], [l_past_1__held, l_past_1__active], [l_past_1__held_ranges, l_past_1__active_range], [0, s69], k_1, v_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
++ transpose_1 = attention_held_default.transpose(1, 2)
+- return (linear, k, v)
 + add = add(8, s69)
 + mul = mul(64, s69)
 + add_1 = add(512, mul)
@@ -194,6 +194,6 @@ class TestGraphs(expecttest.TestCase):
 + mul_7 = mul(32, s89)
 + add_9 = add(256, mul_7)
 + clone_1 = v_1.clone(memory_format=torch.contiguous_format)
-+ return (linear_1, 1, 2, add, 32, add_1, add_2, 32, 1, 0, getitem, getitem_1, add_3, add_4, 32, 1, clone, 0, s69, 0, s69, 1, 2, add_5, 32, add_6, add_7, 32, 1, 0, getitem_2, getitem_3, add_8, add_9, 32, 1, clone_1, 0, s89, 0, s89)
++ return (linear, 1, 2, add, 32, add_1, add_2, 32, 1, 0, getitem, getitem_1, add_3, add_4, 32, 1, clone, 0, s69, 0, s69, 1, 2, add_5, 32, add_6, add_7, 32, 1, 0, getitem_2, getitem_3, add_8, add_9, 32, 1, clone_1, 0, s89, 0, s89)
 """,
         )

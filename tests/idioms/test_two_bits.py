@@ -98,6 +98,15 @@ def test_full_precision_memory_is_freed(name: str, quantizer: str, effective: fl
     assert bits == effective or ("grows" in name and effective < bits <= effective * 1.25)  # with room for more tokens
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_eight_bits_are_what_the_reference_computes(name: str) -> None:
+    outcome = run(name, quantizer="symmetric_unbiased", step_bits=8)
+    assert outcome.error < 1e-5
+    bits = outcome.effective_bits
+    assert outcome.freed and (bits == 2.25 or ("grows" in name and 2.25 < bits <= 2.25 * 1.25))
+    assert {grid_of(q).step_bits for q in outcome.quantizers if q} == {8}
+
+
 @pytest.mark.parametrize("rope", ["", "interleaved"], ids=["on packed keys", "on dequantized keys"])
 def test_a_missing_correction_would_be_seen(rope: str) -> None:
     assert run_beside_simulation(fixed_past(rope), 3, correction="none").error > 1e-3
@@ -105,7 +114,7 @@ def test_a_missing_correction_would_be_seen(rope: str) -> None:
 
 @pytest.mark.parametrize("quantizer, correction", [
     ("rtn", "taylor"), ("rtn", "exact"), ("quarot", "taylor"), ("unbiased", "taylor"), ("unbiased", "exact"), ("rtn", "clamped"),
-    ("symmetric", "taylor"), ("symmetric_unbiased", "taylor"),
+    ("symmetric", "taylor"), ("symmetric_unbiased", "taylor"), ("unbiased/steps8", "taylor"),
 ])  # fmt: skip
 @pytest.mark.parametrize("turned", TURNED)
 def test_keys_changed_after_the_read_are_corrected_score_by_score(turned: str, quantizer: str, correction: str) -> None:
@@ -115,6 +124,8 @@ def test_keys_changed_after_the_read_are_corrected_score_by_score(turned: str, q
         "correction": correction,
         "group_size": 16 if "half of" in turned or "of half" in turned else 32,
     }
+    if quantizer.endswith("/steps8"):
+        settings |= {"quantizer": quantizer.removesuffix("/steps8"), "step_bits": 8}
     outcome = run_beside_simulation(steps, 3, simulated=correction, **settings)
     assert outcome.error < 2e-5
     keys, values = outcome.quantizers

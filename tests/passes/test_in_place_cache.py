@@ -161,6 +161,10 @@ def test_slices_that_eager_code_takes_show_a_cache_by_growing(capture_scalar_out
             yield compiled(x, cache, 0), eager(x, reference_cache, 0)
 
     with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=capture_scalar_outputs):
+        if capture_scalar_outputs and torch.__version__ >= (2, 15):  # captures slices of lengths that it does not know
+            with pytest.warns(NotRewrittenWarning, match="the model runs as written"):
+                torch.testing.assert_close(*next(steps()))
+            return
         run_beside(steps(), calls=8, stable_from=5)
     assert is_packed(cache["k"]) and is_packed(cache["v"])
 
@@ -309,17 +313,19 @@ return (linear_2)
         )
 
     def test_read_window(self) -> None:
+        graph = self.graph(SelfAttention(layout="bhsd", window=20))
+        sums = "add = add(l_start_, 8)\n", "sub = sub(add, 20)\n", "sym_max = sym_max(0, sub)\n"
+        for line in sums:  # releases of torch put them at different places
+            assert graph.count(line) == 1
+            graph = graph.replace(line, "")
         self.assertExpectedInline(
-            self.graph(SelfAttention(layout="bhsd", window=20)),
+            graph,
             """\
 q = linear.view(1, 8, 4, 64)
 view_1 = linear_1.view(1, 8, 2, 4, 64)
 unbind = view_1.unbind(2)
 k = unbind[0]
 v = unbind[1]
-add = add(l_start_, 8)
-sub = sub(add, 20)
-sym_max = sym_max(0, sub)
 transpose = k.transpose(1, 2)
 transpose_1 = v.transpose(1, 2)
 jkv::append_kv(l_cache_k__codes, l_cache_k__scales, l_cache_v__codes, l_cache_v__scales, transpose, transpose_1, l_start_, 2, 2)

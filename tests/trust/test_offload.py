@@ -212,7 +212,7 @@ def test_bytes_are_counted_exactly() -> None:
 
 @pytest.mark.parametrize("settings, ratio", [
     ({"group_size": 32}, 5 + 1 / 3), ({"group_size": 64}, 6.4), ({"group_size": 64, "preset": "memory"}, 6.4),
-    ({"group_size": 64, "preset": "smallest"}, 16 / 2.25),
+    ({"group_size": 64, "preset": "smallest"}, 16 / 2.25),  # four bytes of steps in a row are padded to eight
 ], ids=str)  # fmt: skip
 def test_as_much_less_moves_as_is_stored(settings: dict[str, Any], ratio: float) -> None:
     backend = fresh_backend(bits=2, offload="cpu", **settings)
