@@ -33,6 +33,7 @@ class Variant:
     """How a rollout keeps its cache: ``bits`` None is plain ``torch.compile`` with the cache in BF16.
 
     sink, recent: tokens in full precision beside the packed ones.
+    center, center_tokens: whether tokens are stored less a mean, and how many share one.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Variant:
     sink: int = 0
     recent: int = 0
     step_bits: int = 16
+    center: bool | str = False
+    center_tokens: int = 0
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -62,6 +65,8 @@ class Variant:
             step_bits=self.step_bits,
             sink=self.sink,
             recent=self.recent,
+            center=self.center,
+            center_tokens=self.center_tokens,
         )
 
 

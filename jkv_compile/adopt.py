@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .block_means import BlockMeans
 from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
 from .geometry import Fold, four_dimensional, memory_order
@@ -66,7 +67,8 @@ def adopt(
         views: plain views of the tensor that become windows on the packed cache with it.
         quantizer: as `kernels.quantizers.Grid` spells it; the configuration's, of keys, where it is not given.
         written: the tokens that were written last, where that is known.
-        centered: whether tokens are stored less the mean of those that it holds.
+        centered: whether tokens are stored less the mean of those that it holds, or as the configuration says, of as
+            many of them as share one.
         fold: how it is seen as a tensor of four, see `geometry.folds`.
 
     Raises:
@@ -78,11 +80,15 @@ def adopt(
         canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
         quantizer or config.key_quantizer,
     )  # fmt: skip
-    if centered:
+    filled = canonical.shape[2]
+    if centered and config.center_tokens:
+        store.means = BlockMeans.empty(canonical.shape, tensor.dtype, tensor.device, config.center_tokens)
+        filled = _filled(canonical)  # what comes after has no part in a mean
+    elif centered:
         store.center = _mean(canonical)
-    rows = BLOCK // store.block * store.block
-    for start in range(0, canonical.shape[2], rows):
-        block = canonical[:, :, start : start + rows]
+    rows = max(1, BLOCK // store.unit) * store.unit
+    for start in range(0, filled, rows):
+        block = canonical[:, :, start : min(start + rows, filled)]
         if block.any():  # an empty store reads as zeros already
             store.write(block, (0, 0, start, 0), keep_active=False)
         elif store.center is not None:

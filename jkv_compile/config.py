@@ -60,6 +60,10 @@ class Config:
             values are shifted back (`kernels.centers`).
         step_bits: bits of a group's step: 16, or 8, which takes 2.125 bits a channel at 2 bits in groups of 64 without
             zero points, and 2.375 with these, which keep 16 (`kernels.byte_steps`). Not for codes of 8 bits.
+        center_tokens: with `center`, every so many tokens of a cache have a mean of their own, which is that of what is
+            written to them: the number of tokens of a chunk, as a rule, or of a frame. Attention is then computed for
+            each such block, and put together (`kernels.block_means`). 0, one mean for a whole cache. Tokens of such
+            caches can be moved by whole blocks only.
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -76,6 +80,7 @@ class Config:
     recent: int = 0
     center: bool | Center = False
     step_bits: Literal[8, 16] = 16
+    center_tokens: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -122,6 +127,7 @@ class Config:
                 "point take 3 bytes, which caches in host memory are not laid out for; expected step_bits=16, or a "
                 "symmetric quantizer"
             )
+        self._check_center_tokens()
         if self.quantizer == "kivi" and self.offload is not None:
             raise ConfigurationError(
                 f"offload={self.offload!r} with quantizer='kivi': caches go to host memory token by token, and the "
@@ -131,6 +137,24 @@ class Config:
             raise ConfigurationError(
                 f"center={self.center!r} with quantizer='kivi': expected False or 'values', as each channel of keys "
                 "has a zero point of its own, which any mean goes into"
+            )
+
+    def _check_center_tokens(self) -> None:
+        n = self.center_tokens
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0 or 0 < n < 8:
+            raise ConfigurationError(
+                f"center_tokens={n!r}: expected a number of tokens of at least 8 that share a mean, as a chunk of the "
+                "model's or a frame has; or 0, one mean for a whole cache"
+            )
+        if n and not self.center:
+            raise ConfigurationError(
+                f"center_tokens={n} with center={self.center!r}: expected center=True, 'keys' or 'values', of which "
+                "so many tokens are to share a mean"
+            )
+        if n and self.offload is not None:
+            raise ConfigurationError(
+                f"center_tokens={n} with offload={self.offload!r}: caches go to host memory token by token, and so "
+                "many tokens share a mean; expected offload=None, or center_tokens=0"
             )
 
     @property

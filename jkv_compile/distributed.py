@@ -257,6 +257,12 @@ def _check_tokens(cache: Tensor, dim: int, what: str, parting: bool = False) -> 
     window = cache.find_window() if isinstance(cache, PackedKV) else None
     if not isinstance(cache, PackedKV) or (window is not None and window.axes[dim] != TOKEN):
         return
+    if cache._store.mean_tokens:
+        raise ConfigurationError(
+            f"{what} along tokens, dimension {dim}, of a cache that was packed with center_tokens="
+            f"{cache._store.mean_tokens}: so many tokens share a mean, and those of several ranks make no one cache; "
+            "part heads, or use center_tokens=0"
+        )
     if cache._store.block > 1:
         raise ConfigurationError(
             f"{what} along tokens, dimension {dim}, of a cache of quantizer {cache._store.quantizer!r}: blocks of "

@@ -1,6 +1,7 @@
 """A packed cache as one flat run of bytes, and back: what goes over a wire, and what safetensors can hold.
 
-Little-endian, version 1; 2 where there is a mean, which readers of 1 do not know. The first `HEADER` bytes are
+Little-endian, version 1; 2 where there is a mean, 3 where blocks of tokens have means, which readers of less do not
+know. The first `HEADER` bytes are
 
     magic (8 bytes), version and length of the description (uint16), CRC-32 of the header without what it and the two
     checksums take (uint32), number of bytes in all (uint64), two checksums of what follows the header (int64), the
@@ -8,7 +9,7 @@ Little-endian, version 1; 2 where there is a mean, which readers of 1 do not kno
 
 then codes, scales and, where there is one, the range held in full precision (see `kernels.layout` and `store`); and of
 the first tokens and the newest, where these are, rows and ranges (`kernels.held`); the mean that tokens are stored less
-(`kernels.centers`); each padded with zeros to
+(`kernels.centers`), or means and extents of blocks (`kernels.block_means`); each padded with zeros to
 `ALIGNMENT` bytes. The header has one length, so that caches of one shape take the same number of
 bytes on every rank.
 """
@@ -31,7 +32,7 @@ from .packed_save import rebuild_window
 from .store import CHANNEL, rebuild_store
 
 MAGIC, VERSION, HEADER, ALIGNMENT = b"JKVCACHE", 1, 1024, 64
-_CENTERED = 2  # the version of caches that are stored less a mean
+_CENTERED, _MEANS = 2, 3  # the version of caches that are stored less a mean, or means of blocks of tokens
 _FIXED = struct.Struct("<8sHHIQqq")
 _CRC, _SUMS = 12, 24  # where the header's checksum and those of the rest lie in it
 _BLOCK = 2**20  # words that a checksum takes at a time
@@ -62,13 +63,14 @@ def pack_bytes(cache: Tensor) -> Tensor:
             raise PackedCacheError(
                 f"pack_bytes of a view of size {tuple(cache.shape)} of a packed cache of quantizer "
                 f"{cache._store.quantizer!r}: expected whole heads of tokens, the first of them a multiple of "
-                f"{cache._store.block}, as so many share their steps"
+                f"{cache._store.unit}, as so many share their steps or a mean"
             )
         cache = copied
     store = cache._store
     sections = [*store.data()] + ([store.active.data] if store.active else [])
     sections += [store.held.data, store.held.ranges.to(store.device)] if store.held else []
     sections += [] if store.center is None else [store.center]
+    sections += [] if store.means is None else [store.means.data, store.means.extents.to(store.device)]
     sections = [t.contiguous().reshape(-1).view(torch.uint8) for t in sections]
     total = HEADER + sum(_padded(t.numel()) for t in sections)
     with torch.inference_mode(False):
@@ -117,11 +119,12 @@ def _header(cache: PackedKV, total: int) -> bytearray:
         "active": None if store.active is None else [store.active.start, store.active.stop],
         **({"window": store.window, "held": store.held_tokens} if store.held else {}),
         **({"center": True} if store.center is not None else {}),
+        **({"mean_tokens": store.mean_tokens} if store.means is not None else {}),
         "size": tuple(cache.size()), "stride": cache.stride(), "offset": cache.offset, "reads_as": _name(cache.dtype),
     }  # fmt: skip
     text = json.dumps(description, separators=(",", ":")).encode()
     header = bytearray(HEADER)
-    version = VERSION if store.center is None else _CENTERED
+    version = _MEANS if store.means is not None else VERSION if store.center is None else _CENTERED
     _FIXED.pack_into(header, 0, MAGIC, version, len(text), 0, total, 0, 0)
     header[_FIXED.size : _FIXED.size + len(text)] = text
     struct.pack_into("<I", header, _CRC, _crc(header))
@@ -140,7 +143,7 @@ def _described(buffer: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     magic, version, length, crc, total = fields[:5]
     if magic != MAGIC:
         raise _refused(f"is no packed cache: it begins with {magic!r}, not {MAGIC!r}", buffer)
-    if version not in (VERSION, _CENTERED):
+    if version not in (VERSION, _CENTERED, _MEANS):
         raise _refused(f"is of version {version}, and this release reads version {VERSION}", buffer)
     if _crc(bytearray(header)) != crc or length > HEADER - _FIXED.size:
         raise _refused("is damaged: its header is not the one that was packed", buffer)
@@ -163,6 +166,9 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
         parts.append((torch.int64, (batch, 3 if recent else 1, 4)))
     if given.get("center"):
         parts.append((dtype, (batch, heads, 1, head_dim)))
+    if mean_tokens := given.get("mean_tokens"):
+        blocks = -(-given["shape"][2] // mean_tokens)
+        parts += [(dtype, (batch, heads, blocks, head_dim)), (torch.float64, (batch, heads, blocks, 3))]
     tensors, at = [], 0
     with torch.inference_mode(False):
         for kind, shape in parts:
@@ -170,11 +176,16 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
             tensor.view(-1).view(torch.uint8).copy_(payload[at : at + tensor.nbytes])
             tensors.append(tensor)
             at += _padded(tensor.nbytes)
+    means = None
+    if mean_tokens:
+        extents, data = tensors.pop(), tensors.pop()
+        means = data, extents.cpu(), mean_tokens
     center = tensors.pop() if given.get("center") else None
     last = None if active is None else (tensors[2], *active)
     held = (tensors[-2], tensors[-1].cpu(), tuple(given["window"])) if "held" in given else None
     shape, strides, (codes, scales) = tuple(given["shape"]), tuple(given["strides"]), tensors[:2]
-    store = rebuild_store(shape, strides, dtype, given["bits"], codes, scales, last, given["quantizer"], held, center)
+    less = center, means
+    store = rebuild_store(shape, strides, dtype, given["bits"], codes, scales, last, given["quantizer"], held, *less)
     store.grows = given["grows"]
     place = tuple(given["size"]), tuple(given["stride"]), given["offset"]
     return rebuild_window(store, *place, _DTYPES[given["reads_as"]], {})

@@ -13,7 +13,7 @@ from .errors import PackedCacheError
 from .geometry import Window, dense_strides, locate, memory_order, outermost_first
 from .store import CHANNEL, Store
 
-# Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are constants to it, so that a slice that
+# Dynamo is told that windows begin this many tokens later: sizes of 0 and 1 are extents to it, so that a slice that
 # begins at token 0 in one call and elsewhere in the next would be compiled twice.
 MARGIN = 2
 
@@ -117,14 +117,14 @@ class PackedKV(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, centered, dtype = context
+        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, *less, dtype = context
         if len(shape) == CHANNEL:
             dims, (channels, order) = shape, strides
             shape = [*(1 if d is None else size[d] for d in dims), channels]
             strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         store.tells_steps = tells_steps
-        store.told_of(held_tokens, centered)
+        store.told_of(held_tokens, *less)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
         packed._first_token, packed._told = inner["first_token"], context[:2]
@@ -159,9 +159,9 @@ class PackedKV(torch.Tensor):
         return window
 
     def whole_blocks(self) -> PackedKV:
-        """This window, or one on the whole cache where tokens share steps: what a write to this one may change."""
+        """This window, or one on the whole cache where tokens share something: what a write to this one may change."""
         store = self._store
-        return self if store.block == 1 else PackedKV(store, store.shape, store.strides, 0, store.dtype)
+        return self if store.unit == 1 else PackedKV(store, store.shape, store.strides, 0, store.dtype)
 
     def dequantize_window(self) -> Tensor:
         """A plain tensor with this one's values, shape and dtype, and with its order of dimensions in memory."""
@@ -245,6 +245,7 @@ class PackedKV(torch.Tensor):
         """All memory that a write changes."""
         held = self._store.held
         center = [] if self._store.center is None else [self._store.center]
+        center += [] if self._store.means is None else [self._store.means.data, self._store.means.extents]
         return [*self._store.memory, *center, *([] if held is None else [held.data, held.ranges])]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:

@@ -22,7 +22,7 @@ def clone(source: PackedKV, memory_format: Any = None) -> Any:
         repeated = _repeated(source)
         if repeated is not None:
             return repeated
-        if source._store.block > 1:
+        if source._store.unit > 1:
             warn_of_read("clone()")
         return source.dequantize_window().clone(memory_format=memory_format or torch.preserve_format)
     stride = torch.empty_like(shadow(source), memory_format=memory_format or torch.preserve_format).stride()
@@ -97,7 +97,7 @@ def cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
     parts = [p for p in parts if p.shape != (0,)]  # what torch.cat ignores
     if window is None or axis is None or axis == CHANNEL or any(p.dtype != first.dtype for p in parts):
         return NotImplemented
-    if axis == TOKEN and first._store.block > 1:  # blocks of several caches make no blocks of one
+    if axis == TOKEN and first._store.unit > 1:  # blocks of several caches make no blocks of one
         return NotImplemented
     boxes: list[tuple[Store, Sequence[int], Sequence[int]] | Tensor] = []
     for part in parts:
@@ -118,7 +118,8 @@ def cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
         if not all(a == b for a, b, n in zip(origin.axes, window.axes, part.shape) if n != 1):
             return NotImplemented
         here = first._store.alike(part._store, origin.starts, window.starts, (*window.lengths[:2], 0, 0))
-        if part._store.centered != first._store.centered or (axis == TOKEN and not here):
+        means = [(p._store.centered, p._store.mean_tokens) for p in (first, part)]
+        if means[0] != means[1] or (axis == TOKEN and not here):
             boxes.append(window.to_canonical(part.dequantize_window()))  # stored less other means: quantized anew
             continue
         boxes.append((part._store, origin.starts, origin.lengths))
@@ -136,7 +137,7 @@ def roll(source: PackedKV, shifts: Sequence[int], dims: Sequence[int] = ()) -> A
     axes = [] if window is None else [window.axes[dim] for dim in dims]
     if not axes or None in axes or CHANNEL in axes or source.numel() == 0:
         return NotImplemented  # without dims it is a roll of the flattened tensor
-    if TOKEN in axes and source._store.block > 1:
+    if TOKEN in axes and source._store.unit > 1:
         return NotImplemented
     for shift, dim in zip(shifts, dims):
         last = shift % source.shape[dim]
@@ -152,7 +153,7 @@ def index_select(source: PackedKV, dim: int, index: Tensor) -> Any:
     axis = None if window is None else window.axes[dim]
     if window is None or axis is None or axis == CHANNEL or index.dim() != 1:
         return NotImplemented
-    if axis == TOKEN and source._store.block > 1:
+    if axis == TOKEN and source._store.unit > 1:
         return NotImplemented
     shape = [*source.shape[:dim], len(index), *source.shape[dim + 1 :]]
     stride = torch.empty(shape, device="meta").stride()
@@ -194,12 +195,12 @@ for _operator in (*_LIKE, *_NEW):
 def whole_heads(source: Tensor) -> Window | None:
     """The box of whole heads that a packed tensor shows, or None: what can be copied packed.
 
-    Where tokens share steps, it begins with a block of them.
+    Where tokens share steps, or a mean, it begins with a block of them.
     """
     window = source.find_window() if isinstance(source, PackedKV) else None
     if window is None or not window.covers(source._store.shape, CHANNEL):  # type: ignore[attr-defined]
         return None
-    return None if window.starts[TOKEN] % source._store.block else window  # type: ignore[attr-defined]
+    return None if window.starts[TOKEN] % source._store.unit else window  # type: ignore[attr-defined]
 
 
 def canonical_strides(window: Window, size: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

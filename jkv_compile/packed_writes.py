@@ -178,7 +178,8 @@ def _write_indices(target: PackedKV, dim: int, index: Tensor, source: Tensor) ->
     shape = [*target.shape[:dim], n, *target.shape[dim + 1 :]]
     part = Window(window.starts, tuple(n if a == axis else m for a, m in enumerate(window.lengths)), window.axes)
     # Batch entries and heads that are written here and there are stored less means of their own.
-    origin = packed_origin(source, target, part) if axis == TOKEN or not store.centered else None
+    own_means = store.centered or store.mean_tokens
+    origin = packed_origin(source, target, part) if axis == TOKEN or not own_means else None
     data: Tensor | Store
     if origin is not None and source.shape == torch.Size(shape):
         moved: Store = source._store  # type: ignore[attr-defined]

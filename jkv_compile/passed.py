@@ -28,7 +28,7 @@ from .geometry import four_dimensional
 from .hints import is_ignored
 from .kernels.quantizers import grid_of, grid_within
 from .packed import PackedKV
-from .reasons import PER_CHANNEL, Reason
+from .reasons import MEANS, PER_CHANNEL, Reason
 from .report import GraphReport, Note, Rejected
 from .runtime import Seen
 from .store import Store
@@ -351,10 +351,11 @@ def _adopt(
     sides = [[s for s in side if id(s.cache()) in again] for side in sides]
     if not all(side or done for side, done in zip(sides, packed)):
         return PENDING
+    elsewhere = "these are read here, and attended in another graph"
     if sides[0] and grid_of(config.key_quantizer).per_channel:
-        return REFUSED.format(
-            PER_CHANNEL.format(config.quantizer, "these are read here, and attended in another graph")
-        )
+        return REFUSED.format(PER_CHANNEL.format(config.quantizer, elsewhere))
+    if config.center_tokens and config.centers(*(name for side, name in zip(sides, ("keys", "values")) if side)):
+        return REFUSED.format(MEANS.format(config.center_tokens, elsewhere))
     for side, bits, name in zip(sides, (config.key_bits, config.value_bits), ("keys", "values")):
         for source in side:
             cache = tensors[id(source.cache())]

@@ -59,6 +59,7 @@ class Reason(Enum):
 
 
 PER_CHANNEL = "quantizer={!r} quantizes keys by channel, over blocks of tokens, and {}"
+MEANS = "center_tokens={} stores tokens less means of so many of them, and {}"
 
 _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"jkv_compile\.ignore", Reason.IGNORED),
@@ -70,7 +71,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"in another graph|come so to this graph", Reason.GRAPH_BREAK),
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),
-    (r"group_size|head_dim=|quantizer=", Reason.CONFIGURATION),
+    (r"group_size|head_dim=|quantizer=|center_tokens=", Reason.CONFIGURATION),
     (r"recent=", Reason.POSITION),
     (r"a DTensor", Reason.SHARDED),
     (r"only one of key and value", Reason.NOT_A_CACHE),

@@ -123,6 +123,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "scales": lambda cache: cache._store.staged[1],
     "first_token": lambda cache: cache.first_token.shape[0],
     "center": _center,
+    "means": lambda cache: cache._store.means.data,
+    "extents": lambda cache: cache._store.means.extents,
     "held": lambda cache: cache._store.held.data,
     "held_ranges": lambda cache: cache._store.held.ranges,
     "active": _active,
@@ -246,7 +248,7 @@ def first_contact(
                 canonical = in_four_dimensions(owner, cache.fold).permute(cache.axes)
                 active = Active(canonical[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
-            settings = views, cache.quantizer, last, cache.centered, cache.fold
+            settings = views, cache.quantizer, last, cache.less_means, cache.fold
             store = adopt(owner, cache.axes, cache.bits, config, *settings)
             store.active = active
             store.join(stores)
@@ -297,7 +299,7 @@ def watched_call(
         alone = [i for i in again if i not in plan.owners and obstacle(args[i]) is None and not is_ignored(args[i])]
         for argument in alone:
             cache = rewritten.caches[argument]
-            settings = (), cache.quantizer, None, cache.centered, cache.fold
+            settings = (), cache.quantizer, None, cache.less_means, cache.fold
             adopt(args[argument], cache.axes, cache.bits, config, *settings).join(stores)
         return later(*args) if alone else inner(*args)
 

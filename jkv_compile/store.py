@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from . import kernels as _kernels  # noqa: F401  (registers the operators)
+from .block_means import BlockMeans, Saved
 from .errors import PackedCacheError
 from .held import Held, select
 from .host_memory import HostMemory, Parked
 from .kernels import layout, reference
+from .kernels.grids import stored
 from .kernels.quantizers import grid_of, grid_within
 from .offload import Offload
 
@@ -117,6 +119,8 @@ class Store:
         self.window = NOTHING  # how many tokens are to be held in full precision, of the first ones and of the newest
         self.center: Tensor | None = None  # [B, H, 1, D] in `dtype`: what is stored are tokens less this
         self._told_center = False  # that there is one, where it is told rather than known
+        self.means: BlockMeans | None = None  # what is stored are tokens less these
+        self._told_mean_tokens = 0  # how many tokens share one, where it is told rather than known
         self._held: Held | None = None
         self._room: tuple[int, int] | None = None  # for as many, where it is told rather than known
         self._renewed = 0  # how far the range written last has reached from the first token; -1, it has grown
@@ -225,17 +229,23 @@ class Store:
     def settings(self) -> tuple[Any, ...]:
         """What compiled graphs depend on, but for its shape and strides."""
         centered = self.center is not None or self._told_center
-        return self.dtype, self.bits, self.quantizer, self.tells_steps, self.held_tokens, centered
+        held = self.held_tokens
+        return self.dtype, self.bits, self.quantizer, self.tells_steps, held, centered, self.mean_tokens
 
-    def told_of(self, held_tokens: tuple[int, int], centered: bool) -> None:
-        """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision, and whether
-        it stores them less a mean."""
-        self._room, self._told_center = held_tokens, centered
+    def told_of(self, held_tokens: tuple[int, int], centered: bool, mean_tokens: int) -> None:
+        """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision, whether it
+        stores them less a mean, and how many share a mean of their own."""
+        self._room, self._told_center, self._told_mean_tokens = held_tokens, centered, mean_tokens
 
     @property
     def centered(self) -> bool:
         """Whether what is stored are tokens less a mean, see `kernels.centers`."""
         return self.center is not None or self._told_center
+
+    @property
+    def mean_tokens(self) -> int:
+        """How many tokens share a mean that they are stored less; 0 where there are none, see `kernels.block_means`."""
+        return self._told_mean_tokens if self.means is None else self.means.tokens
 
     def center_of(self, starts: Sequence[int], lengths: Sequence[int]) -> Tensor | None:
         """The mean of a box's batch entries and heads, `[b, h, 1, D]`."""
@@ -245,7 +255,10 @@ class Store:
         return self.center[i : i + n, j : j + m]
 
     def alike(self, other: Store, source: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Whether a box of another store (or of this one) is stored less the same means as one of this."""
+        """Whether a box of another store (or of this one) is stored less the same means as one of this, or ones that
+        come along."""
+        if self.mean_tokens or other.mean_tokens:
+            return self.mean_tokens == other.mean_tokens
         one, two = self.center_of(starts, lengths), other.center_of(source, lengths)
         if one is None or two is None:
             return one is two
@@ -271,6 +284,11 @@ class Store:
         return self.group_size if self._grid.per_channel else 1
 
     @property
+    def unit(self) -> int:
+        """Tokens that are moved and copied together: they share their steps, or a mean."""
+        return self.mean_tokens or self.block
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -287,7 +305,7 @@ class Store:
 
     @property
     def center_bytes(self) -> int:
-        return 0 if self.center is None else self.center.nbytes
+        return sum(x.nbytes for x in (self.center, self.means) if x is not None)
 
     @property
     def active_bytes(self) -> int:
@@ -323,10 +341,10 @@ class Store:
 
         Where its configuration says so, the data goes to host memory.
         """
-        if family is not None and family.offload is not None and self.block > 1:
+        if family is not None and family.offload is not None and self.unit > 1:
             raise PackedCacheError(
-                f"a packed cache of quantizer {self.quantizer!r} cannot live in host memory (offload=), where caches "
-                "are moved token by token; use a backend without offload for it"
+                f"a packed cache of {self._of_blocks} cannot live in host memory (offload=), where caches are moved "
+                "token by token; use a backend without offload for it"
             )
         self._family = family
         if family is None:
@@ -354,6 +372,7 @@ class Store:
         tokens. Otherwise it gets new memory, with room for an eighth more (a quarter, where as many tokens come at a
         time), so that on the average a token is copied a few times however long the cache grows.
         """
+        self._refuse_blocks("tokens are added at the end", "write to a cache that has room for them")
         batch, heads, tokens, head_dim = self.shape
         total, line = tokens + codes.shape[2], self._line
         if line is not None and len(line.stores) == 1:
@@ -420,7 +439,9 @@ class Store:
         self.own()
         self.active = None
         center = self.center_of(starts, source.shape)
-        if self.block > 1:
+        if self.means is not None:
+            _ops.append_means(*self._less_means(starts, source.shape), _as_float(source), starts[TOKEN], *self._meaning)
+        elif self.block > 1:
             self._append_blocks(_as_float(source), starts)
         else:
             with self._changing(starts, (batch, heads, tokens), anew=True) as (codes, scales):
@@ -433,6 +454,16 @@ class Store:
             with torch.inference_mode(False):
                 held = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
             self.active = Active(held, starts[TOKEN], starts[TOKEN] + tokens)
+
+    def _less_means(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+        """Codes, scales, means and extents of a box's batch entries and heads; views."""
+        assert self.means is not None
+        return *self._box(starts, lengths), *self.means.part(starts, lengths)
+
+    @property
+    def _meaning(self) -> tuple[int, int, int, str]:
+        """What operators of `kernels.block_means` are told."""
+        return self.mean_tokens, self.bits, self.group_size, self.quantizer
 
     def _append_blocks(self, source: Tensor, starts: Sequence[int]) -> None:
         """Quantize `source` `[b, h, n, D]` into blocks of tokens, see `kernels.blocks`."""
@@ -462,6 +493,11 @@ class Store:
         """Write `source`, to be quantized or packed as this is, to some indices of one axis of a box."""
         if axis == TOKEN:
             self._refuse_blocks("tokens are written one by one", "write them as slices")
+        if self.means is not None and isinstance(source, Tensor):
+            for i, place in enumerate(index.tolist()):
+                at = [first + place * (a == axis) for a, first in enumerate(starts)]
+                self.write(source.narrow(axis, i, 1), at, keep_active=False)
+            return
         self._tokens(starts[TOKEN], lengths[TOKEN], changing=True)
         if self.held is not None:
             if isinstance(source, Tensor) and axis == TOKEN:
@@ -487,7 +523,11 @@ class Store:
         """Set a box to a number: exactly where float16 holds it, as zero and all small integers; less a mean, or in a
         block with other tokens, as any other token."""
         self.own()
-        if self.block > 1:
+        if self.means is not None:
+            start, value = starts[TOKEN], self._storable(value)
+            box = self._less_means(starts, lengths)
+            _ops.fill_means(*box, start, start + lengths[TOKEN], *self._meaning, value)
+        elif self.block > 1:
             number = torch.full((1, 1, 1, 1), self._storable(value), dtype=self.dtype, device=self.device)
             self._append_blocks(_as_float(number).expand(tuple(lengths)), starts)
         else:
@@ -523,7 +563,8 @@ class Store:
         self._check_meaning(other)
         if not self.alike(other, source, starts, lengths):
             raise PackedCacheError(
-                "codes of a packed cache cannot be copied where tokens are stored less other means (center=True); "
+                "codes of a packed cache cannot be copied where tokens are stored less other means (center=True, or "
+                f"center_tokens={other.mean_tokens} beside {self.mean_tokens}); "
                 "write jkv_compile.materialize(source) instead"
             )
         n, a, b = lengths[TOKEN], source[TOKEN], starts[TOKEN]
@@ -538,6 +579,8 @@ class Store:
             with self._changing(starts, lengths, anew=True) as box:
                 for to, data in zip(box, new):
                     to.copy_(data.clone() if other is self else data)
+        if self.means is not None and other.means is not None:
+            self.means.take(other.means, source, starts, lengths)
         self.take(other, source, starts, lengths)
         self._drop_active(b, b + n)
 
@@ -558,7 +601,11 @@ class Store:
     def read(self, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A box in full precision, contiguous `[b, h, n, D]`; the range written last is not quantized."""
         codes, scales, first = self._around(starts, lengths)
-        out = self._from_grid(_ops.dequantize(codes, scales, first, first + lengths[TOKEN], self.bits, dtype))
+        if self.means is not None:
+            data = codes, scales, self.means.part(starts, lengths)[0]
+            out = _ops.dequantize_means(*data, [], [], first, first + lengths[TOKEN], *self._meaning, dtype)
+        else:
+            out = self._from_grid(_ops.dequantize(codes, scales, first, first + lengths[TOKEN], self.bits, dtype))
         center = self.center_of(starts, lengths)
         if center is not None:
             out += center
@@ -604,6 +651,8 @@ class Store:
         self, axis: int, index: Tensor, starts: Sequence[int], lengths: Sequence[int], strides: Sequence[int]
     ) -> Store:
         """A new store of the given indices of one axis (batch, head or token) of a box."""
+        if axis == TOKEN:
+            self._refuse_blocks("tokens are chosen one by one", "copy slices")
         shape = [*lengths[:axis], len(index), *lengths[axis + 1 :]]
         index = index.to(self.device)
         with torch.inference_mode(False):
@@ -612,6 +661,8 @@ class Store:
             )
             new = self.of_this_kind(shape, strides, codes, scales)
             new.center = self.center_of(starts, lengths)
+            if self.means is not None:
+                new.means = self.means.select(axis, index, starts, lengths)
             if new.center is not None and axis != TOKEN:
                 new.center = new.center.index_select(axis, index)
             held = self._active_in(starts, lengths)
@@ -659,6 +710,7 @@ class Store:
             codes, scales = (change(t if self._line is None else t.contiguous()) for t in self.data())
             new = self.of_this_kind(self.shape, self.strides, codes, scales)
             new.center = None if self.center is None else change(self.center)
+            new.means = None if self.means is None else self.means.map(change)
             if self.active is not None:
                 new.active = Active(change(self.active.data), self.active.start, self.active.stop)
             if self._held is not None:
@@ -677,6 +729,8 @@ class Store:
             self._inherited = codes, scales  # a process that is being spawned takes them over from this one
         args = (*layout, codes, scales, active, self.quantizer)
         rows = None if self._held is None else (self._held.data, self._held.ranges, self.window)
+        if self.means is not None:
+            return rebuild_store, (*args, rows, None, self.means.saved)
         if self.center is not None:
             return rebuild_store, (*args, rows, self.center)
         return rebuild_store, args if rows is None else (*args, rows)
@@ -687,6 +741,8 @@ class Store:
         """An empty store that reads and is quantized as this one, less the mean of its own batch entries and heads."""
         new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.device, self.quantizer)
         new.grows, new.tells_steps, new.window, new.center = self.grows, self.tells_steps, self.window, center
+        if self.mean_tokens:
+            new.means = BlockMeans.empty(shape, self.dtype, self.device, self.mean_tokens)
         new.join(self._family)
         return new
 
@@ -698,15 +754,7 @@ class Store:
 
     def _stored(self, x: Tensor) -> Tensor:
         """What is quantized of a tensor `[b, h, n, D]`, see `kernels.quantizers`."""
-        grid = self._grid
-        if grid.within:
-            if grid.unbiased:
-                x = _ops.to_grid(x.float(), self.quantizer, self.group_size)
-                return _ops.round_rotated(x, self.bits, self.group_size, grid.symmetric)
-            return _ops.to_grid(x, self.quantizer, self.group_size)
-        if grid.unbiased:
-            return _ops.round_unbiased(x, self.bits, self.group_size, grid.symmetric)
-        return _ops.rotate(x) if grid.rotates else x
+        return stored(x, self.bits, self.group_size, self.quantizer)
 
     def _check_meaning(self, other: Store) -> None:
         mine, theirs = ((s.bits, s.group_size, s.quantizer) for s in (self, other))
@@ -775,26 +823,36 @@ class Store:
         Raises:
             PackedCacheError: they are not.
         """
-        block, stop = self.block, start + n
+        block, unit, stop = self.block, self.unit, start + n
+        if unit > 1 and (start % unit or (changing and stop % unit and stop != self.shape[TOKEN])):
+            raise PackedCacheError(
+                f"tokens {start}:{stop} of a packed cache of {self._of_blocks} and {self.shape[TOKEN]} "
+                f"tokens: expected multiples of {unit}, or its end, as codes of so many tokens share {self._shared}; "
+                "copy whole blocks, write jkv_compile.materialize(source), which quantizes anew, or choose another "
+                + ("center_tokens" if self.mean_tokens else "quantizer")
+            )
         if block == 1:
             return slice(start, stop), slice(start, stop)
-        if start % block or (changing and stop % block and stop != self.shape[TOKEN]):
-            raise PackedCacheError(
-                f"tokens {start}:{stop} of a packed cache of quantizer {self.quantizer!r} and {self.shape[TOKEN]} "
-                f"tokens: expected multiples of {block}, or its end, as codes of so many tokens share their steps; "
-                "copy whole blocks, write jkv_compile.materialize(source), which quantizes anew, or choose another "
-                "quantizer"
-            )
         blocks = slice(start // block, -(-stop // block))
         return slice(start, blocks.stop * block), blocks
 
     def _refuse_blocks(self, what: str, instead: str) -> None:
-        """Raise `PackedCacheError` where tokens share their steps."""
-        if self.block > 1:
+        """Raise `PackedCacheError` where tokens share their steps, or a mean."""
+        if self.unit > 1:
             raise PackedCacheError(
-                f"{what} of a packed cache of quantizer {self.quantizer!r}, {self.block} of which share their steps; "
-                f"nothing was written. Expected ranges of tokens: {instead}, or choose another quantizer"
+                f"{what} of a packed cache of {self._of_blocks}, {self.unit} of which share {self._shared}; "
+                f"nothing was written. Expected ranges of tokens: {instead}, or choose "
+                + ("center_tokens=0" if self.mean_tokens else "another quantizer")
             )
+
+    @property
+    def _of_blocks(self) -> str:
+        """What makes tokens share something, for people."""
+        return f"center_tokens={self.mean_tokens}" if self.mean_tokens else f"quantizer {self.quantizer!r}"
+
+    @property
+    def _shared(self) -> str:
+        return "a mean" if self.mean_tokens else "their steps"
 
     @contextmanager
     def _changing(
@@ -857,6 +915,7 @@ def rebuild_store(
     quantizer: str = "rtn",
     held: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
     center: Tensor | None = None,
+    means: Saved | None = None,
 ) -> Store:
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
     batch, heads, tokens, head_dim = shape
@@ -892,6 +951,13 @@ def rebuild_store(
                 f"a saved packed cache of {list(shape)}, {dtype}, has means {center.dtype} {list(center.shape)}"
             )
         store.center = center
+    if means is not None:
+        if center is not None or store.block > 1:
+            raise PackedCacheError(
+                f"a saved packed cache of quantizer {quantizer!r} has means of blocks of tokens beside "
+                + ("a mean of all of them" if center is not None else "steps of blocks; expected one of both")
+            )
+        store.means = BlockMeans.rebuilt(means, shape, dtype)
     if active is not None:
         data, start, stop = active
         if tuple(data.shape) != (batch, heads, stop - start, head_dim) or not 0 <= start <= stop <= tokens:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .ops import _without_autocast, library
-from .quantizers import fill_within, from_grid, round_rotated, to_grid
+from .quantizers import fill_within, from_grid, grid_of, round_rotated, to_grid
 
 for _name, _kernel in (("to_grid", to_grid), ("from_grid", from_grid)):
     library.define(f"{_name}(Tensor x, str quantizer, int group_size) -> Tensor", tags=(torch.Tag.flexible_layout,))
@@ -25,3 +26,16 @@ library.define(
 )
 library.impl("fill_within", _without_autocast(fill_within), "CompositeExplicitAutograd")
 torch.library.register_fake("jkv::fill_within", lambda *_: None, lib=library)
+
+
+def stored(x: Tensor, bits: int, group_size: int, quantizer: str) -> Tensor:
+    """What is quantized of tokens `[B, H, n, D]`: in the basis of the grid, rounded already where it is unbiased."""
+    jkv, grid = torch.ops.jkv, grid_of(quantizer)
+    if grid.within:
+        if grid.unbiased:
+            x = jkv.to_grid(x.float(), quantizer, group_size)
+            return jkv.round_rotated(x, bits, group_size, grid.symmetric)
+        return jkv.to_grid(x, quantizer, group_size)
+    if grid.unbiased:
+        return jkv.round_unbiased(x, bits, group_size, grid.symmetric)
+    return jkv.rotate(x) if grid.rotates else x

@@ -113,7 +113,8 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     tokens, length = math.prod(numbers) // head_dim, numbers[plan.axes[2]]
     sink, recent = (min(n, length) for n in plan.held)
     held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
-    center_bytes = plan.centered * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
+    means = -(-length // plan.mean_tokens) if plan.mean_tokens else int(plan.centered)
+    center_bytes = means * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
     stored = tokens // max(1, length) * -(-length // plan.block) * plan.block  # whole blocks of them
     scale_bytes = grid_of(plan.quantizer).scale_bytes
     packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, scale_bytes)

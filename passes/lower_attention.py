@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..kernels.centers import uncentered, uncentered_lse
 from ..kernels.dense import grouped
 from ..kernels.reference import CLAMP
+from . import block_means
 from .actions import Attend, Dense
 from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
@@ -180,6 +181,9 @@ def _packed_attention(
     if isinstance(cached[0].content, Scattered):
         mask = _scattered_mask(pieces, mask, cached[0])
     settings = (mask, False, call.scale, pieces.plans[key_cache].bits, pieces.plans[value_cache].bits, correction)
+    if pieces.plans[key_cache].mean_tokens or pieces.plans[value_cache].mean_tokens:
+        tokens = query, components, ranges, key, value
+        return block_means.attention(pieces, key_cache, value_cache, *tokens, settings, lse)
     if pieces.plans[key_cache].holds and pieces.plans[value_cache].holds:
         sides = [pieces.all_held(cache) for cache in (key_cache, value_cache)]
         held = [x for cache, (rows, told) in zip((key_cache, value_cache), sides) for x in (

@@ -10,6 +10,7 @@ from torch.fx import Node
 from ..geometry import same
 from ..kernels.byte_steps import step
 from ..kernels.quantizers import grid_of, unpaired
+from . import block_means
 from .actions import Read
 from .pieces import Pieces
 from .segments import Cached, Fresh, Scattered, Segment
@@ -22,6 +23,8 @@ def materialize(pieces: Pieces, read: Read) -> Node:
     holder, plan, number = read.holder, pieces.plans[read.holder], pieces.number
 
     def dequantized(first: int, stop: int) -> Node:
+        if plan.mean_tokens:
+            return block_means.read(pieces, holder, first, stop)
         codes, scales = pieces.packed(holder)
         args = number(first), number(stop), plan.bits, holder.dtype
         if plan.holds:

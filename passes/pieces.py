@@ -22,8 +22,9 @@ from .uncertainty import StepLayout
 ops = torch.ops.jkv
 
 Component = Literal[
-    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "first_token", "steps"
-]
+    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "means", "extents",
+    "first_token", "steps",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class CachePlan:
     held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
     centered: what is stored are tokens less a mean, see `kernels.centers`.
     fold: how the tensor is seen as one of four dimensions, see `geometry.folds`.
+    mean_tokens: how many tokens share a mean that they are stored less, see `kernels.block_means`; 0, none.
     """
 
     axes: tuple[int, ...]
@@ -44,6 +46,12 @@ class CachePlan:
     held: tuple[int, int] = (0, 0)
     centered: bool = False
     fold: Fold | None = None
+    mean_tokens: int = 0
+
+    @property
+    def less_means(self) -> bool:
+        """Whether what is stored are tokens less some mean."""
+        return self.centered or self.mean_tokens > 0
 
     @property
     def holds(self) -> bool:
@@ -112,23 +120,23 @@ class Pieces:
 
     def packed(self, holder: Holder) -> tuple[Node, Node]:
         """Codes and scales of a cache."""
-        return self._own(holder, "codes"), self._own(holder, "scales")
+        return self.own(holder, "codes"), self.own(holder, "scales")
 
     def active(self, holder: Holder) -> tuple[Node, Node]:
         """What a cache holds in full precision, as it would be stored but for the rounding, and its range."""
-        active = self.centered(self._own(holder, "active"), holder, holder.dtype)
+        active = self.centered(self.own(holder, "active"), holder, holder.dtype)
         return self.to_grid(active, holder), self.component(holder, "active_range")
 
     def held(self, holder: Holder) -> tuple[Node, Node]:
         """What a cache holds in full precision for good, as it was written, and which tokens those are."""
-        return self._own(holder, "held"), self._own(holder, "held_ranges")
+        return self.own(holder, "held"), self.own(holder, "held_ranges")
 
     def all_held(self, holder: Holder) -> tuple[list[Node], list[Node]]:
         """All that a cache holds in full precision, less its mean, and of each which tokens those are; the range that
         another graph has written is among it where this graph writes none."""
         both = [self.held(holder)]
         if not holder.writes:
-            both.append((self._own(holder, "active"), self.component(holder, "active_range")))
+            both.append((self.own(holder, "active"), self.component(holder, "active_range")))
         return [self.centered(held, holder, holder.dtype) for held, _ in both], [ranges for _, ranges in both]
 
     def append_blocks(self, holder: Holder, value: Node, start: int) -> Node:
@@ -146,7 +154,7 @@ class Pieces:
         number = self.call(torch.full, [1, 1, 1, 1], value, dtype=holder.dtype, device=device)
         return self.method("expand", number, [batch, heads, self.number(length), head_dim])
 
-    def _own(self, holder: Holder, kind: Component) -> Node:
+    def own(self, holder: Holder, kind: Component) -> Node:
         """A component; of a cache that is part of a tensor, its batch entries and heads."""
         return self.within(self.component(holder, kind), holder, axes=1 if kind == "held_ranges" else 2)
 
@@ -178,7 +186,7 @@ class Pieces:
 
     def center(self, holder: Holder) -> Node:
         """What tokens of a cache are stored less, `[B, H, 1, D]`."""
-        return self._own(holder, "center")
+        return self.own(holder, "center")
 
     def centered(self, value: Node, holder: Holder, dtype: torch.dtype | None = None) -> Node:
         """Tokens `[B, H, n, D]` less a cache's mean, where it has one; see `kernels.centers.centered`."""
@@ -201,8 +209,9 @@ class Pieces:
         return self.call(ops.rotate.default, value) if grid.rotates else value
 
     def stored(self, value: Node, holder: Holder) -> Node:
-        """What is quantized of a tensor `[B, H, n, D]` that is written to a cache, see `kernels.quantizers`."""
-        return self.rounded(self.centered(value, holder), holder)
+        """What is quantized of a tensor `[B, H, n, D]` that is written to a cache, see `kernels.quantizers`; the tensor
+        where the operator that writes sees to it (`block_means`)."""
+        return value if self.plans[holder].mean_tokens else self.rounded(self.centered(value, holder), holder)
 
     def rounded(self, value: Node, holder: Holder) -> Node:
         """The same of one that is less the cache's mean already."""

@@ -16,10 +16,11 @@ from ..config import Config
 from ..geometry import same
 from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
+from ..kernels.block_means import blocks, nothing_written
 from ..kernels.held import no_ranges
 from ..kernels.quantizers import grid_of
 from ..packed import PackedKV
-from ..reasons import PER_CHANNEL
+from ..reasons import MEANS, PER_CHANNEL
 from ..report import GraphReport, Rejected
 from ..store import Store
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Returned, Scatter, Tracking
@@ -114,6 +115,8 @@ class Plan:
                 batch, heads, _, head_dim = map(int, value._store.shape)
                 center = torch.zeros(batch, heads, 1, head_dim, dtype=value._store.dtype, device=value.device)
                 inputs.append(static_input(center))
+            elif component in ("means", "extents"):
+                inputs.append(_means_input(value._store, component))
             elif component == "steps":
                 inputs.append(input_like(self.handed_in[argument]))
             else:
@@ -128,6 +131,15 @@ def _held_input(store: Store, component: Component) -> Tensor:
     if component == "held_ranges":
         return static_input(no_ranges(batch, sink, recent))
     rows = batch, heads, sink + 2 * recent, head_dim
+    return static_input(torch.zeros(rows, dtype=store.dtype, device=store.device))
+
+
+def _means_input(store: Store, component: Component) -> Tensor:
+    """An example of the means of a cache's blocks, or of what is told of these blocks."""
+    batch, heads, length, head_dim = map(int, store.shape)
+    if component == "extents":
+        return static_input(nothing_written(batch, heads, length, store.mean_tokens))
+    rows = batch, heads, blocks(length, store.mean_tokens), head_dim
     return static_input(torch.zeros(rows, dtype=store.dtype, device=store.device))
 
 
@@ -335,6 +347,7 @@ class _View:
         """Why what is done to a packed cache has no packed form of its quantizer."""
         plan = _packed_plan(holder)
         in_blocks = self.not_in_blocks(holder, plan.quantizer, plan.block)
+        in_blocks = in_blocks or self.not_less_means(holder, plan.mean_tokens)
         return in_blocks or self.not_held(holder, plan.quantizer, plan.held)
 
     def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
@@ -345,23 +358,30 @@ class _View:
         """
         if block == 1:
             return None
+        alone = sum(h.node is holder.node for h in self.tracking.caches) == 1
+        why = self._apart(holder, block) if alone else "several caches lie in one tensor"
+        return None if why is None else PER_CHANNEL.format(quantizer, why)
+
+    def not_less_means(self, holder: Holder, tokens: int) -> str | None:
+        """Why a cache cannot be stored less means of so many tokens each (0, of none); as `not_in_blocks`."""
+        why = self._apart(holder, tokens) if tokens else None
+        return None if why is None else MEANS.format(tokens, why)
+
+    def _apart(self, holder: Holder, block: int) -> str | None:
+        """How a graph takes apart what so many tokens of a cache have in common."""
         tracking, same_tensor = self.tracking, [h for h in self.tracking.caches if h.node is holder.node]
         writes = [w for w in tracking.writes if w.holder in same_tensor]
         moves = [w for w in writes if isinstance(w, Move) and not holder.packed]
         moved = [n for w in moves for n in (w.source, w.destination, w.length)]
         apart = next((n for n in map(_hint, moved) if n is None or n % block), 0)
-        if len(same_tensor) > 1:
-            why = "several caches lie in one tensor"
-        elif any(isinstance(w, Scatter) for w in writes):
-            why = "these are written at places that a tensor holds"
-        elif apart != 0:
+        if any(isinstance(w, Scatter) for w in writes):
+            return "these are written at places that a tensor holds"
+        if apart != 0:
             told = "numbers that only the data tells" if apart is None else apart
-            why = f"these are moved: expected numbers of tokens that {block} divides, not {told}"
-        elif any(r.copy.cache is holder for r in tracking.returned):
-            why = "these are joined with new tokens and returned"
-        else:
-            return None
-        return PER_CHANNEL.format(quantizer, why)
+            return f"these are moved: expected numbers of tokens that {block} divides, not {told}"
+        if any(r.copy.cache is holder for r in tracking.returned):
+            return "these are joined with new tokens and returned"
+        return None
 
     def not_held(self, holder: Holder, quantizer: str, window: tuple[int, int]) -> str | None:
         """Why a cache cannot be of a quantizer: it is set to a number that this does not hold.
@@ -475,7 +495,8 @@ def _glimpses(view: _View) -> list[Glimpse]:
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
     group_size = int(store.group_size)  # of what is traced with dynamic sizes, an expression
-    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer, store.held_tokens, store.centered)
+    settings = store.bits, group_size, store.quantizer, store.held_tokens, store.centered
+    return CachePlan((0, 1, 2, 3), *settings, mean_tokens=store.mean_tokens)
 
 
 def _adoptable(
@@ -506,6 +527,9 @@ def _adoptable(
             reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
             if holder in dict(keys) and grid_of(config.key_quantizer).per_channel:
                 reason = reason or _not_attended_as_written(view, holder, dict(values), config)
+            sides_of = (side for side, of in (("keys", keys), ("values", values)) if holder in dict(of))
+            if config.center_tokens and config.centers(*sides_of):
+                reason = reason or view.not_less_means(holder, config.center_tokens)
             reason = reason or view.not_held(holder, config.quantizer, config.window)
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
@@ -523,8 +547,9 @@ def _adoptable(
                     centered = config.centers(side)
                     if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
-                    settings = bits, config.group_size, quantizer, config.window, centered, holder.fold
-                    plans.setdefault(holder, CachePlan(axes, *settings))
+                    means = config.center_tokens if centered else 0
+                    settings = bits, config.group_size, quantizer, config.window, centered and not means, holder.fold
+                    plans.setdefault(holder, CachePlan(axes, *settings, mean_tokens=means))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)
         if other is not None:  # the tensor is packed as a whole

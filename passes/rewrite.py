@@ -20,6 +20,7 @@ from ..geometry import same
 from ..kernels.centers import centered_number
 from ..kernels.quantizers import grid_of, grid_within
 from ..packed import PackedKV
+from . import block_means
 from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
 from .join_appends import join_appends
 from .lower_attention import lower_dense, lower_fused
@@ -256,7 +257,10 @@ class _Rewriter:
         number = self.pieces.number
         for write in self.writes[node]:
             plan, (codes, scales) = self.plans[write.holder], self.pieces.packed(write.holder)
-            if isinstance(write, Append):
+            if plan.mean_tokens and not isinstance(write, Scatter):
+                value = self._held(write) if isinstance(write, Append) else None
+                block_means.write(self.pieces, write, (codes, scales), value)
+            elif isinstance(write, Append):
                 value = self._stored(write, Fresh(write.value, write.axes, write.first), write.stop - write.start)
                 if plan.block > 1:
                     self.pieces.append_blocks(write.holder, value, write.start)
@@ -415,7 +419,10 @@ class _Rewriter:
             return pieces.call(torch.cat, list(held.values()), 0)
         plan, packed = self.plans[holder], [pieces.component(holder, kind) for kind in ("codes", "scales")]
         args = *map(pieces.number, (start, stop)), plan.bits, holder.dtype
-        node = pieces.from_grid(pieces.call(ops.dequantize.default, *packed, *args), holder)
+        if plan.mean_tokens:
+            node = block_means.read(pieces, holder, start, stop, whole=True)
+        else:
+            node = pieces.from_grid(pieces.call(ops.dequantize.default, *packed, *args), holder)
         if plan.centered:
             node = pieces.call(torch.add, node, pieces.component(holder, "center"))
         for part, value in held.items():
