@@ -15,6 +15,7 @@ from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
 from .geometry import Fold, four_dimensional, memory_order
 from .packed import PackedKV
+from .retention import KeptStore, adopt_tokens
 from .store import Store
 
 BLOCK = 4096  # tokens quantized at a time, so that adoption needs no second copy of the cache
@@ -74,19 +75,18 @@ def adopt(
     """
     canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
-    store = Store.empty(
-        canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
-        quantizer or config.key_quantizer,
-    )  # fmt: skip
+    settings = bits, config.group_size, tensor.device, quantizer or config.key_quantizer
+    if config.budget is not None:
+        kept = config.rows(canonical.shape[2]), config.policy
+        store: Store = KeptStore.of_budget(canonical.shape, canonical.stride(), tensor.dtype, *settings, *kept)
+    else:
+        store = Store.empty(canonical.shape, canonical.stride(), tensor.dtype, *settings)
     if centered:
         store.center = _mean(canonical)
-    rows = BLOCK // store.block * store.block
-    for start in range(0, canonical.shape[2], rows):
-        block = canonical[:, :, start : start + rows]
-        if block.any():  # an empty store reads as zeros already
-            store.write(block, (0, 0, start, 0), keep_active=False)
-        elif store.center is not None:
-            store.fill(0.0, (0, 0, start, 0), block.shape)
+    if isinstance(store, KeptStore):
+        adopt_tokens(store, canonical, BLOCK)
+    else:
+        _fill_store(store, canonical)
     store.window = config.window
     if store.held is not None:
         store.held.write(canonical, (0, 0, 0, 0))
@@ -101,6 +101,17 @@ def adopt(
         target.__dict__.update(swap_attributes)
         del packed
     return store
+
+
+def _fill_store(store: Store, canonical: Tensor) -> None:
+    """Quantize what a cache holds, a few tokens at a time."""
+    rows = BLOCK // store.block * store.block
+    for start in range(0, canonical.shape[2], rows):
+        block = canonical[:, :, start : start + rows]
+        if block.any():  # an empty store reads as zeros already
+            store.write(block, (0, 0, start, 0), keep_active=False)
+        elif store.center is not None:
+            store.fill(0.0, (0, 0, start, 0), block.shape)
 
 
 def _mean(canonical: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .geometry import four_dimensional
 from .hints import is_ignored
 from .kernels.quantizers import grid_of, grid_within
 from .packed import PackedKV
-from .reasons import PER_CHANNEL, Reason
+from .reasons import BUDGET, PER_CHANNEL, Reason
 from .report import GraphReport, Note, Rejected
 from .runtime import Seen
 from .store import Store
@@ -355,6 +355,8 @@ def _adopt(
         return REFUSED.format(
             PER_CHANNEL.format(config.quantizer, "these are read here, and attended in another graph")
         )
+    if config.budget is not None:
+        return REFUSED.format(BUDGET.format("this one is read here, and attended in another graph"))
     for side, bits, name in zip(sides, (config.key_bits, config.value_bits), ("keys", "values")):
         for source in side:
             cache = tensors[id(source.cache())]

@@ -114,7 +114,9 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     sink, recent = (min(n, length) for n in plan.held)
     held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
     center_bytes = plan.centered * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
-    stored = tokens // max(1, length) * -(-length // plan.block) * plan.block  # whole blocks of them
+    lines = tokens // max(1, length)
+    stored = lines * (plan.rows or -(-length // plan.block) * plan.block)  # whole blocks of them
+    retained_bytes = 4 * (plan.rows + 2 * (length + 1)) if plan.keeps else 0
     packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric)
     return CacheUse(
         name=input_name(holder.node),
@@ -124,9 +126,10 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
         bits=plan.bits,
         group_size=plan.group_size,
         full_precision_bytes=math.prod(numbers) * holder.dtype.itemsize,
-        packed_bytes=packed + held_bytes + center_bytes,
+        packed_bytes=packed + held_bytes + center_bytes + retained_bytes,
         sink=sink,
         recent=recent,
+        kept=plan.rows,
     )
 
 

@@ -16,6 +16,7 @@ from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
 from .nodes import example
 from .pieces import Pieces
+from .retain import attention_kept
 from .segments import Fresh, Scattered, Segment
 from .uncertainty import NotLinear, Uncertainty
 
@@ -180,6 +181,8 @@ def _packed_attention(
     if isinstance(cached[0].content, Scattered):
         mask = _scattered_mask(pieces, mask, cached[0])
     settings = (mask, False, call.scale, pieces.plans[key_cache].bits, pieces.plans[value_cache].bits, correction)
+    if pieces.plans[key_cache].keeps:
+        return attention_kept(pieces, attend, query, components, ranges, key, value, *settings)
     if pieces.plans[key_cache].holds and pieces.plans[value_cache].holds:
         sides = [pieces.all_held(cache) for cache in (key_cache, value_cache)]
         held = [x for cache, (rows, told) in zip((key_cache, value_cache), sides) for x in (

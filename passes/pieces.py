@@ -22,8 +22,9 @@ from .uncertainty import StepLayout
 ops = torch.ops.jkv
 
 Component = Literal[
-    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "first_token", "steps"
-]
+    "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "places", "salience",
+    "first_token", "steps",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class CachePlan:
     held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
     centered: what is stored are tokens less a mean, see `kernels.centers`.
     fold: how the tensor is seen as one of four dimensions, see `geometry.folds`.
+    keeps: what tells which tokens it keeps, where it has a budget, and `rows`, how many: see `kernels.retention`.
     """
 
     axes: tuple[int, ...]
@@ -44,6 +46,8 @@ class CachePlan:
     held: tuple[int, int] = (0, 0)
     centered: bool = False
     fold: Fold | None = None
+    keeps: str = ""
+    rows: int = 0
 
     @property
     def holds(self) -> bool:
@@ -130,6 +134,10 @@ class Pieces:
         if not holder.writes:
             both.append((self._own(holder, "active"), self.component(holder, "active_range")))
         return [self.centered(held, holder, holder.dtype) for held, _ in both], [ranges for _, ranges in both]
+
+    def retained(self, holder: Holder) -> tuple[Node, Node]:
+        """Which tokens a cache with a budget keeps, and how salient they are."""
+        return self.component(holder, "places"), self.component(holder, "salience")
 
     def append_blocks(self, holder: Holder, value: Node, start: int) -> Node:
         """A write of tokens `[B, H, n, D]` to a cache whose tokens share steps, see `kernels.blocks`."""

@@ -18,8 +18,9 @@ from ..glimpse import Glimpse
 from ..hints import is_ignored, is_marked
 from ..kernels.held import no_ranges
 from ..kernels.quantizers import grid_of
+from ..kernels.retention import no_places
 from ..packed import PackedKV
-from ..reasons import PER_CHANNEL
+from ..reasons import BUDGET, PER_CHANNEL
 from ..report import GraphReport, Rejected
 from ..store import Store
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Returned, Scatter, Tracking
@@ -33,6 +34,7 @@ from .nodes import example
 from .own_tokens import hold_what_changes, make_own
 from .pieces import CachePlan, Component
 from .printing import graph_text
+from .retain import why_not_kept
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
 from .sources import Sources
@@ -47,6 +49,7 @@ NEWEST_UNKNOWN = (
     "newest is not known"
 )
 OF_SOME_HEADS = "sink and recent hold tokens of all heads, and only some of its heads are used together"
+NOT_SLICES = "this one is not known to be written in slices"
 UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
 ONE_SIDE = "only one of key and value comes from a cache"
 
@@ -85,6 +88,7 @@ class Plan:
     unpacked: list[Unpacked] = field(default_factory=list)
     handed_in: dict[int, Tensor] = field(default_factory=dict)  # by argument: fakes of what another graph has read
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
+    lost: str = ""  # why attention of the graph cannot run as it is: it would read tokens that were dropped
     instead: Plan | None = None  # what becomes of it while its plain caches stay so, where others are packed already
 
     def caches(self, example_inputs: Sequence[Any]) -> list[Tensor]:
@@ -107,6 +111,10 @@ class Plan:
                 inputs.append(self.first_tokens[argument])
             elif component == "active_range":
                 inputs.append(static_input(torch.zeros(2, dtype=torch.int64)))
+            elif component in ("places", "salience"):
+                tokens, rows = int(value._store.shape[2]), int(value.codes.shape[2])
+                retained = no_places(tokens) if component == "places" else torch.zeros(rows, device=value.device)
+                inputs.append(static_input(retained))
             elif component in ("held", "held_ranges"):
                 inputs.append(_held_input(value._store, component))
             elif component == "center":
@@ -170,7 +178,7 @@ def _plan(
     if reasons:
         report.outcome = "eager"
         report.rejections += [Rejected("graph", reason) for reason in reasons]
-        return Plan("eager", report, view.attentions)
+        return Plan("eager", report, view.attentions, lost=view.loses_tokens())
     attentions = view.attentions
     unknown = Unknown(view.gm.graph, view.position, example_inputs, config)
     choice = _choose(view, config, report, adopting)
@@ -324,6 +332,17 @@ class _View:
         blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
 
+    def loses_tokens(self) -> str:
+        """What attention of the graph would read caches of which tokens have been dropped, and why it has no packed
+        form; empty, where none would."""
+        tracking = self.tracking
+        read = {h for a in tracking.attends for h in (a.key_cache, a.value_cache)}
+        read |= {h for dense in tracking.dense for h in dense.caches}
+        read |= {h for rejection in tracking.rejections for h in rejection.caches}
+        kept = [h for h in tracking.caches if h.packed and h in read and _packed_plan(h).keeps]
+        reasons = ((h, r) for h in kept for r in (*h.blockers, self._not_packed(h)) if r is not None)
+        return "; ".join(f"{h.node.name}: {reason}" for h, reason in reasons)
+
     def attended(self, passages: Passages) -> list[Attended]:
         """What attention may have been handed by other graphs; not of what only eager code could serve once packed."""
         blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
@@ -333,7 +352,12 @@ class _View:
         """Why what is done to a packed cache has no packed form of its quantizer."""
         plan = _packed_plan(holder)
         in_blocks = self.not_in_blocks(holder, plan.quantizer, plan.block)
-        return in_blocks or self.not_held(holder, plan.quantizer, plan.held)
+        kept = self.not_kept(holder, plan.keeps) if plan.keeps else None
+        return in_blocks or kept or self.not_held(holder, plan.quantizer, plan.held)
+
+    def not_kept(self, holder: Holder, policy: str) -> str | None:
+        """Why a cache cannot keep some of its tokens only, as `policy` tells."""
+        return why_not_kept(holder, self.tracking, self.written_elsewhere(holder), policy)
 
     def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
         """Why a cache cannot be of a quantizer whose blocks of tokens share their steps.
@@ -441,6 +465,9 @@ def _choose(view: _View, config: Config, report: GraphReport, adopting: bool) ->
     if plans:
         return _Choice("adopted", {**packed, **plans}, needed)
     plans = _adoptable(view, _may_persist, config, report)
+    if config.policy and plans:  # one of a pair might come again, and be packed without the other
+        report.rejections += [Rejected(h.node.name, BUDGET.format(NOT_SLICES)) for h in plans]
+        return _Choice("packed", packed)
     if plans or not packed:
         return _Choice("watched", {**packed, **plans})
     return _Choice("packed", packed)
@@ -473,7 +500,8 @@ def _glimpses(view: _View) -> list[Glimpse]:
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
     group_size = int(store.group_size)  # of what is traced with dynamic sizes, an expression
-    return CachePlan((0, 1, 2, 3), store.bits, group_size, store.quantizer, store.held_tokens, store.centered)
+    told = store.bits, group_size, store.quantizer, store.held_tokens, store.centered
+    return CachePlan((0, 1, 2, 3), *told, keeps=store.keeps, rows=int(store.memory[0].shape[2]) if store.keeps else 0)
 
 
 def _adoptable(
@@ -505,6 +533,7 @@ def _adoptable(
             if holder in dict(keys) and grid_of(config.key_quantizer).per_channel:
                 reason = reason or _not_attended_as_written(view, holder, dict(values), config)
             reason = reason or view.not_held(holder, config.quantizer, config.window)
+            reason = reason or (view.not_kept(holder, config.policy) if config.policy else None)
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
@@ -522,7 +551,8 @@ def _adoptable(
                     if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
                     settings = bits, config.group_size, quantizer, config.window, centered, holder.fold
-                    plans.setdefault(holder, CachePlan(axes, *settings))
+                    rows = config.rows(_hint(holder.shape[axes[2]]) or 1) if config.policy else 0
+                    plans.setdefault(holder, CachePlan(axes, *settings, config.policy, rows))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)
         if other is not None:  # the tensor is packed as a whole

@@ -27,6 +27,7 @@ from .lower_reads import materialize, steps
 from .memory_order import keep_memory_order
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
+from .retain import lower_kept, score_written
 from .segments import Cached, Fresh, Segment
 from .uncertainty import StepLayout, Uncertainty, pairs_turned
 
@@ -179,6 +180,7 @@ class _Rewriter:
         self.position = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.writes: dict[Node, list[Append | Scatter | Move | Fill]] = {}
         self.appends: dict[Node, Append] = {}  # in the rewritten graph
+        self.unscored: list[Append] = []  # to caches that a learned head tells the salience of
         for write in tracking.writes:
             if write.holder in plans:
                 self.writes.setdefault(write.node, []).append(write)
@@ -202,6 +204,7 @@ class _Rewriter:
         output = next(iter(self.graph.find_nodes(op="output")))
         for node in self.pieces.walk():
             if node in self.attends:
+                score_written(self.pieces, self.attends[node], self.unscored, self._held)
                 lower_fused(self.pieces, self.attends[node], self.correction)
             elif node in self.writes:
                 self._lower_writes(node)
@@ -256,7 +259,10 @@ class _Rewriter:
         number = self.pieces.number
         for write in self.writes[node]:
             plan, (codes, scales) = self.plans[write.holder], self.pieces.packed(write.holder)
-            if isinstance(write, Append):
+            if plan.keeps:
+                lower_kept(self.pieces, write, self._stored)
+                self.unscored += [write] if isinstance(write, Append) else []
+            elif isinstance(write, Append):
                 value = self._stored(write, Fresh(write.value, write.axes, write.first), write.stop - write.start)
                 if plan.block > 1:
                     self.pieces.append_blocks(write.holder, value, write.start)
