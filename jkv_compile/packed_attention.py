@@ -74,12 +74,12 @@ def _kept_columns(
         PackedCacheError: of values others have been.
     """
     start, n = window.starts[2], window.lengths[2]
-    kept = store.kept_among(start, n)
+    dropped = store.dropped_among(start, n)
     if isinstance(value, PackedKV) and isinstance(value._store, KeptStore):
         other = value.find_window()
-        if other is None or not torch.equal(value._store.kept_among(other.starts[2], other.lengths[2]), kept):
+        if other is None or not torch.equal(value._store.dropped_among(other.starts[2], other.lengths[2]), dropped):
             raise PackedCacheError("keys and values of a packed cache keep other tokens (budget=): reset both")
-    columns = kept.nonzero().flatten().to(query.device)
+    columns = (~dropped).nonzero().flatten().to(query.device)
     if is_causal:
         visible = torch.ones(query.shape[2], n, dtype=torch.bool, device=query.device).tril()
         mask = visible if mask is None else mask & visible if mask.dtype == torch.bool else (

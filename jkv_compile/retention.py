@@ -102,6 +102,10 @@ class KeptStore(Store):
         """Which of tokens start … start + n - 1 are kept, bool `[n]` on the CPU."""
         return rules.kept(self.places)[start : start + n]
 
+    def dropped_among(self, start: int, n: int) -> Tensor:
+        """Which of them have been dropped, bool `[n]` on the CPU. The others that are not kept are zeros."""
+        return self.kept_among(start, n) ^ rules.known(self.places)[start : start + n]
+
     def join(self, family: Family | None) -> None:
         if family is not None and family.offload is not None:
             raise PackedCacheError(
@@ -183,7 +187,7 @@ class KeptStore(Store):
         out = rows if last - first == n else rows.new_zeros(*lengths[:2], n, self.shape[CHANNEL])
         if last - first < n:
             out[:, :, kept.nonzero().flatten().to(out.device)] = rows
-        if (kept ^ rules.known(self.places)[start : start + n]).any():
+        if self.dropped_among(start, n).any():
             _warn_of_dropped()
         active = self._active_in(starts, lengths)
         if active is not None:

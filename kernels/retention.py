@@ -6,7 +6,7 @@ rows as they are.
 
 places: int32 `[2, S + 1]` on the CPU, so that reading it waits for no device. `places[0, p]` is how many tokens before
 position p are kept: tokens a … b - 1 lie in rows `places[0, a]` … `places[0, b] - 1`. `places[1, p]` is how many of
-them are known: that were written, and have not been set to zero since.
+them are known: that were written, and have not been set to zero since. The others are zeros, which need no rows.
 
 salience: float32 `[R]` on the device. What it tells is the *policy*'s:
 
@@ -255,6 +255,8 @@ def attention_kept(
 ) -> Tensor:  # fmt: skip
     """As `ops.attention` over the kept ones of tokens in `ranges`, and what attention these receive.
 
+    Zeros among them, which have no rows, are attended as that: they are keys and values in full precision.
+
     Args (beside those of `ops.attention`):
         key_places, value_places: int32 `[2, S + 1]` on the CPU.
         key_salience, value_salience: float32 `[R]`, mutated where the policy is "attention".
@@ -270,8 +272,10 @@ def attention_kept(
         )
     pairs = list(zip(ranges[::2], ranges[1::2]))
     rows = [row for start, stop in pairs for row in rows_of(key_places, start, stop)]
+    if zeros := sum(_unknown(key_places, start, stop) for start, stop in pairs):
+        key, value = (torch.cat((x.new_zeros(*x.shape[:2], zeros, x.shape[3]), x), 2) for x in (key, value))
     if mask is not None and mask.shape[-1] > 1:
-        mask = _without_dropped(mask, key_places, pairs)
+        mask = _columns(mask, key_places, pairs)
     store = key_codes, key_scales, value_codes, value_scales
     settings = scale, key_bits, value_bits, correction
     result = torch.ops.jkv.attention(query, *store, rows, key, value, mask, causal, *settings)
@@ -289,14 +293,18 @@ def attention_kept(
     return result
 
 
-def _without_dropped(mask: Tensor, places: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """A mask's columns of tokens that are kept, and those after all of `pairs`."""
-    flags = kept(places)
-    chosen = torch.cat([flags[start:stop] for start, stop in pairs])
+def _unknown(places: Tensor, start: int, stop: int) -> int:
+    """How many of tokens start … stop - 1 are zeros."""
+    return stop - start - int(places[1, stop] - places[1, start])
+
+
+def _columns(mask: Tensor, places: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """A mask's columns of tokens that are kept, of those that are zeros, and those after all of `pairs`."""
+    chosen, zero = (torch.cat([flags[a:b] for a, b in pairs]) for flags in (kept(places), ~known(places)))
     if chosen.all():
         return mask
-    after = torch.ones(mask.shape[-1] - len(chosen), dtype=torch.bool)
-    columns = torch.cat((chosen, after)).nonzero().flatten()
+    after = torch.arange(len(chosen), mask.shape[-1])
+    columns = torch.cat((chosen.nonzero().flatten(), zero.nonzero().flatten(), after))
     return mask.index_select(-1, columns.to(mask.device))
 
 

@@ -34,7 +34,7 @@ from .nodes import example
 from .own_tokens import hold_what_changes, make_own
 from .pieces import CachePlan, Component
 from .printing import graph_text
-from .retain import why_not_kept
+from .retain import ReadAsTensor, why_not_kept
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
 from .sources import Sources
@@ -168,9 +168,10 @@ def _plan(
     layouts: Mapping[int, StepLayout],
     made: Collection[int],
     adopting: bool,
+    read_as_tensors: frozenset[str] = frozenset(),
 ) -> Plan:
     """`plan_graph`; unless `adopting`, plain caches stay plain, as beside packed ones that have to be served anyway."""
-    view = _View(gm, example_inputs, written, layouts, made)
+    view = _View(gm, example_inputs, written, layouts, made, read_as_tensors=read_as_tensors)
     report.rejections = view.rejections()
     if config.correction == "none":  # and nothing is lost
         report.rejections = [r for r in report.rejections if r.reason != ONE_PACKED]
@@ -187,7 +188,8 @@ def _plan(
         across = view.written_across(choice.plans)
         if not alone and not across:
             break
-        view = _View(gm, example_inputs, written, layouts, made, view.as_spelled | alone, view.read_out | across)
+        apart = view.as_spelled | alone, view.read_out | across, read_as_tensors
+        view = _View(gm, example_inputs, written, layouts, made, *apart)
         choice = _choose(view, config, GraphReport(0, "untouched"), adopting)
     plans = choice.plans
     report.rejections = list(dict.fromkeys(report.rejections))
@@ -211,7 +213,13 @@ def _plan(
     report.rejections += unasked
     telling = view.telling(plan.handed) if config.correction != "none" else {}
     tells_changes = config.offload is not None
-    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, tells_changes, view.handed, telling)
+    try:
+        plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, tells_changes, view.handed, telling)
+    except ReadAsTensor as error:
+        anew = GraphReport(report.nodes, "untouched", before=report.before)
+        vars(report).update(vars(anew))
+        found = read_as_tensors | {error.name}
+        return _plan(gm, example_inputs, config, written, report, layouts, made, adopting, found)
     plan.handed_in = {view.position[p]: example(p) for p in view.handed}
     for node, why in plan.rewritten.uncorrected.items():
         if why and node in matches:
@@ -252,7 +260,8 @@ def _note(plan: Plan, unknown: Unknown, matched: set[str]) -> None:
 class _View:
     """A copy of a graph, its attention in one form (but for that of nodes `as_spelled`), and what was seen of caches.
 
-    What the nodes `read_out` write is read as a tensor.
+    What the nodes `read_out` write is read as a tensor. So are the inputs `read_as_tensors`, as was found when they
+    were to keep some of their tokens only.
 
     Where keys and values are written as a slice of a cache that another graph wrote, `owners` has it by argument;
     `handed` are the inputs that another graph has read from a cache.
@@ -267,10 +276,11 @@ class _View:
         made: Collection[int],
         as_spelled: frozenset[str] = frozenset(),
         read_out: frozenset[str] = frozenset(),
+        read_as_tensors: frozenset[str] = frozenset(),
     ) -> None:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
-        self.made = made
+        self.made, self.read_as_tensors = made, read_as_tensors
         spell_out_writes(self.gm.graph)
         join_filled(self.gm.graph)
         tell_apart(self.gm.graph)
@@ -357,7 +367,8 @@ class _View:
 
     def not_kept(self, holder: Holder, policy: str) -> str | None:
         """Why a cache cannot keep some of its tokens only, as `policy` tells."""
-        return why_not_kept(holder, self.tracking, self.written_elsewhere(holder), policy)
+        elsewhere, as_tensor = self.written_elsewhere(holder), holder.node.name in self.read_as_tensors
+        return why_not_kept(holder, self.tracking, elsewhere, as_tensor, policy)
 
     def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
         """Why a cache cannot be of a quantizer whose blocks of tokens share their steps.

@@ -19,10 +19,22 @@ from .segments import Fresh
 ops = torch.ops.jkv
 
 
-def why_not_kept(holder: Holder, tracking: Tracking, elsewhere: bool, policy: str) -> str | None:
+class ReadAsTensor(Exception):
+    """A rewritten graph goes on reading a cache with a budget as a tensor, in which tokens that were dropped would be
+    zeros; of a copy that is only edited, attended or moved back nothing is left by then.
+
+    name: the input's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def why_not_kept(holder: Holder, tracking: Tracking, elsewhere: bool, as_tensor: bool, policy: str) -> str | None:
     """Why a graph cannot serve a cache that keeps some of its tokens only, as `policy` tells.
 
-    elsewhere: whether another graph has written it.
+    elsewhere: whether another graph has written it; as_tensor: whether it is known that it is read as one.
     """
     writes = [w for w in tracking.writes if w.holder.node is holder.node]
     attends = [a for a in tracking.attends if holder in (a.key_cache, a.value_cache)]
@@ -43,7 +55,7 @@ def why_not_kept(holder: Holder, tracking: Tracking, elsewhere: bool, policy: st
         why = "this one is not written in the graph that attends to it"
     elif any(_keeps(h, holder, policy) != policy for a in attends for h in (a.key_cache, a.value_cache)):
         why = "only one of keys and values keeps some of its tokens, or the two go by different saliences"
-    elif any(r.holder is holder for r in tracking.reads):
+    elif as_tensor:
         why = "this one is read as a tensor, too"
     else:
         return None
