@@ -33,9 +33,10 @@ def variants(chunk_tokens: int) -> list[tuple[Variant, str, str]]:
     tokens = (PROMPT_CHUNKS + CHUNKS) * chunk_tokens
     packed = "taylor", "unbiased", "eager"
     chosen = [(Variant("BF16", inner="eager"), "all", "")]
-    for bits in (2, 4):
+    for bits, shares in ((2, ("1/2", "1/3")), (4, ("1/2",))):
         chosen.append((Variant(f"{bits} bits, all", bits, 64, *packed), "all", ""))
-        for share, part in SHARES.items():
+        for share in shares:
+            part = SHARES[share]
             for name, salience in SALIENCES.items():
                 kept = 0, 0, tokens // part, salience
                 chosen.append((Variant(f"{bits} bits, {share}, {name}", bits, 64, *packed, *kept), share, name))

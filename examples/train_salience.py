@@ -1,4 +1,4 @@
-"""Train the learned head that tells which cached tokens to keep: ``python -m examples.train_salience``. Seeded; minutes.
+"""Train the head that tells which cached tokens to keep: ``python -m examples.train_salience``. Seeded; takes minutes.
 
 What a token will be worth to frames yet to come is not known when it is written. So a small head is taught it by
 distillation (PaFu-KV, arXiv 2601.21896): the whole window goes through the frozen transformer in one bidirectional

@@ -82,7 +82,5 @@ def _kept_columns(
     columns = (~dropped).nonzero().flatten().to(query.device)
     if is_causal:
         visible = torch.ones(query.shape[2], n, dtype=torch.bool, device=query.device).tril()
-        mask = visible if mask is None else mask & visible if mask.dtype == torch.bool else (
-            mask.masked_fill(~visible, -torch.inf)
-        )  # fmt: skip
+        mask = (query.new_zeros(1, 1) if mask is None else mask).masked_fill(~visible, -torch.inf)
     return columns, mask if mask is None or mask.shape[-1] == 1 else mask.index_select(-1, columns)

@@ -17,8 +17,9 @@ salience: float32 `[R]` on the device. What it tells is the *policy*'s:
 - "random": a hash of the position that it was written to.
 - "head:…": what a learned head (`HEADS`) makes of its key and value, infinite where it was not asked.
 
-Rows are dropped when others are written that have no room, and never those that are being written. Keys and values of
-a cache have a state each; as they are written and attended alike, they are always the same, which attention checks.
+Rows are dropped when others are written that have no room: never those that are being written, and those of as many
+tokens just before them, the chunk before as a rule, only where there are no others. Keys and values of a cache have a
+state each; as they are written and attended alike, they are always the same, which attention checks.
 """
 
 from __future__ import annotations
@@ -127,16 +128,18 @@ def make_room(
 
 
 def _drop(places: Tensor, salience: Tensor, chosen: Tensor, start: int, stop: int, excess: int, policy: str) -> None:
-    """Take the `excess` least salient tokens out of `chosen`, but for start … stop - 1; of equal ones the oldest."""
+    """Take the `excess` least salient tokens out of `chosen`, but for start … stop - 1, and if need be for as many
+    before those; of equal ones the oldest."""
     if excess <= 0:
         return
     outside = chosen.clone()
     outside[start:stop] = False
     positions = outside.nonzero().flatten()
-    if policy != "recent":
+    if policy != "recent":  # there the newest go last anyway
         worth = salience.cpu()[places[0, positions].long()].double()
         if is_head(policy):
             worth += float(getattr(head_of(policy, salience.device), "recency", 0.0)) * positions
+        worth[(positions < start) & (positions >= 2 * start - stop)] = torch.inf
         positions = positions[worth.sort(stable=True).indices]
     chosen[positions[:excess]] = False
 

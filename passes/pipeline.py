@@ -367,8 +367,7 @@ class _View:
 
     def not_kept(self, holder: Holder, policy: str) -> str | None:
         """Why a cache cannot keep some of its tokens only, as `policy` tells."""
-        elsewhere, as_tensor = self.written_elsewhere(holder), holder.node.name in self.read_as_tensors
-        return why_not_kept(holder, self.tracking, elsewhere, as_tensor, policy)
+        return why_not_kept(holder, self.tracking, holder.node.name in self.read_as_tensors, policy)
 
     def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
         """Why a cache cannot be of a quantizer whose blocks of tokens share their steps.

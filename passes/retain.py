@@ -31,10 +31,10 @@ class ReadAsTensor(Exception):
         self.name = name
 
 
-def why_not_kept(holder: Holder, tracking: Tracking, elsewhere: bool, as_tensor: bool, policy: str) -> str | None:
+def why_not_kept(holder: Holder, tracking: Tracking, as_tensor: bool, policy: str) -> str | None:
     """Why a graph cannot serve a cache that keeps some of its tokens only, as `policy` tells.
 
-    elsewhere: whether another graph has written it; as_tensor: whether it is known that it is read as one.
+    as_tensor: whether it is known that it is read as one.
     """
     writes = [w for w in tracking.writes if w.holder.node is holder.node]
     attends = [a for a in tracking.attends if holder in (a.key_cache, a.value_cache)]
@@ -51,7 +51,7 @@ def why_not_kept(holder: Holder, tracking: Tracking, elsewhere: bool, as_tensor:
         why = f"this one is not attended as it is: {dense.reason}"
     elif any(a.call.lse for a in attends):
         why = "the log-sum-exp of attention over this one is used"
-    elif attends and (elsewhere or not any(isinstance(w, Append) for w in writes)):
+    elif attends and not any(isinstance(w, Append) for w in writes):
         why = "this one is not written in the graph that attends to it"
     elif any(_keeps(h, holder, policy) != policy for a in attends for h in (a.key_cache, a.value_cache)):
         why = "only one of keys and values keeps some of its tokens, or the two go by different saliences"

@@ -107,6 +107,13 @@ def test_the_least_salient_go_and_of_equal_ones_the_oldest() -> None:
     assert beside.kept == [5, 6, 7, 10, 11, 12]
     beside.write(20, 4)  # of tokens that were never attended too
     assert beside.kept == [11, 12, 20, 21, 22, 23]
+    beside.salience[:] = torch.arange(6.0, 0.0, -1.0)
+    beside.write(24, 2)  # just before which are the least salient
+    assert beside.kept == [11, 12, 22, 23, 24, 25]
+    beside.write(26, 3)
+    assert beside.kept == [23, 24, 25, 26, 27, 28]
+    beside.write(29, 4)  # there are no others
+    assert beside.kept == [27, 28, 29, 30, 31, 32]
 
 
 def test_recent_drops_the_oldest_and_random_is_the_same_in_every_run() -> None:
@@ -116,12 +123,14 @@ def test_recent_drops_the_oldest_and_random_is_the_same_in_every_run() -> None:
     assert beside.kept == [6, 7, 8, 9, 10, 11]
     kept = []
     for _ in range(2):
-        beside = Beside(8, "random")
+        beside = Beside(20, "random")
         torch.manual_seed(len(kept))
         for start in range(0, 40, 4):
             beside.write(start, 4)
         kept.append(beside.kept)
-    assert kept[0] == kept[1] and kept[0][-4:] == [36, 37, 38, 39] and kept[0][:4] != [32, 33, 34, 35]
+    assert kept[0] == kept[1] and kept[0][-8:] == list(range(32, 40)) and kept[0][:12] != list(range(20, 32))
+    order = rules.random_order(0, 32)
+    assert kept[0][:12] == sorted(order.argsort(descending=True)[:12].tolist())
     order = rules.random_order(0, 5000)
     assert abs(order.mean() - 0.5) < 0.02 and abs(torch.corrcoef(torch.stack((order[1:], order[:-1])))[0, 1]) < 0.04
 
@@ -267,7 +276,7 @@ def test_a_head_scores_what_was_written_and_age_takes_off() -> None:
         jkv.score_kept(keys.places, keys.salience, values.places, values.salience, key, value, start, policy)
         scores.update(zip(range(start, start + 4), head(key, value).mean(0).tolist()))
         left = sorted(p for p in scores if p in before)
-        least = sorted(left, key=lambda p: (scores[p], p))[: max(0, len(left) + 4 - 10)]
+        least = sorted(left, key=lambda p: (p >= start - 4, scores[p], p))[: max(0, len(left) + 4 - 10)]
         before = [p for p in scores if p not in least and (p in left or p >= start)]
         assert keys.kept == before == values.kept
         assert torch.allclose(keys.salience[: len(before)], torch.tensor([scores[p] for p in before]), atol=1e-5)
