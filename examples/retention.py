@@ -9,6 +9,7 @@ BF16 rollout from the same noise. A table is printed, and ``results/retention.js
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from statistics import fmean
@@ -54,29 +55,27 @@ def measure(seeds: int, out: Path) -> list[dict[str, Any]]:
     done = {(r["cache"], r["clip"], r["seed"]) for r in records}
     chosen = variants(config.chunk_tokens)
     with tqdm(total=len(chosen) * len(prompts) * seeds, unit="rollout") as bar:
-        for variant, share, salience in chosen:
+        for seed, (variant, share, salience) in itertools.product(range(seeds), chosen):
             torch.compiler.reset()
             compiled, backend = compile_variant(transformer, variant)
             for clip, prompt in prompts.items():
-                for seed in range(seeds):
-                    bar.set_postfix_str(f"{variant.name}, {clip}")
-                    bar.update()
-                    if (variant.name, clip, seed) in done:
-                        continue
-                    noise = draw_noise(config, CHUNKS, seed)
-                    rollout = generate(transformer, compiled, variant, backend, prompt, noise)
-                    video = decode(autoencoder, rollout.latents[PROMPT_CHUNKS:])
-                    reference = videos.setdefault((clip, seed), video)  # BF16 comes first
-                    if variant.bits is None:
-                        continue
-                    scores = fidelity(video, reference, frames)
-                    records.append({
-                        "cache": variant.name, "bits": variant.bits, "kept": share, "salience": salience, "clip": clip,
-                        "seed": seed, "psnr": round(fmean(scores.psnr), 5), "ssim": round(fmean(scores.ssim), 5),
-                        "psnr_last_chunk": round(scores.psnr[-1], 5),
-                        "ratio": round(rollout.full_bytes / rollout.cache_bytes, 5),
-                    })  # fmt: skip
-                    out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+                bar.set_postfix_str(f"{variant.name}, {clip}")
+                bar.update()
+                if (variant.name, clip, seed) in done:
+                    continue
+                rollout = generate(transformer, compiled, variant, backend, prompt, draw_noise(config, CHUNKS, seed))
+                video = decode(autoencoder, rollout.latents[PROMPT_CHUNKS:])
+                if variant.bits is None:
+                    videos[clip, seed] = video
+                    continue
+                scores = fidelity(video, videos[clip, seed], frames)
+                records.append({
+                    "cache": variant.name, "bits": variant.bits, "kept": share, "salience": salience, "clip": clip,
+                    "seed": seed, "psnr": round(fmean(scores.psnr), 5), "ssim": round(fmean(scores.ssim), 5),
+                    "psnr_last_chunk": round(scores.psnr[-1], 5),
+                    "ratio": round(rollout.full_bytes / rollout.cache_bytes, 5),
+                })  # fmt: skip
+                out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
     return records
 
 

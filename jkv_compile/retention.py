@@ -24,7 +24,7 @@ class KeptStore(Store):
 
     Args:
         codes, scales: as of a store of R tokens.
-        places: int32 `[2, S + 1]` on the CPU; salience: float32 `[R]`, see `kernels.retention`.
+        places: int32 `[3, S + 1]` on the CPU; salience: float32 `[R]`, see `kernels.retention`.
         policy: what salience tells.
 
     What is written gets its rows, for which the least salient of the others are dropped. Those, and tokens that were
@@ -131,9 +131,8 @@ class KeptStore(Store):
         if (n := source.shape[2]) == 0:
             return
         start = starts[TOKEN]
-        rules.make_room(*self._state, start, start + n, self.keeps)  # or raise, before anything is changed
-        self.active = None
         _ops.append_kept(*self._state, self._stored(_as_float(source)), start, self.bits, self.keeps)
+        self.active = None
         if keep_active:
             with torch.inference_mode(False):
                 data = source.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -173,9 +172,10 @@ class KeptStore(Store):
             self._codes[:, :, begin:end] = other._codes[:, :, first:last]
             self._scales[:, :, :, begin:end] = other._scales[:, :, :, first:last]
             self.salience[begin:end] = other.salience[first:last]
-            seen = rules.known(self.places)
-            seen[b : b + n] = rules.known(other.places)[a : a + n]
-            self.places[1, 1:] = seen.cumsum(0)
+            told = rules.known(self.places), rules.attended(self.places)
+            for mine, theirs in zip(told, (rules.known(other.places), rules.attended(other.places))):
+                mine[b : b + n] = theirs[a : a + n]
+            rules.tell(self.places, rules.kept(self.places), *told)
         self._drop_active(b, b + n)
 
     # ---- reading ----
@@ -227,8 +227,8 @@ class KeptStore(Store):
             salience = self.salience.new_zeros(rows)
             salience[: last - first] = self.salience[first:last]
             places = rules.no_places(n)
-            for row, flags in zip(places, (kept, rules.known(self.places)[starts[TOKEN] : starts[TOKEN] + n])):
-                row[1:] = flags.cumsum(0)
+            among = slice(starts[TOKEN], starts[TOKEN] + n)
+            rules.tell(places, kept, rules.known(self.places)[among], rules.attended(self.places)[among])
         new = self._kind(lengths, strides, new_codes, new_scales, places, salience)
         active = self._active_in(starts, lengths)
         if active is not None:
@@ -279,25 +279,26 @@ def rebuild_kept_store(
     active: tuple[Tensor, int, int] | None, quantizer: str, places: Tensor, salience: Tensor, policy: str,
 ) -> KeptStore:  # fmt: skip
     """Raises `PackedCacheError` where the parts do not fit together: a file may hold anything."""
-    rows = codes.shape[2] if codes.dim() == 4 else 0
+    rows, places = codes.shape[2] if codes.dim() == 4 else 0, places.cpu()
     batch, heads, tokens, head_dim = shape
     plain = rebuild_store((batch, heads, rows, head_dim), strides, dtype, bits, codes, scales, None, quantizer)
     fits = (
         places.dtype == torch.int32
-        and tuple(places.shape) == (2, tokens + 1)
+        and tuple(places.shape) == (3, tokens + 1)
         and salience.dtype == torch.float32
         and tuple(salience.shape) == (rows,)
         and 0 < rows <= tokens
         and layout.token_block(codes, scales) == 1
         and not bool(places[:, 0].any())
         and bool(((places.diff() == 0) | (places.diff() == 1)).all())
+        and bool((places.diff()[[2, 0]] <= places.diff()[[0, 1]]).all())
         and int(places[0, -1]) <= rows
         and isinstance(policy, str)
     )
     if not fits:
         raise PackedCacheError(
             f"a saved packed cache of shape {tuple(shape)} keeps {rows} tokens: expected places of int32 "
-            f"[2, {tokens + 1}] that count up to no more, and as many saliences, not {places.dtype} "
+            f"[3, {tokens + 1}] that count up to no more, and as many saliences, not {places.dtype} "
             f"{list(places.shape)} and {salience.dtype} {list(salience.shape)}"
         )
     store = KeptStore(shape, strides, dtype, bits, *plain.memory, quantizer, places, salience, policy)

@@ -4,15 +4,16 @@ The model goes on counting positions over its own S tokens. Codes and scales hav
 that are kept, in the order of their positions: a range of positions is a range of rows, and the other operators work on
 rows as they are.
 
-places: int32 `[2, S + 1]` on the CPU, so that reading it waits for no device. `places[0, p]` is how many tokens before
+places: int32 `[3, S + 1]` on the CPU, so that reading it waits for no device. `places[0, p]` is how many tokens before
 position p are kept: tokens a … b - 1 lie in rows `places[0, a]` … `places[0, b] - 1`. `places[1, p]` is how many of
 them are known: that were written, and have not been set to zero since. The others are zeros, which need no rows.
+`places[2, p]` is how many of the kept ones have been attended from the cache, where that tells their salience.
 
 salience: float32 `[R]` on the device. What it tells is the *policy*'s:
 
 - "attention": the attention that a token's row has received, mean over batch entries, heads and a block of queries, the
-  greatest of the blocks of a call, averaged over calls with weights that decay (`DECAY`). Infinite until it has been
-  attended from the cache.
+  greatest of the blocks of a call, averaged over chunks with weights that decay (`DECAY`): it is looked at in the first
+  call that attends to a chunk as cached tokens, not in all calls that denoise the next one. Infinite before.
 - "recent": nothing; the oldest are dropped.
 - "random": a hash of the position that it was written to.
 - "head:…": what a learned head (`HEADS`) makes of its key and value, infinite where it was not asked.
@@ -33,8 +34,9 @@ from torch import Tensor, nn
 from ..errors import PackedCacheError
 from . import ops
 
-DECAY = 0.8  # the weight of earlier calls in the attention that a token has received
-QUERIES = 16, 128  # how many rows of queries attention is sampled at: one in 32, at least and at most so many
+DECAY = 0.8  # the weight of earlier chunks in the attention that a token has received
+ONE_IN = 64  # rows of queries: so many attention is sampled at,
+LEAST, MOST = 16, 64  # but at least and at most as many
 BLOCKS = 8  # of neighbouring rows among these; the greatest of their means counts
 
 HEADS: dict[str, nn.Module] = {}  # learned heads by their name, which tells their weights
@@ -43,7 +45,7 @@ _on_device: dict[tuple[str, torch.device], nn.Module] = {}
 
 def no_places(tokens: int) -> Tensor:
     """`places` of a cache that holds nothing."""
-    return torch.zeros(2, tokens + 1, dtype=torch.int32)
+    return torch.zeros(3, tokens + 1, dtype=torch.int32)
 
 
 def kept(places: Tensor) -> Tensor:
@@ -54,6 +56,17 @@ def kept(places: Tensor) -> Tensor:
 def known(places: Tensor) -> Tensor:
     """Which tokens have been written, and not been set to zero since, bool `[S]`."""
     return places[1].diff() > 0
+
+
+def attended(places: Tensor) -> Tensor:
+    """Which of the kept tokens have been attended from the cache, bool `[S]`."""
+    return places[2].diff() > 0
+
+
+def tell(places: Tensor, *flags: Tensor) -> None:
+    """Write the rows of `places`: which tokens are kept, known and attended, each bool `[S]`."""
+    for row, flag in zip(places, flags):
+        row[1:] = flag.cumsum(0)
 
 
 def rows_of(places: Tensor, start: int, stop: int) -> tuple[int, int]:
@@ -119,11 +132,11 @@ def make_room(
             f"{length} tokens, {start}:{stop}, are written to a packed cache that keeps {rows} (budget=); nothing was "
             "written. Expected no more at a time: write fewer, or set a larger budget"
         )
-    chosen, seen = kept(places), known(places)
+    chosen, seen, scored = kept(places), known(places), attended(places)
     chosen[start:stop] = new
     seen[start:stop] = True
     _drop(places, salience, chosen, start, stop, int(chosen.sum()) - rows, policy)
-    _rearrange(codes, scales, places, salience, chosen, seen)
+    _rearrange(codes, scales, places, salience, chosen, seen, scored)
     return rows_of(places, start, stop)
 
 
@@ -145,7 +158,7 @@ def _drop(places: Tensor, salience: Tensor, chosen: Tensor, start: int, stop: in
 
 
 def _rearrange(
-    codes: Tensor, scales: Tensor, places: Tensor, salience: Tensor, chosen: Tensor, seen: Tensor,
+    codes: Tensor, scales: Tensor, places: Tensor, salience: Tensor, chosen: Tensor, seen: Tensor, scored: Tensor,
     origin: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Have the rows of `chosen` tokens in order; those that had none get any.
@@ -161,8 +174,7 @@ def _rearrange(
         codes[:, :, first:last] = codes.index_select(2, index)
         scales[:, :, :, first:last] = scales.index_select(3, index)
         salience[first:last] = salience.index_select(0, index)
-    for row, flags in zip(places, (chosen, seen)):
-        row[1:] = flags.cumsum(0)
+    tell(places, chosen, seen, scored & chosen)
 
 
 def append_kept(
@@ -189,6 +201,10 @@ def append_kept(
         salience[first:last] = random_order(start, stop).to(salience.device)
     elif policy != "recent":
         salience[first:last] = torch.inf
+        if places[2, start] != places[2, stop]:  # what was attended is overwritten
+            scored = attended(places)
+            scored[start:stop] = False
+            places[2, 1:] = scored.cumsum(0)
 
 
 def move_kept(
@@ -209,16 +225,16 @@ def move_kept(
     if length == 0 or source == destination:
         return
     stop = destination + length
-    chosen, seen, origin = kept(places), known(places), torch.arange(tokens)
+    chosen, seen, scored, origin = kept(places), known(places), attended(places), torch.arange(tokens)
     left = chosen.clone()  # in its old place, though its copy is elsewhere
     left[:source], left[source + length :], left[destination:stop] = False, False, False
-    for flags in (chosen, seen):
+    for flags in (chosen, seen, scored):
         flags[destination:stop] = flags[source : source + length].clone()
     origin[destination:stop] = torch.arange(source, source + length)
     if (excess := int(chosen.sum()) - codes.shape[2]) > 0:
         chosen[left.nonzero().flatten()[-excess:]] = False
     _drop(places, salience, chosen, destination, stop, int(chosen.sum()) - codes.shape[2], policy)
-    _rearrange(codes, scales, places, salience, chosen, seen, origin)
+    _rearrange(codes, scales, places, salience, chosen, seen, scored, origin)
 
 
 def forget_kept(codes: Tensor, scales: Tensor, places: Tensor, salience: Tensor, start: int, stop: int) -> None:
@@ -226,9 +242,9 @@ def forget_kept(codes: Tensor, scales: Tensor, places: Tensor, salience: Tensor,
     tokens = places.shape[1] - 1
     if not 0 <= start <= stop <= tokens:
         raise RuntimeError(f"jkv::forget_kept: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
-    chosen, seen = kept(places), known(places)
+    chosen, seen, scored = kept(places), known(places), attended(places)
     chosen[start:stop] = seen[start:stop] = False
-    _rearrange(codes, scales, places, salience, chosen, seen)
+    _rearrange(codes, scales, places, salience, chosen, seen, scored)
 
 
 def score_kept(
@@ -261,8 +277,9 @@ def attention_kept(
     Zeros among them, which have no rows, are attended as that: they are keys and values in full precision.
 
     Args (beside those of `ops.attention`):
-        key_places, value_places: int32 `[2, S + 1]` on the CPU.
-        key_salience, value_salience: float32 `[R]`, mutated where the policy is "attention".
+        key_places, value_places: int32 `[3, S + 1]` on the CPU, which come to tell what has been attended.
+        key_salience, value_salience: float32 `[R]`, mutated where the policy is "attention", and something is attended
+            from the cache for the first time.
         ranges: positions, as the model counts them; mask: with a column for each of them, whether kept or not.
 
     Raises:
@@ -282,7 +299,7 @@ def attention_kept(
     store = key_codes, key_scales, value_codes, value_scales
     settings = scale, key_bits, value_bits, correction
     result = torch.ops.jkv.attention(query, *store, rows, key, value, mask, causal, *settings)
-    if policy == "attention":
+    if policy == "attention" and any(_is_new(key_places, start, stop) for start, stop in pairs):
         spans = [(a, b) for a, b in zip(rows[::2], rows[1::2]) if a < b]
         if spans:
             cached = torch.cat(
@@ -293,7 +310,18 @@ def attention_kept(
                 for (a, b), new in zip(spans, received):
                     old = salience[a:b]
                     salience[a:b] = torch.where(old.isinf(), new, DECAY * old + (1 - DECAY) * new)
+            scored = attended(key_places)
+            for start, stop in pairs:
+                scored[start:stop] = kept(key_places)[start:stop]
+            for places in (key_places, value_places):
+                places[2, 1:] = scored.cumsum(0)
     return result
+
+
+def _is_new(places: Tensor, start: int, stop: int) -> bool:
+    """Whether some of the kept tokens start … stop - 1 have not been attended from the cache."""
+    rows = places[::2, stop] - places[::2, start]
+    return bool(rows[0] != rows[1])
 
 
 def _unknown(places: Tensor, start: int, stop: int) -> int:
@@ -321,8 +349,7 @@ def attention_received(query: Tensor, cached: Tensor, key: Tensor, mask: Tensor 
         mask: of all L rows, or of one, broadcastable to `[B, H, L, n + N]`.
     """
     length, n = query.shape[2], cached.shape[2]
-    least, most = QUERIES
-    sampled = min(length, max(least, min(most, length // 32)))
+    sampled = min(length, max(LEAST, min(MOST, length // ONE_IN)))
     index = ((torch.arange(sampled) * length + length // 2) // sampled).to(query.device)
     keys = torch.cat((cached, key.to(cached.dtype)), 2).mT
     grouped = query.index_select(2, index).unflatten(1, (keys.shape[1], -1))  # [B, H_kv, heads of each, rows, D]
@@ -344,7 +371,8 @@ for _schema in (
     "score_kept(Tensor key_places, Tensor(a!) key_salience, Tensor value_places, Tensor(b!) value_salience, "
     "Tensor key, Tensor value, SymInt start, str policy) -> ()",
     "attention_kept(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
-    "Tensor key_places, Tensor value_places, Tensor(a!) key_salience, Tensor(b!) value_salience, SymInt[] ranges, "
+    "Tensor(a!) key_places, Tensor(b!) value_places, Tensor(c!) key_salience, Tensor(d!) value_salience, "
+    "SymInt[] ranges, "
     "Tensor key, Tensor value, Tensor? mask, bool causal, float scale, int key_bits, int value_bits, str correction, "
     "str policy) -> Tensor",
 ):

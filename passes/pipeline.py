@@ -343,13 +343,9 @@ class _View:
         return blocked or (["two views of one cache enter it"] if aliased else [])
 
     def loses_tokens(self) -> str:
-        """What attention of the graph would read caches of which tokens have been dropped, and why it has no packed
-        form; empty, where none would."""
-        tracking = self.tracking
-        read = {h for a in tracking.attends for h in (a.key_cache, a.value_cache)}
-        read |= {h for dense in tracking.dense for h in dense.caches}
-        read |= {h for rejection in tracking.rejections for h in rejection.caches}
-        kept = [h for h in tracking.caches if h.packed and h in read and _packed_plan(h).keeps]
+        """Why a graph that attends has no packed form for caches of which tokens may have been dropped: as written, it
+        would attend to zeros. Empty, where there is no such."""
+        kept = [h for h in self.tracking.caches if self.attentions and h.packed and _packed_plan(h).keeps]
         reasons = ((h, r) for h in kept for r in (*h.blockers, self._not_packed(h)) if r is not None)
         return "; ".join(f"{h.node.name}: {reason}" for h, reason in reasons)
 

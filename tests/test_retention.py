@@ -230,6 +230,28 @@ def test_masks_lose_the_columns_of_dropped_tokens() -> None:
     assert int(kept_of(cache["k"]).sum()) == 18
 
 
+class Resetting(SelfAttention):
+    """Begins a new video by setting all of the cache to zero, in the graph."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
+        if start == 0:
+            cache["k"].zero_()
+            cache["v"].zero_()
+        return super().forward(x, cache, start)
+
+
+def test_a_reset_in_the_graph_forgets() -> None:
+    backend, model = fresh_backend(budget=20), Resetting()
+    compiled, cache = torch.compile(model, backend=backend), model.new_cache(1, 64)
+    with torch.no_grad():
+        for start in (0, 8, 16, 24, 0):
+            compiled(torch.randn(1, CHUNK, 256), cache, start)
+    assert "jkv::forget_kept(" in backend.reports[-1].after
+    for x in cache.values():
+        assert kept_of(x).nonzero().flatten().tolist() == list(range(CHUNK))
+        assert x._store.known_tokens == CHUNK
+
+
 class Ahead(SelfAttention):
     """Attends to the past and to its own tokens, then writes these."""
 
@@ -510,8 +532,9 @@ def test_copies_of_windows_bring_their_rows_along() -> None:
 
 
 @pytest.mark.parametrize("changed", [
-    {"places": torch.zeros(2, 20, dtype=torch.int32)}, {"salience": torch.zeros(3)},
-    {"places": torch.arange(25, dtype=torch.int32).repeat(2, 1)}, {"places": torch.zeros(2, 25)}, {"policy": 3},
+    {"places": torch.zeros(3, 20, dtype=torch.int32)}, {"salience": torch.zeros(3)},
+    {"places": torch.arange(25, dtype=torch.int32).repeat(3, 1)},
+    {"places": torch.cat((torch.zeros(1, 13), torch.arange(1.0, 13)[None]), 1).int() * torch.tensor([[1], [0], [0]])}, {"places": torch.zeros(3, 25)}, {"policy": 3},
     {"active": (torch.zeros(2, 2, 3, 64), 23, 26)},
 ], ids=str)  # fmt: skip
 def test_files_that_do_not_fit_are_refused(changed: dict[str, Any]) -> None:
@@ -591,6 +614,26 @@ def test_a_cache_that_is_read_as_a_tensor_stays_plain_and_a_packed_one_is_refuse
     assert all(torch.equal(a, b) for a, b in zip(before, (plain["k"]._store.codes, plain["k"]._store.places)))
 
 
+class Spelled(SelfAttention):
+    """Attention whose scores pass through tanh, which has no packed form."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.tanh(q @ k.transpose(2, 3) / 30) * 30
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_attention_without_a_packed_form_is_refused_where_tokens_may_be_missing() -> None:
+    backend, model = fresh_backend(budget=20), SelfAttention()
+    compiled, cache = torch.compile(model, backend=backend), model.new_cache(1, 32)
+    x = torch.randn(1, CHUNK, 256)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotRewrittenWarning)
+        compiled(x, cache, 0)
+        with pytest.raises(PackedCacheError, match="has no packed form: "):
+            torch.compile(Spelled(), backend=backend)(x, cache, CHUNK)
+    assert cache["k"]._store.kept_tokens == CHUNK
+
+
 def test_a_chunk_longer_than_the_budget_is_an_error_that_changes_nothing() -> None:
     backend, model = fresh_backend(budget=6), SelfAttention()
     compiled, cache = torch.compile(model, backend=backend), model.new_cache(1, 32)
@@ -654,7 +697,7 @@ def test_memory_counts_rows_places_and_salience() -> None:
         for start in (0, 8, 16):
             compiled(torch.randn(1, CHUNK, 256), cache, start)
     memory = backend.memory()
-    one = 16 * 4 * (64 // 4 + 2 * 4) + 16 * 4 + 2 * 65 * 4  # codes and scales in groups of 32, salience, places
+    one = 16 * 4 * (64 // 4 + 2 * 4) + 16 * 4 + 3 * 65 * 4  # codes and scales in groups of 32, salience, places
     assert memory.packed_bytes == 2 * one and memory.full_precision_bytes == 2 * 64 * 4 * 64 * 4
     assert (memory.kept_tokens, memory.known_tokens) == (32, 48)
     assert "tokens kept, of all caches" in str(memory) and "48" in str(memory)

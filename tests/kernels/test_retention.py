@@ -41,6 +41,7 @@ class Beside:
         for row, position in enumerate(self.kept):
             self.due[position] = self.salience[row] = rng.random()
         self.due = {p: float(s) for p, s in zip(self.kept, self.salience)}
+        self.places[2] = self.places[0]
 
     def write(self, start: int, n: int) -> None:
         source = torch.randn(BATCH, HEADS_, n, HEAD_DIM)
@@ -65,10 +66,13 @@ class Beside:
         kept = self.kept
         assert len(kept) <= self.budget
         assert not (rules.kept(self.places) & ~rules.known(self.places)).any()
+        assert not (rules.attended(self.places) & ~rules.kept(self.places)).any()
         rows = jkv.dequantize(self.codes, self.scales, 0, len(kept), 8, torch.float32)
         want = self.plain[:, :, kept]
         assert not len(kept) or (rows - want).abs().max() < 0.03
         assert self.salience[: len(kept)].tolist() == pytest.approx([self.due[p] for p in kept])
+        if self.policy == "attention":  # what has been attended is what is finite
+            assert torch.equal(rules.attended(self.places)[kept], self.salience[: len(kept)].isfinite())
 
 
 @pytest.mark.parametrize("policy", ["attention", "recent", "random"])
@@ -140,7 +144,7 @@ def test_what_is_rolled_takes_its_rows_along_and_its_old_places_go_first() -> No
     for start in range(0, 12, 4):
         beside.write(start, 4)
     beside.salience[:] = torch.arange(12.0)
-    beside.due = dict(enumerate(range(12)))
+    beside.due, beside.places[2] = dict(enumerate(range(12))), beside.places[0]
     beside.move(8, 4, 4)  # token 8 … 11 stand twice
     assert beside.kept == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     beside.write(8, 4)
@@ -213,30 +217,37 @@ def test_attention_is_that_over_the_kept_tokens_alone(ranges: list[int], mask: s
     assert (got - want).norm() < 0.01 * want.norm()
 
 
-def test_salience_is_the_attention_received_averaged_over_calls() -> None:
+def test_salience_is_the_attention_received_averaged_over_chunks() -> None:
     keys, values = filled(13)
     keys.salience.fill_(torch.inf), values.salience.fill_(torch.inf)
     key, value = torch.randn(2, BATCH, HEADS_, 5, HEAD_DIM).unbind()
     due = torch.full((13,), torch.inf)
     for call in range(3):
         query = torch.randn(BATCH, HEADS_, 8, HEAD_DIM)  # all of them are sampled, one to a block
+        for side in (keys, values):
+            side.places[2] = 0  # as if a chunk were new
         attend(keys, values, query, [0, 10, 10, 24], key, value)
+        attend(keys, values, torch.randn_like(query), [0, 10, 10, 24], key, value)  # denoised again: not looked at
+        assert torch.equal(rules.attended(keys.places), rules.kept(keys.places))
         k = torch.cat((keys.plain[:, :, keys.kept], key), 2)
         new = (query @ k.mT * 0.2).softmax(-1)[..., :13].mean((0, 1)).amax(0)
         due = new if call == 0 else rules.DECAY * due + (1 - rules.DECAY) * new
         assert torch.allclose(keys.salience, due, rtol=0.02)
         assert torch.equal(keys.salience, values.salience)
     before = keys.salience.clone()
+    for side in (keys, values):
+        side.places[2] = 0
     attend(keys, values, query, [0, 4], key, value)  # others are not looked at
     row = rules.rows_of(keys.places, 0, 4)[1]
-    assert torch.equal(keys.salience[row:], before[row:])
+    assert torch.equal(keys.salience[row:], before[row:]) and not torch.equal(keys.salience[:row], before[:row])
+    assert int(values.places[2, -1]) == row
 
 
 def test_long_queries_are_sampled_and_masks_with_them() -> None:
-    query, cached, key = torch.randn(1, 2, 640, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 3, 16)
-    mask = torch.rand(640, 9) < 0.7
+    query, cached, key = torch.randn(1, 2, 1280, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 3, 16)
+    mask = torch.rand(1280, 9) < 0.7
     got = rules.attention_received(query, cached, key, mask, 0.25)
-    rows = [(2 * i + 1) * 640 // (2 * 20) for i in range(20)]
+    rows = [(2 * i + 1) * 1280 // (2 * 20) for i in range(20)]
     scores = (query[:, :, rows] @ torch.cat((cached, key), 2).mT * 0.25).masked_fill(~mask[rows], -torch.inf)
     weights = scores.softmax(-1)[..., :6].mean((0, 1))
     assert torch.allclose(got, torch.stack([b.mean(0) for b in weights.tensor_split(8)]).amax(0), atol=1e-5)
