@@ -284,16 +284,17 @@ def test_a_module_of_ones_own_tells_salience() -> None:
         def forward(self, key: Tensor, value: Tensor) -> Tensor:
             return key[..., 0].mean(1)
 
-    backend = fresh_backend(budget=16, salience=First())
+    backend = fresh_backend(budget=24, salience=First())
     model = SelfAttention()
-    compiled, cache, plain = torch.compile(model, backend=backend), model.new_cache(1, 32), model.new_cache(1, 32)
+    compiled, cache, plain = torch.compile(model, backend=backend), model.new_cache(1, 40), model.new_cache(1, 40)
     with torch.no_grad():
-        for start in range(0, 32, CHUNK):
+        for start in range(0, 40, CHUNK):
             x = torch.randn(1, CHUNK, 256)
             compiled(x, cache, start)
             model(x, plain, start)
     told = plain["k"][0, :24, :, 0].mean(1)
-    assert kept_of(cache["k"])[:24].sum() == 8 and told[kept_of(cache["k"])[:24]].min() > told.mean()
+    kept = kept_of(cache["k"]).nonzero().flatten().tolist()
+    assert kept == [*sorted(told.topk(8).indices.tolist()), *range(24, 40)]
 
 
 class TestGraphs(expecttest.TestCase):
@@ -710,7 +711,7 @@ def test_explain_tells_what_is_kept_and_what_it_takes() -> None:
         told = str(
             jkv_compile.explain(model, torch.randn(1, CHUNK, 256), model.new_cache(1, 64), 8, bits=2, budget=0.25)
         )
-    assert "16 tokens kept" in told and "64.0 KiB -> 2.1 KiB" in told
+    assert "16 tokens kept" in told and "64.0 KiB -> 2.3 KiB" in told
 
 
 def test_in_inference_mode() -> None:
