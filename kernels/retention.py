@@ -25,7 +25,8 @@ state each; as they are written and attended alike, they are always the same, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from . import ops
 DECAY = 0.8  # the weight of earlier chunks in the attention that a token has received
 ONE_IN = 64  # rows of queries: so many attention is sampled at,
 LEAST, MOST = 16, 64  # but at least and at most as many
+AT_A_TIME = 1024  # cached tokens that are dequantized
 BLOCKS = 8  # of neighbouring rows among these; the greatest of their means counts
 
 HEADS: dict[str, nn.Module] = {}  # learned heads by their name, which tells their weights
@@ -302,8 +304,9 @@ def attention_kept(
     if policy == "attention" and any(_is_new(key_places, start, stop) for start, stop in pairs):
         spans = [(a, b) for a, b in zip(rows[::2], rows[1::2]) if a < b]
         if spans:
-            cached = torch.cat(
-                [torch.ops.jkv.dequantize(key_codes, key_scales, a, b, key_bits, query.dtype) for a, b in spans], 2
+            blocks = [(c, min(c + AT_A_TIME, b)) for a, b in spans for c in range(a, b, AT_A_TIME)]
+            cached = (
+                torch.ops.jkv.dequantize(key_codes, key_scales, a, b, key_bits, query.dtype) for a, b in blocks
             )
             received = attention_received(query, cached, key, mask, scale).split([b - a for a, b in spans])
             for salience in (key_salience, value_salience):
@@ -339,21 +342,25 @@ def _columns(mask: Tensor, places: Tensor, pairs: Sequence[tuple[int, int]]) -> 
     return mask.index_select(-1, columns.to(mask.device))
 
 
-def attention_received(query: Tensor, cached: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention_received(
+    query: Tensor, cached: Iterable[Tensor], key: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     """Attention that cached keys receive from a sample of queries, float32 `[n]`.
 
     The mean over batch entries, heads and neighbouring rows, and of these blocks the greatest.
 
     Args:
-        query: `[B, H, L, D]`; cached: `[B, H_kv, n, D]`; key: `[B, H_kv, N, D]`, attended beside them.
+        query: `[B, H, L, D]`; cached: keys `[B, H_kv, n_i, D]` of the same dtype, n tokens together; key:
+            `[B, H_kv, N, D]`, attended beside them.
         mask: of all L rows, or of one, broadcastable to `[B, H, L, n + N]`.
     """
-    length, n = query.shape[2], cached.shape[2]
+    length, heads = query.shape[2], key.shape[1]
     sampled = min(length, max(LEAST, min(MOST, length // ONE_IN)))
     index = ((torch.arange(sampled) * length + length // 2) // sampled).to(query.device)
-    keys = torch.cat((cached, key.to(cached.dtype)), 2).mT
-    grouped = query.index_select(2, index).unflatten(1, (keys.shape[1], -1))  # [B, H_kv, heads of each, rows, D]
-    scores = (grouped @ keys.unsqueeze(2)).flatten(1, 2).float() * scale  # [B, H, rows, n + N]
+    grouped = query.index_select(2, index).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H_kv, heads of each · rows, D]
+    products = [grouped @ keys.mT for keys in itertools.chain(cached, [key.to(query.dtype)])]
+    n = sum(product.shape[-1] for product in products[:-1])
+    scores = torch.cat(products, -1).float().mul_(scale).unflatten(2, (-1, sampled)).flatten(1, 2)  # [B, H, rows, n + N]
     if mask is not None:
         rows = mask.index_select(-2, index) if mask.dim() > 1 and mask.shape[-2] > 1 else mask
         scores = scores.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else scores + rows

@@ -246,7 +246,7 @@ def test_salience_is_the_attention_received_averaged_over_chunks() -> None:
 def test_long_queries_are_sampled_and_masks_with_them() -> None:
     query, cached, key = torch.randn(1, 2, 1280, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 3, 16)
     mask = torch.rand(1280, 9) < 0.7
-    got = rules.attention_received(query, cached, key, mask, 0.25)
+    got = rules.attention_received(query, cached.split(4, 2), key, mask, 0.25)
     rows = [(2 * i + 1) * 1280 // (2 * 20) for i in range(20)]
     scores = (query[:, :, rows] @ torch.cat((cached, key), 2).mT * 0.25).masked_fill(~mask[rows], -torch.inf)
     weights = scores.softmax(-1)[..., :6].mean((0, 1))
