@@ -24,7 +24,7 @@ class KeptStore(Store):
 
     Args:
         codes, scales: as of a store of R tokens.
-        places: int32 `[3, S + 1]` on the CPU; salience: float32 `[R]`, see `kernels.retention`.
+        places: uint8 `[S]` on the CPU; salience: float32 `[R]`, see `kernels.retention`.
         policy: what salience tells.
 
     What is written gets its rows, for which the least salient of the others are dropped. Those, and tokens that were
@@ -83,11 +83,11 @@ class KeptStore(Store):
 
     @property
     def kept_tokens(self) -> int:
-        return int(self.places[0, -1])
+        return int(rules.kept(self.places).sum())
 
     @property
     def known_tokens(self) -> int:
-        return int(self.places[1, -1])
+        return int(rules.known(self.places).sum())
 
     @property
     def packed_bytes(self) -> int:
@@ -283,22 +283,20 @@ def rebuild_kept_store(
     batch, heads, tokens, head_dim = shape
     plain = rebuild_store((batch, heads, rows, head_dim), strides, dtype, bits, codes, scales, None, quantizer)
     fits = (
-        places.dtype == torch.int32
-        and tuple(places.shape) == (3, tokens + 1)
+        places.dtype == torch.uint8
+        and tuple(places.shape) == (tokens,)
         and salience.dtype == torch.float32
         and tuple(salience.shape) == (rows,)
         and 0 < rows <= tokens
         and layout.token_block(codes, scales) == 1
-        and not bool(places[:, 0].any())
-        and bool(((places.diff() == 0) | (places.diff() == 1)).all())
-        and bool((places.diff()[[2, 0]] <= places.diff()[[0, 1]]).all())
-        and int(places[0, -1]) <= rows
+        and set(places.unique().tolist()) <= {0, rules.KNOWN, rules.KNOWN | rules.KEPT, 7}
+        and int(rules.kept(places).sum()) <= rows
         and isinstance(policy, str)
     )
     if not fits:
         raise PackedCacheError(
-            f"a saved packed cache of shape {tuple(shape)} keeps {rows} tokens: expected places of int32 "
-            f"[3, {tokens + 1}] that count up to no more, and as many saliences, not {places.dtype} "
+            f"a saved packed cache of shape {tuple(shape)} keeps {rows} tokens: expected places of uint8 "
+            f"[{tokens}], no more of them kept, and as many saliences, not {places.dtype} "
             f"{list(places.shape)} and {salience.dtype} {list(salience.shape)}"
         )
     store = KeptStore(shape, strides, dtype, bits, *plain.memory, quantizer, places, salience, policy)
@@ -322,7 +320,7 @@ def adopt_tokens(store: KeptStore, canonical: Tensor, block: int) -> None:
         for start in range(run.start, run.stop, block):
             stop = min(start + block, run.stop)
             store.write(canonical[:, :, start:stop], (0, 0, start, 0), keep_active=False)
-    store.places[1, 1:] = filled.cumsum(0)
+    store.places |= filled * rules.KNOWN
 
 
 def _runs(flags: Tensor) -> list[range]:

@@ -4,10 +4,10 @@ The model goes on counting positions over its own S tokens. Codes and scales hav
 that are kept, in the order of their positions: a range of positions is a range of rows, and the other operators work on
 rows as they are.
 
-places: int32 `[3, S + 1]` on the CPU, so that reading it waits for no device. `places[0, p]` is how many tokens before
-position p are kept: tokens a … b - 1 lie in rows `places[0, a]` … `places[0, b] - 1`. `places[1, p]` is how many of
-them are known: that were written, and have not been set to zero since. The others are zeros, which need no rows.
-`places[2, p]` is how many of the kept ones have been attended from the cache, where that tells their salience.
+places: uint8 `[S]` on the CPU, so that reading it waits for no device: of each position whether its token is kept
+(`KEPT`); whether it is known (`KNOWN`), that is, was written and has not been set to zero since, as the others are
+zeros, which need no rows; and whether it has been attended from the cache (`ATTENDED`), where that tells its salience.
+Of tokens a … b - 1 the first kept one is in the row that so many tokens before a are kept.
 
 salience: float32 `[R]` on the device. What it tells is the *policy*'s:
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ..errors import PackedCacheError
 from . import ops
 
+KEPT, KNOWN, ATTENDED = 1, 2, 4
 DECAY = 0.8  # the weight of earlier chunks in the attention that a token has received
 ONE_IN = 64  # rows of queries: so many attention is sampled at,
 LEAST, MOST = 16, 64  # but at least and at most as many
@@ -47,34 +48,39 @@ _on_device: dict[tuple[str, torch.device], nn.Module] = {}
 
 def no_places(tokens: int) -> Tensor:
     """`places` of a cache that holds nothing."""
-    return torch.zeros(3, tokens + 1, dtype=torch.int32)
+    return torch.zeros(tokens, dtype=torch.uint8)
 
 
 def kept(places: Tensor) -> Tensor:
     """Which tokens are kept, bool `[S]`."""
-    return places[0].diff() > 0
+    return places & KEPT > 0
 
 
 def known(places: Tensor) -> Tensor:
     """Which tokens have been written, and not been set to zero since, bool `[S]`."""
-    return places[1].diff() > 0
+    return places & KNOWN > 0
 
 
 def attended(places: Tensor) -> Tensor:
     """Which of the kept tokens have been attended from the cache, bool `[S]`."""
-    return places[2].diff() > 0
+    return places & ATTENDED > 0
 
 
-def tell(places: Tensor, *flags: Tensor) -> None:
-    """Write the rows of `places`: which tokens are kept, known and attended, each bool `[S]`."""
-    for row, flag in zip(places, flags):
-        row[1:] = flag.cumsum(0)
+def tell(places: Tensor, kept: Tensor, known: Tensor, attended: Tensor) -> None:
+    """Write which tokens are kept, known and attended, each bool `[S]`."""
+    places.copy_(kept * KEPT + known * KNOWN + attended * ATTENDED)
 
 
 def rows_of(places: Tensor, start: int, stop: int) -> tuple[int, int]:
     """The rows of the kept ones of tokens start … stop - 1: the first, and that after the last."""
-    first, last = places[0, [start, stop]].tolist()
-    return first, last
+    first = int(kept(places[:start]).sum())
+    return first, first + int(kept(places[start:stop]).sum())
+
+
+def rows_at(places: Tensor, positions: Tensor) -> Tensor:
+    """How many tokens before each of `positions` are kept, int64: the rows of those that are."""
+    here = kept(places)
+    return (here.cumsum(0) - here.long())[positions]
 
 
 def is_head(policy: str) -> bool:
@@ -122,7 +128,7 @@ def make_room(
     Raises:
         PackedCacheError: they are more than there are rows; nothing has been changed.
     """
-    tokens, rows = places.shape[1] - 1, codes.shape[2]
+    tokens, rows = len(places), codes.shape[2]
     if not 0 <= start <= stop <= tokens:
         raise RuntimeError(f"jkv::append_kept: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
     first, last = rows_of(places, start, stop)
@@ -151,7 +157,7 @@ def _drop(places: Tensor, salience: Tensor, chosen: Tensor, start: int, stop: in
     outside[start:stop] = False
     positions = outside.nonzero().flatten()
     if policy != "recent":  # there the newest go last anyway
-        worth = salience.cpu()[places[0, positions].long()].double()
+        worth = salience.cpu()[rows_at(places, positions)].double()
         if is_head(policy):
             worth += float(getattr(head_of(policy, salience.device), "recency", 0.0)) * positions
         worth[(positions < start) & (positions >= 2 * start - stop)] = torch.inf
@@ -168,7 +174,7 @@ def _rearrange(
     origin: where each token was before, int64 `[S]`.
     """
     positions = chosen.nonzero().flatten()
-    rows = places[0, positions if origin is None else origin[positions]].long().clamp(max=codes.shape[2] - 1)
+    rows = rows_at(places, positions if origin is None else origin[positions]).clamp(max=codes.shape[2] - 1)
     moved = (rows != torch.arange(len(rows))).nonzero()
     if len(moved):
         first, last = int(moved[0]), len(rows)
@@ -203,10 +209,7 @@ def append_kept(
         salience[first:last] = random_order(start, stop).to(salience.device)
     elif policy != "recent":
         salience[first:last] = torch.inf
-        if places[2, start] != places[2, stop]:  # what was attended is overwritten
-            scored = attended(places)
-            scored[start:stop] = False
-            places[2, 1:] = scored.cumsum(0)
+        places[start:stop] &= ~ATTENDED & 0xFF
 
 
 def move_kept(
@@ -218,7 +221,7 @@ def move_kept(
     Copies need rows too. Where there are none, those of tokens source … go first that are not overwritten: what a
     rolling cache leaves behind, and writes next.
     """
-    tokens = places.shape[1] - 1
+    tokens = len(places)
     for begin in (source, destination):
         if begin < 0 or length < 0 or begin + length > tokens:
             raise RuntimeError(
@@ -241,7 +244,7 @@ def move_kept(
 
 def forget_kept(codes: Tensor, scales: Tensor, places: Tensor, salience: Tensor, start: int, stop: int) -> None:
     """Tokens start … stop - 1 are set to zero: they are kept no more, and read as zeros."""
-    tokens = places.shape[1] - 1
+    tokens = len(places)
     if not 0 <= start <= stop <= tokens:
         raise RuntimeError(f"jkv::forget_kept: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
     chosen, seen, scored = kept(places), known(places), attended(places)
@@ -279,7 +282,7 @@ def attention_kept(
     Zeros among them, which have no rows, are attended as that: they are keys and values in full precision.
 
     Args (beside those of `ops.attention`):
-        key_places, value_places: int32 `[3, S + 1]` on the CPU, which come to tell what has been attended.
+        key_places, value_places: uint8 `[S]` on the CPU, which come to tell what has been attended.
         key_salience, value_salience: float32 `[R]`, mutated where the policy is "attention", and something is attended
             from the cache for the first time.
         ranges: positions, as the model counts them; mask: with a column for each of them, whether kept or not.
@@ -305,31 +308,25 @@ def attention_kept(
         spans = [(a, b) for a, b in zip(rows[::2], rows[1::2]) if a < b]
         if spans:
             blocks = [(c, min(c + AT_A_TIME, b)) for a, b in spans for c in range(a, b, AT_A_TIME)]
-            cached = (
-                torch.ops.jkv.dequantize(key_codes, key_scales, a, b, key_bits, query.dtype) for a, b in blocks
-            )
+            cached = (torch.ops.jkv.dequantize(key_codes, key_scales, a, b, key_bits, query.dtype) for a, b in blocks)
             received = attention_received(query, cached, key, mask, scale).split([b - a for a, b in spans])
             for salience in (key_salience, value_salience):
                 for (a, b), new in zip(spans, received):
                     old = salience[a:b]
                     salience[a:b] = torch.where(old.isinf(), new, DECAY * old + (1 - DECAY) * new)
-            scored = attended(key_places)
-            for start, stop in pairs:
-                scored[start:stop] = kept(key_places)[start:stop]
-            for places in (key_places, value_places):
-                places[2, 1:] = scored.cumsum(0)
+            for places, (start, stop) in itertools.product((key_places, value_places), pairs):
+                places[start:stop] |= kept(places[start:stop]) * ATTENDED
     return result
 
 
 def _is_new(places: Tensor, start: int, stop: int) -> bool:
     """Whether some of the kept tokens start … stop - 1 have not been attended from the cache."""
-    rows = places[::2, stop] - places[::2, start]
-    return bool(rows[0] != rows[1])
+    return bool((places[start:stop] & (KEPT | ATTENDED) == KEPT).any())
 
 
 def _unknown(places: Tensor, start: int, stop: int) -> int:
     """How many of tokens start … stop - 1 are zeros."""
-    return stop - start - int(places[1, stop] - places[1, start])
+    return int((~known(places[start:stop])).sum())
 
 
 def _columns(mask: Tensor, places: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -360,7 +357,8 @@ def attention_received(
     grouped = query.index_select(2, index).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H_kv, heads of each · rows, D]
     products = [grouped @ keys.mT for keys in itertools.chain(cached, [key.to(query.dtype)])]
     n = sum(product.shape[-1] for product in products[:-1])
-    scores = torch.cat(products, -1).float().mul_(scale).unflatten(2, (-1, sampled)).flatten(1, 2)  # [B, H, rows, n + N]
+    scores = torch.cat(products, -1).float().mul_(scale)
+    scores = scores.unflatten(2, (-1, sampled)).flatten(1, 2)  # [B, H, rows, n + N]
     if mask is not None:
         rows = mask.index_select(-2, index) if mask.dim() > 1 and mask.shape[-2] > 1 else mask
         scores = scores.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else scores + rows

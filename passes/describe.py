@@ -116,7 +116,7 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     center_bytes = plan.centered * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
     lines = tokens // max(1, length)
     stored = lines * (plan.rows or -(-length // plan.block) * plan.block)  # whole blocks of them
-    retained_bytes = 4 * (plan.rows + 3 * (length + 1)) if plan.keeps else 0
+    retained_bytes = 4 * plan.rows + length if plan.keeps else 0
     packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, grid_of(plan.quantizer).symmetric)
     return CacheUse(
         name=input_name(holder.node),

@@ -41,7 +41,7 @@ class Beside:
         for row, position in enumerate(self.kept):
             self.due[position] = self.salience[row] = rng.random()
         self.due = {p: float(s) for p, s in zip(self.kept, self.salience)}
-        self.places[2] = self.places[0]
+        rules.tell(self.places, *(f(self.places) for f in (rules.kept, rules.known, rules.kept)))
 
     def write(self, start: int, n: int) -> None:
         source = torch.randn(BATCH, HEADS_, n, HEAD_DIM)
@@ -144,7 +144,8 @@ def test_what_is_rolled_takes_its_rows_along_and_its_old_places_go_first() -> No
     for start in range(0, 12, 4):
         beside.write(start, 4)
     beside.salience[:] = torch.arange(12.0)
-    beside.due, beside.places[2] = dict(enumerate(range(12))), beside.places[0]
+    beside.due = dict(enumerate(range(12)))
+    beside.places |= rules.kept(beside.places) * rules.ATTENDED
     beside.move(8, 4, 4)  # token 8 … 11 stand twice
     assert beside.kept == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     beside.write(8, 4)
@@ -225,7 +226,7 @@ def test_salience_is_the_attention_received_averaged_over_chunks() -> None:
     for call in range(3):
         query = torch.randn(BATCH, HEADS_, 8, HEAD_DIM)  # all of them are sampled, one to a block
         for side in (keys, values):
-            side.places[2] = 0  # as if a chunk were new
+            side.places &= rules.KEPT | rules.KNOWN  # as if a chunk were new
         attend(keys, values, query, [0, 10, 10, 24], key, value)
         attend(keys, values, torch.randn_like(query), [0, 10, 10, 24], key, value)  # denoised again: not looked at
         assert torch.equal(rules.attended(keys.places), rules.kept(keys.places))
@@ -236,11 +237,11 @@ def test_salience_is_the_attention_received_averaged_over_chunks() -> None:
         assert torch.equal(keys.salience, values.salience)
     before = keys.salience.clone()
     for side in (keys, values):
-        side.places[2] = 0
+        side.places &= rules.KEPT | rules.KNOWN
     attend(keys, values, query, [0, 4], key, value)  # others are not looked at
     row = rules.rows_of(keys.places, 0, 4)[1]
     assert torch.equal(keys.salience[row:], before[row:]) and not torch.equal(keys.salience[:row], before[:row])
-    assert int(values.places[2, -1]) == row
+    assert int(rules.attended(values.places).sum()) == row
 
 
 def test_long_queries_are_sampled_and_masks_with_them() -> None:
