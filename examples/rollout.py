@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Variant:
 
     sink, recent: tokens in full precision beside the packed ones.
     center, center_tokens: whether tokens are stored less a mean, and how many share one.
+    budget, salience: how many tokens are kept (None: all), and what tells which.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Variant:
     step_bits: int = 16
     center: bool | str = False
     center_tokens: int = 0
+    budget: int | float | None = None
+    salience: str = "attention"
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -67,6 +71,8 @@ class Variant:
             recent=self.recent,
             center=self.center,
             center_tokens=self.center_tokens,
+            budget=self.budget,
+            salience=self.salience,
         )
 
 
@@ -78,7 +84,8 @@ class Rollout:
         latents: bfloat16 [N, F, C, h, w], prompt and generated chunks.
         seconds: per generated chunk, the compilation of the first one included.
         cache_bytes: bytes of all layers' caches at the end; ``full_bytes`` the same in BF16.
-        attention_mass: share of the last chunk's attention that lies on cached keys.
+        attention_mass: share of the last chunk's attention that lies on cached keys; NaN where tokens are dropped,
+            which the probe knows nothing of.
     """
 
     latents: Tensor
@@ -163,7 +170,8 @@ def generate(
     if variant.bits is not None:
         gc.collect()  # the caches of earlier rollouts would be counted while they live
         rollout.cache_bytes = backend.memory().packed_bytes
-    rollout.attention_mass = probe(transformer, variant, caches, sampler.chunks_done, noise[-1:])
+    told = variant.budget is None
+    rollout.attention_mass = probe(transformer, variant, caches, sampler.chunks_done, noise[-1:]) if told else math.nan
     return rollout
 
 

@@ -20,6 +20,7 @@ from .packed import PackedKV, is_packed, materialize, quantization_step
 from .passes.attention_forms import AttentionArguments
 from .passes.spelled_by_users import register_attention
 from .report import GraphReport, MemoryReport
+from .salience import SalienceHead
 
 __all__ = [
     "AttentionArguments",
@@ -36,6 +37,7 @@ __all__ = [
     "PackedCacheError",
     "PackedKV",
     "PackedReadWarning",
+    "SalienceHead",
     "enable",
     "explain",
     "ignore",

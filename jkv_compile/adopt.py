@@ -16,6 +16,7 @@ from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
 from .geometry import Fold, four_dimensional, memory_order
 from .packed import PackedKV
+from .retention import KeptStore, adopt_tokens
 from .store import Store
 
 BLOCK = 4096  # tokens quantized at a time, so that adoption needs no second copy of the cache
@@ -76,23 +77,22 @@ def adopt(
     """
     canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
-    store = Store.empty(
-        canonical.shape, canonical.stride(), tensor.dtype, bits, config.group_size, tensor.device,
-        quantizer or config.key_quantizer,
-    )  # fmt: skip
+    settings = bits, config.group_size, tensor.device, quantizer or config.key_quantizer
+    if config.budget is not None:
+        kept = config.rows(canonical.shape[2]), config.policy
+        store: Store = KeptStore.of_budget(canonical.shape, canonical.stride(), tensor.dtype, *settings, *kept)
+    else:
+        store = Store.empty(canonical.shape, canonical.stride(), tensor.dtype, *settings)
     filled = canonical.shape[2]
     if centered and config.center_tokens:
         store.means = BlockMeans.empty(canonical.shape, tensor.dtype, tensor.device, config.center_tokens)
         filled = _filled(canonical)  # what comes after has no part in a mean
     elif centered:
         store.center = _mean(canonical)
-    rows = max(1, BLOCK // store.unit) * store.unit
-    for start in range(0, filled, rows):
-        block = canonical[:, :, start : min(start + rows, filled)]
-        if block.any():  # an empty store reads as zeros already
-            store.write(block, (0, 0, start, 0), keep_active=False)
-        elif store.center is not None:
-            store.fill(0.0, (0, 0, start, 0), block.shape)
+    if isinstance(store, KeptStore):
+        adopt_tokens(store, canonical, BLOCK)
+    else:
+        _fill_store(store, canonical[:, :, :filled])
     store.window = config.window
     if store.held is not None:
         store.held.write(canonical, (0, 0, 0, 0))
@@ -107,6 +107,17 @@ def adopt(
         target.__dict__.update(swap_attributes)
         del packed
     return store
+
+
+def _fill_store(store: Store, canonical: Tensor) -> None:
+    """Quantize what a cache holds, a few tokens at a time."""
+    rows = max(1, BLOCK // store.unit) * store.unit
+    for start in range(0, canonical.shape[2], rows):
+        block = canonical[:, :, start : start + rows]
+        if block.any():  # an empty store reads as zeros already
+            store.write(block, (0, 0, start, 0), keep_active=False)
+        elif store.center is not None:
+            store.fill(0.0, (0, 0, start, 0), block.shape)
 
 
 def _mean(canonical: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from .passes.dtensors import localise, packed_inside
 from .passes.pipeline import Plan, plan_graph
 from .reasons import Reason
 from .report import GraphReport, MemoryReport, Rejected
-from .runtime import Seen, first_contact, packed_call, recorded_call, watched_call
+from .retention import KeptStore
+from .runtime import Seen, first_contact, packed_call, recorded_call, refusing_call, watched_call
 from .store import Family
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class JKVBackend:
             packed_bytes=sum(s.packed_bytes for s in stores),
             active_bytes=sum(s.active_bytes for s in stores),
             held_bytes=sum(s.held_bytes for s in stores),
+            kept_tokens=sum(s.kept_tokens for s in stores if isinstance(s, KeptStore)),
+            known_tokens=sum(s.known_tokens for s in stores if isinstance(s, KeptStore)),
             host_bytes=sum(s.host_bytes for s in stores),
             staging_bytes=offload.peak_bytes if offload else 0,
             traffic=replace(offload.traffic) if offload else None,
@@ -145,7 +148,7 @@ class JKVBackend:
         def compile_plan(plan: Plan | None) -> Callable[..., Any]:
             """The graph as it is where there is no plan, or none to do with packed caches."""
             if plan is not None and plan.outcome == "eager":
-                return gm.forward
+                return refusing_call(plan.lost) if plan.lost else gm.forward
             graph, inputs = gm, list(example_inputs)
             if plan is not None and plan.rewritten is not None:
                 graph, inputs = plan.rewritten.graph, plan.inner_inputs(example_inputs)
@@ -159,7 +162,7 @@ class JKVBackend:
             return first_contact(otherwise, gm.forward, anew, plan, self.config, *known)
 
         run = compile_plan(plan.instead if plan.outcome == "watched" else plan)
-        if plan.glimpses:
+        if plan.glimpses and self.config.budget is None:  # what eager code writes would not be scored
             run = glimpsing_call(run, plan.glimpses, self.config, state.stores, state.sightings)
         alone = None if plan.written or layouts or begins_passage(plan.handed, example_inputs) else run
         if plan.attended:
@@ -222,8 +225,8 @@ def jkv_backend(
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
         preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.5 times less
             memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
-        settings: group_size, correction, quantizer, inner, strict, offload, sink, recent, center, center_tokens and
-            step_bits, as `Config` describes them.
+        settings: group_size, correction, quantizer, inner, strict, offload, sink, recent, center, center_tokens,
+            step_bits, budget and salience, as `Config` describes them.
 
     Raises:
         ConfigurationError: one of them has a value that cannot work.

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigurationError
 from .kernels.layout import SUPPORTED_BITS
 from .kernels.quantizers import QUANTIZERS, Grid, grid_of
+from .salience import policy_of
 
 Correction = Literal["taylor", "clamped", "exact", "none"]
 Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi"]
@@ -64,6 +65,12 @@ class Config:
             written to them: the number of tokens of a chunk, as a rule, or of a frame. Attention is then computed for
             each such block, and put together (`kernels.block_means`). 0, one mean for a whole cache. Tokens of such
             caches can be moved by whole blocks only.
+        budget: how many tokens of a cache are kept, those of the chunk at hand among them; a fraction is one of the
+            cache's length. The least salient others are dropped (`kernels.retention`). It is for caches that are
+            written and read in slices, and attended in the same graph: others stay in full precision.
+        salience: what tells which tokens to keep: "attention" (that they have received), "recent" (the newest),
+            "random", or a learned head: a module that makes `[B, n]` of keys and values `[B, H, n, D]`, or the path of
+            a `salience.SalienceHead`'s weights. It is copied, and told by its weights.
 
     Raises:
         ConfigurationError: a value is not among those named above.
@@ -81,6 +88,8 @@ class Config:
     center: bool | Center = False
     step_bits: Literal[8, 16] = 16
     center_tokens: int = 0
+    budget: int | float | None = None
+    salience: Any = "attention"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -138,6 +147,44 @@ class Config:
                 f"center={self.center!r} with quantizer='kivi': expected False or 'values', as each channel of keys "
                 "has a zero point of its own, which any mean goes into"
             )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        budget = self.budget
+        object.__setattr__(self, "salience", policy_of(self.salience))
+        if budget is None:
+            if self.salience != "attention":
+                raise ConfigurationError(
+                    f"salience={self.salience!r} without budget=: expected a budget, as salience tells which tokens it "
+                    "keeps; budget=0.5 keeps half of them"
+                )
+            return
+        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
+        if not whole and not (isinstance(budget, float) and 0 < budget < 1):
+            raise ConfigurationError(
+                f"budget={budget!r}: expected a number of tokens of at least 1, a fraction of a cache's length as a "
+                "float between 0 and 1, or None, which keeps all"
+            )
+        for name, value, none in (
+            ("offload", self.offload, None), ("sink", self.sink, 0), ("recent", self.recent, 0),
+            ("center", self.center, False), ("quantizer", self.quantizer == "kivi" and "kivi", False),
+        ):  # fmt: skip
+            if value != none:
+                raise ConfigurationError(
+                    f"{name}={value!r} with budget={budget!r}: the tokens that a budget keeps move as others are "
+                    "dropped, which this does not follow; expected one of the two"
+                )
+
+    def rows(self, tokens: int) -> int:
+        """How many tokens of a cache of so many are kept."""
+        assert self.budget is not None
+        wanted = round(self.budget * tokens) if isinstance(self.budget, float) else self.budget
+        return max(1, min(wanted, tokens))
+
+    @property
+    def policy(self) -> str:
+        """What tells which tokens a budget keeps; empty where there is none."""
+        return self.salience if self.budget is not None else ""
 
     def _check_center_tokens(self) -> None:
         n = self.center_tokens

@@ -117,14 +117,14 @@ class PackedKV(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, *less, dtype = context
+        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, *less, keeps, dtype = context
         if len(shape) == CHANNEL:
             dims, (channels, order) = shape, strides
             shape = [*(1 if d is None else size[d] for d in dims), channels]
             strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         store.tells_steps = tells_steps
-        store.told_of(held_tokens, *less)
+        store.told_of(held_tokens, *less, keeps)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
         packed._first_token, packed._told = inner["first_token"], context[:2]
@@ -246,7 +246,8 @@ class PackedKV(torch.Tensor):
         held = self._store.held
         center = [] if self._store.center is None else [self._store.center]
         center += [] if self._store.means is None else [self._store.means.data, self._store.means.extents]
-        return [*self._store.memory, *center, *([] if held is None else [held.data, held.ranges])]
+        beside = [*([] if held is None else [held.data, held.ranges]), *self._store.retained]
+        return [*self._store.memory, *center, *beside]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:
         return packed_save.deepcopy_window(self, memo)

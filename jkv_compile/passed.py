@@ -28,7 +28,7 @@ from .geometry import four_dimensional
 from .hints import is_ignored
 from .kernels.quantizers import grid_of, grid_within
 from .packed import PackedKV
-from .reasons import MEANS, PER_CHANNEL, Reason
+from .reasons import BUDGET, MEANS, PER_CHANNEL, Reason
 from .report import GraphReport, Note, Rejected
 from .runtime import Seen
 from .store import Store
@@ -356,6 +356,8 @@ def _adopt(
         return REFUSED.format(PER_CHANNEL.format(config.quantizer, elsewhere))
     if config.center_tokens and config.centers(*(name for side, name in zip(sides, ("keys", "values")) if side)):
         return REFUSED.format(MEANS.format(config.center_tokens, elsewhere))
+    if config.budget is not None:
+        return REFUSED.format(BUDGET.format("this one is read here, and attended in another graph"))
     for side, bits, name in zip(sides, (config.key_bits, config.value_bits), ("keys", "values")):
         for source in side:
             cache = tensors[id(source.cache())]

@@ -58,6 +58,7 @@ class Reason(Enum):
         return self.value
 
 
+BUDGET = "budget= is for caches that one graph writes in slices, and attends to in slices as they are, and {}"
 PER_CHANNEL = "quantizer={!r} quantizes keys by channel, over blocks of tokens, and {}"
 MEANS = "center_tokens={} stores tokens less means of so many of them, and {}"
 
@@ -71,7 +72,7 @@ _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"in another graph|come so to this graph", Reason.GRAPH_BREAK),
     (r"gradients are required|requires grad", Reason.GRADIENTS),
     (r"^dropout of", Reason.DROPOUT),
-    (r"group_size|head_dim=|quantizer=|center_tokens=", Reason.CONFIGURATION),
+    (r"group_size|head_dim=|quantizer=|center_tokens=|budget=", Reason.CONFIGURATION),
     (r"recent=", Reason.POSITION),
     (r"a DTensor", Reason.SHARDED),
     (r"only one of key and value", Reason.NOT_A_CACHE),

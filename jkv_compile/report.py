@@ -26,6 +26,8 @@ class MemoryReport:
         host_bytes: the part of `packed_bytes` that is in host memory, with `offload="cpu"`.
         staging_bytes: device memory that those caches were brought to: the most that it was at a time.
         traffic: what went between the two; `ratio` of it tells how much less than in full precision.
+        kept_tokens, known_tokens: of caches with a budget (`budget=`): tokens of all of them that are kept, of those
+            that were written.
     """
 
     adopted: int
@@ -36,6 +38,8 @@ class MemoryReport:
     staging_bytes: int = 0
     traffic: Traffic | None = None
     held_bytes: int = 0
+    kept_tokens: int = 0
+    known_tokens: int = 0
 
     @property
     def ratio(self) -> float:
@@ -52,6 +56,8 @@ class MemoryReport:
             ("packed", size_text(self.packed_bytes)),
             ("  of which current chunk", size_text(self.active_bytes)),
             *([("  of which sink and recent", size_text(self.held_bytes))] if self.held_bytes else []),
+            *([("tokens kept, of all caches", f"{self.kept_tokens:,}")] if self.known_tokens else []),
+            *([("  of tokens written", f"{self.known_tokens:,}")] if self.known_tokens else []),
             ("ratio", f"{self.ratio:.2f}x"),
         ]
         if self.traffic is not None:
@@ -79,6 +85,7 @@ class CacheUse:
         shape: of the whole cache tensor, sizes as expressions.
         full_precision_bytes, packed_bytes: of the whole cache, for the sizes of the call that was compiled.
         sink, recent: how many of its first tokens, and of the newest before a chunk, are held in full precision.
+        kept: how many of its tokens a budget keeps; 0, where it keeps all.
     """
 
     name: str
@@ -91,12 +98,14 @@ class CacheUse:
     packed_bytes: int
     sink: int = 0
     recent: int = 0
+    kept: int = 0
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.full_precision_bytes)} -> {size_text(self.packed_bytes)}"
         held = [f"{n:,} {which}" for n, which in ((self.sink, "first"), (self.recent, "newest")) if n]
         beside = f", {' and '.join(held)} tokens in full precision" if held else ""
         packed = f"{self.bits} bits in groups of {self.group_size}"
+        packed += f", {self.kept:,} tokens kept" if self.kept else ""
         return f"{self.name} {self.shape} {self.dtype}, {packed}{beside}: {sizes}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .adopt import Written, adopt, in_four_dimensions, obstacle, place_of
 from .compat import as_function
 from .config import Config
-from .errors import NotRewrittenWarning
+from .errors import NotRewrittenWarning, PackedCacheError
 from .hints import is_ignored, is_marked
 from .host_memory import HostMemory
 from .offload import Ranges, release, stage
@@ -77,6 +77,18 @@ def packed_call(plan: Plan, inner: Callable[..., Any], stores: Any, passed: Pass
     return call
 
 
+def refusing_call(why: str) -> Callable[..., Any]:
+    """In place of a graph whose attention would read tokens that have been dropped."""
+
+    def call(*_: Any) -> Any:
+        raise PackedCacheError(
+            f"attention over a packed cache that keeps some of its tokens has no packed form: {why}. Nothing was "
+            "changed. Reset the cache and run this model without budget="
+        )
+
+    return call
+
+
 def _moved(
     rewritten: Rewritten, args: Sequence[Any], changed: Sequence[int], outputs: Sequence[Any]
 ) -> dict[HostMemory, Ranges]:
@@ -127,6 +139,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "extents": lambda cache: cache._store.means.extents,
     "held": lambda cache: cache._store.held.data,
     "held_ranges": lambda cache: cache._store.held.ranges,
+    "places": lambda cache: cache._store.places,
+    "salience": lambda cache: cache._store.salience,
     "active": _active,
     "active_range": _active_range,
 }

@@ -113,6 +113,7 @@ class Store:
         self._grid = grid_of(quantizer)
         self._active: Active | None = None
         self.host: HostMemory | None = None  # where its data lives; then `_codes` and `_scales` have no memory
+        self.keeps = ""  # what tells which tokens it keeps, where it has a budget (`retention`)
         self.grows = False  # whether it is one of a line of caches, each longer than the one it was made of
         self.tells_steps = False  # whether graphs tell Δ of what they read of it, for another graph to correct by
         self._family: Family | None = None
@@ -230,12 +231,13 @@ class Store:
         """What compiled graphs depend on, but for its shape and strides."""
         centered = self.center is not None or self._told_center
         held = self.held_tokens
-        return self.dtype, self.bits, self.quantizer, self.tells_steps, held, centered, self.mean_tokens
+        return self.dtype, self.bits, self.quantizer, self.tells_steps, held, centered, self.mean_tokens, self.keeps
 
-    def told_of(self, held_tokens: tuple[int, int], centered: bool, mean_tokens: int) -> None:
+    def told_of(self, held_tokens: tuple[int, int], centered: bool, mean_tokens: int, keeps: str) -> None:
         """Of a store without data, as Dynamo sees it: how many tokens the real one holds in full precision, whether it
-        stores them less a mean, and how many share a mean of their own."""
+        stores them less a mean, how many share a mean of their own, and what tells which tokens it keeps."""
         self._room, self._told_center, self._told_mean_tokens = held_tokens, centered, mean_tokens
+        self.keeps = keeps
 
     @property
     def centered(self) -> bool:
@@ -302,6 +304,11 @@ class Store:
         lies = self.memory if self.host is None else self.host.pages
         own = 0 if shared else sum(t.nbytes for t in lies) + self.center_bytes
         return own + self.active_bytes + self.held_bytes
+
+    @property
+    def retained(self) -> list[Tensor]:
+        """Which tokens it keeps, where it has a budget, and how salient they are."""
+        return []
 
     @property
     def center_bytes(self) -> int:

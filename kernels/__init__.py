@@ -7,3 +7,4 @@ from . import dense as dense
 from . import grids as grids
 from . import held as held
 from . import indexed as indexed
+from . import retention as retention

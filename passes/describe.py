@@ -114,8 +114,10 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     sink, recent = (min(n, length) for n in plan.held)
     held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
     means = -(-length // plan.mean_tokens) if plan.mean_tokens else int(plan.centered)
-    center_bytes = means * (tokens // max(1, length)) * head_dim * holder.dtype.itemsize
-    stored = tokens // max(1, length) * -(-length // plan.block) * plan.block  # whole blocks of them
+    lines = tokens // max(1, length)
+    center_bytes = means * lines * head_dim * holder.dtype.itemsize
+    stored = lines * (plan.rows or -(-length // plan.block) * plan.block)  # whole blocks of them
+    retained_bytes = 4 * plan.rows + length if plan.keeps else 0
     scale_bytes = grid_of(plan.quantizer).scale_bytes
     packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, scale_bytes)
     return CacheUse(
@@ -126,9 +128,10 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
         bits=plan.bits,
         group_size=plan.group_size,
         full_precision_bytes=math.prod(numbers) * holder.dtype.itemsize,
-        packed_bytes=packed + held_bytes + center_bytes,
+        packed_bytes=packed + held_bytes + center_bytes + retained_bytes,
         sink=sink,
         recent=recent,
+        kept=plan.rows,
     )
 
 

@@ -17,6 +17,7 @@ from .attention_forms import SDPA_LSE, AttentionCall, sdpa
 from .flex import lower_flex
 from .nodes import example
 from .pieces import Pieces
+from .retain import attention_kept
 from .segments import Fresh, Scattered, Segment
 from .uncertainty import NotLinear, Uncertainty
 
@@ -184,6 +185,8 @@ def _packed_attention(
     if pieces.plans[key_cache].mean_tokens or pieces.plans[value_cache].mean_tokens:
         tokens = query, components, ranges, key, value
         return block_means.attention(pieces, key_cache, value_cache, *tokens, settings, lse)
+    if pieces.plans[key_cache].keeps:
+        return attention_kept(pieces, attend, query, components, ranges, key, value, *settings)
     if pieces.plans[key_cache].holds and pieces.plans[value_cache].holds:
         sides = [pieces.all_held(cache) for cache in (key_cache, value_cache)]
         held = [x for cache, (rows, told) in zip((key_cache, value_cache), sides) for x in (

@@ -23,6 +23,7 @@ ops = torch.ops.jkv
 
 Component = Literal[
     "plain", "codes", "scales", "active", "active_range", "held", "held_ranges", "center", "means", "extents",
+    "places", "salience",
     "first_token", "steps",
 ]  # fmt: skip
 
@@ -37,6 +38,7 @@ class CachePlan:
     centered: what is stored are tokens less a mean, see `kernels.centers`.
     fold: how the tensor is seen as one of four dimensions, see `geometry.folds`.
     mean_tokens: how many tokens share a mean that they are stored less, see `kernels.block_means`; 0, none.
+    keeps: what tells which tokens it keeps, where it has a budget, and `rows`, how many: see `kernels.retention`.
     """
 
     axes: tuple[int, ...]
@@ -47,6 +49,8 @@ class CachePlan:
     centered: bool = False
     fold: Fold | None = None
     mean_tokens: int = 0
+    keeps: str = ""
+    rows: int = 0
 
     @property
     def less_means(self) -> bool:
@@ -138,6 +142,10 @@ class Pieces:
         if not holder.writes:
             both.append((self.own(holder, "active"), self.component(holder, "active_range")))
         return [self.centered(held, holder, holder.dtype) for held, _ in both], [ranges for _, ranges in both]
+
+    def retained(self, holder: Holder) -> tuple[Node, Node]:
+        """Which tokens a cache with a budget keeps, and how salient they are."""
+        return self.component(holder, "places"), self.component(holder, "salience")
 
     def append_blocks(self, holder: Holder, value: Node, start: int) -> Node:
         """A write of tokens `[B, H, n, D]` to a cache whose tokens share steps, see `kernels.blocks`."""

@@ -19,8 +19,9 @@ from ..hints import is_ignored, is_marked
 from ..kernels.block_means import blocks, nothing_written
 from ..kernels.held import no_ranges
 from ..kernels.quantizers import grid_of
+from ..kernels.retention import no_places
 from ..packed import PackedKV
-from ..reasons import MEANS, PER_CHANNEL
+from ..reasons import BUDGET, MEANS, PER_CHANNEL
 from ..report import GraphReport, Rejected
 from ..store import Store
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Returned, Scatter, Tracking
@@ -34,6 +35,7 @@ from .nodes import example
 from .own_tokens import hold_what_changes, make_own
 from .pieces import CachePlan, Component
 from .printing import graph_text
+from .retain import ReadAsTensor, why_not_kept
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
 from .sources import Sources
@@ -48,6 +50,7 @@ NEWEST_UNKNOWN = (
     "newest is not known"
 )
 OF_SOME_HEADS = "sink and recent hold tokens of all heads, and only some of its heads are used together"
+NOT_SLICES = "this one is not known to be written in slices"
 UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
 ONE_SIDE = "only one of key and value comes from a cache"
 
@@ -87,6 +90,7 @@ class Plan:
     unpacked: list[Unpacked] = field(default_factory=list)
     handed_in: dict[int, Tensor] = field(default_factory=dict)  # by argument: fakes of what another graph has read
     symbols: dict[Any, int] = field(default_factory=dict)  # by symbol: the argument that carries its value
+    lost: str = ""  # why attention of the graph cannot run as it is: it would read tokens that were dropped
     instead: Plan | None = None  # what becomes of it while its plain caches stay so, where others are packed already
 
     def caches(self, example_inputs: Sequence[Any]) -> list[Tensor]:
@@ -109,6 +113,10 @@ class Plan:
                 inputs.append(self.first_tokens[argument])
             elif component == "active_range":
                 inputs.append(static_input(torch.zeros(2, dtype=torch.int64)))
+            elif component in ("places", "salience"):
+                tokens, rows = int(value._store.shape[2]), int(value.codes.shape[2])
+                retained = no_places(tokens) if component == "places" else torch.zeros(rows, device=value.device)
+                inputs.append(static_input(retained))
             elif component in ("held", "held_ranges"):
                 inputs.append(_held_input(value._store, component))
             elif component == "center":
@@ -173,9 +181,10 @@ def _plan(
     layouts: Mapping[int, StepLayout],
     made: Collection[int],
     adopting: bool,
+    read_as_tensors: frozenset[str] = frozenset(),
 ) -> Plan:
     """`plan_graph`; unless `adopting`, plain caches stay plain, as beside packed ones that have to be served anyway."""
-    view = _View(gm, example_inputs, written, layouts, made)
+    view = _View(gm, example_inputs, written, layouts, made, read_as_tensors=read_as_tensors)
     report.rejections = view.rejections()
     if config.correction == "none":  # and nothing is lost
         report.rejections = [r for r in report.rejections if r.reason != ONE_PACKED]
@@ -183,7 +192,7 @@ def _plan(
     if reasons:
         report.outcome = "eager"
         report.rejections += [Rejected("graph", reason) for reason in reasons]
-        return Plan("eager", report, view.attentions)
+        return Plan("eager", report, view.attentions, lost=view.loses_tokens())
     attentions = view.attentions
     unknown = Unknown(view.gm.graph, view.position, example_inputs, config)
     choice = _choose(view, config, report, adopting)
@@ -192,7 +201,8 @@ def _plan(
         across = view.written_across(choice.plans)
         if not alone and not across:
             break
-        view = _View(gm, example_inputs, written, layouts, made, view.as_spelled | alone, view.read_out | across)
+        apart = view.as_spelled | alone, view.read_out | across, read_as_tensors
+        view = _View(gm, example_inputs, written, layouts, made, *apart)
         choice = _choose(view, config, GraphReport(0, "untouched"), adopting)
     plans = choice.plans
     report.rejections = list(dict.fromkeys(report.rejections))
@@ -216,7 +226,13 @@ def _plan(
     report.rejections += unasked
     telling = view.telling(plan.handed) if config.correction != "none" else {}
     tells_changes = config.offload is not None
-    plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, tells_changes, view.handed, telling)
+    try:
+        plan.rewritten = rewrite(view.gm, tracking, plans, config.correction, tells_changes, view.handed, telling)
+    except ReadAsTensor as error:
+        anew = GraphReport(report.nodes, "untouched", before=report.before)
+        vars(report).update(vars(anew))
+        found = read_as_tensors | {error.name}
+        return _plan(gm, example_inputs, config, written, report, layouts, made, adopting, found)
     plan.handed_in = {view.position[p]: example(p) for p in view.handed}
     for node, why in plan.rewritten.uncorrected.items():
         if why and node in matches:
@@ -258,7 +274,8 @@ def _note(plan: Plan, unknown: Unknown, matched: set[str]) -> None:
 class _View:
     """A copy of a graph, its attention in one form (but for that of nodes `as_spelled`), and what was seen of caches.
 
-    What the nodes `read_out` write is read as a tensor.
+    What the nodes `read_out` write is read as a tensor. So are the inputs `read_as_tensors`, as was found when they
+    were to keep some of their tokens only.
 
     Where keys and values are written as a slice of a cache that another graph wrote, `owners` has it by argument;
     `handed` are the inputs that another graph has read from a cache.
@@ -273,10 +290,11 @@ class _View:
         made: Collection[int],
         as_spelled: frozenset[str] = frozenset(),
         read_out: frozenset[str] = frozenset(),
+        read_as_tensors: frozenset[str] = frozenset(),
     ) -> None:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
-        self.made = made
+        self.made, self.read_as_tensors = made, read_as_tensors
         spell_out_writes(self.gm.graph)
         join_filled(self.gm.graph)
         tell_apart(self.gm.graph)
@@ -338,6 +356,13 @@ class _View:
         blocked = [f"{h.node.name}: {reason}" for h, reason in reasons if reason is not None]
         return blocked or (["two views of one cache enter it"] if aliased else [])
 
+    def loses_tokens(self) -> str:
+        """Why a graph that attends has no packed form for caches of which tokens may have been dropped: as written, it
+        would attend to zeros. Empty, where there is no such."""
+        kept = [h for h in self.tracking.caches if self.attentions and h.packed and _packed_plan(h).keeps]
+        reasons = ((h, r) for h in kept for r in (*h.blockers, self._not_packed(h)) if r is not None)
+        return "; ".join(f"{h.node.name}: {reason}" for h, reason in reasons)
+
     def attended(self, passages: Passages) -> list[Attended]:
         """What attention may have been handed by other graphs; not of what only eager code could serve once packed."""
         blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
@@ -348,7 +373,12 @@ class _View:
         plan = _packed_plan(holder)
         in_blocks = self.not_in_blocks(holder, plan.quantizer, plan.block)
         in_blocks = in_blocks or self.not_less_means(holder, plan.mean_tokens)
-        return in_blocks or self.not_held(holder, plan.quantizer, plan.held)
+        kept = self.not_kept(holder, plan.keeps) if plan.keeps else None
+        return in_blocks or kept or self.not_held(holder, plan.quantizer, plan.held)
+
+    def not_kept(self, holder: Holder, policy: str) -> str | None:
+        """Why a cache cannot keep some of its tokens only, as `policy` tells."""
+        return why_not_kept(holder, self.tracking, holder.node.name in self.read_as_tensors, policy)
 
     def not_in_blocks(self, holder: Holder, quantizer: str, block: int) -> str | None:
         """Why a cache cannot be of a quantizer whose blocks of tokens share their steps.
@@ -463,6 +493,9 @@ def _choose(view: _View, config: Config, report: GraphReport, adopting: bool) ->
     if plans:
         return _Choice("adopted", {**packed, **plans}, needed)
     plans = _adoptable(view, _may_persist, config, report)
+    if config.policy and plans:  # one of a pair might come again, and be packed without the other
+        report.rejections += [Rejected(h.node.name, BUDGET.format(NOT_SLICES)) for h in plans]
+        return _Choice("packed", packed)
     if plans or not packed:
         return _Choice("watched", {**packed, **plans})
     return _Choice("packed", packed)
@@ -495,8 +528,9 @@ def _glimpses(view: _View) -> list[Glimpse]:
 def _packed_plan(holder: Holder) -> CachePlan:
     store = example(holder.node)._store
     group_size = int(store.group_size)  # of what is traced with dynamic sizes, an expression
-    settings = store.bits, group_size, store.quantizer, store.held_tokens, store.centered
-    return CachePlan((0, 1, 2, 3), *settings, mean_tokens=store.mean_tokens)
+    told = store.bits, group_size, store.quantizer, store.held_tokens, store.centered
+    rows = int(store.memory[0].shape[2]) if store.keeps else 0
+    return CachePlan((0, 1, 2, 3), *told, mean_tokens=store.mean_tokens, keeps=store.keeps, rows=rows)
 
 
 def _adoptable(
@@ -531,6 +565,7 @@ def _adoptable(
             if config.center_tokens and config.centers(*sides_of):
                 reason = reason or view.not_less_means(holder, config.center_tokens)
             reason = reason or view.not_held(holder, config.quantizer, config.window)
+            reason = reason or (view.not_kept(holder, config.policy) if config.policy else None)
             if reason is not None:
                 node = action.argument if isinstance(action, Returned) else action.call.node
                 report.rejections.append(Rejected(source_line(node), f"{holder.node.name}: {reason}"))
@@ -549,7 +584,8 @@ def _adoptable(
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
                     means = config.center_tokens if centered else 0
                     settings = bits, config.group_size, quantizer, config.window, centered and not means, holder.fold
-                    plans.setdefault(holder, CachePlan(axes, *settings, mean_tokens=means))
+                    rows = config.rows(_hint(holder.shape[axes[2]]) or 1) if config.policy else 0
+                    plans.setdefault(holder, CachePlan(axes, *settings, means, config.policy, rows))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
         other = next((h for h in plans if h.node is part.node), None)
         if other is not None:  # the tensor is packed as a whole

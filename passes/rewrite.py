@@ -28,6 +28,7 @@ from .lower_reads import materialize, steps
 from .memory_order import keep_memory_order
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
+from .retain import ReadAsTensor, lower_kept, score_written
 from .segments import Cached, Fresh, Segment
 from .uncertainty import StepLayout, Uncertainty, pairs_turned
 
@@ -143,6 +144,9 @@ def rewrite(
         tell_changes: which tokens of its caches the graph changes is among its outputs, where numbers tell it.
         handed: inputs that another graph has read from a cache.
         telling: outputs whose Δ is among its outputs, where it is known, and the inputs that they come from.
+
+    Raises:
+        ReadAsTensor: a cache with a budget would be read as a tensor; `gm` is of no use then.
     """
     settled = _settled(gm.graph, tracking, plans)
     return _Rewriter(gm, tracking, settled, correction, tell_changes, handed or {}, telling or {}).run()
@@ -180,6 +184,7 @@ class _Rewriter:
         self.position = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.writes: dict[Node, list[Append | Scatter | Move | Fill]] = {}
         self.appends: dict[Node, Append] = {}  # in the rewritten graph
+        self.unscored: list[Append] = []  # to caches that a learned head tells the salience of
         for write in tracking.writes:
             if write.holder in plans:
                 self.writes.setdefault(write.node, []).append(write)
@@ -203,9 +208,13 @@ class _Rewriter:
         output = next(iter(self.graph.find_nodes(op="output")))
         for node in self.pieces.walk():
             if node in self.attends:
+                score_written(self.pieces, self.attends[node], self.unscored, self._held)
                 lower_fused(self.pieces, self.attends[node], self.correction)
             elif node in self.writes:
                 self._lower_writes(node)
+        with self.graph.inserting_before(output):
+            for attend in self.attends.values() if self.unscored else ():
+                score_written(self.pieces, attend, self.unscored, self._held)
         self._erase_edited_copies()
         self._erase_dead()
         self._lower_dense()
@@ -215,6 +224,8 @@ class _Rewriter:
         dequantized = {}
         for node in self.pieces.walk():
             for read in self.reads.get(node, []):
+                if self.plans[read.holder].keeps:
+                    raise ReadAsTensor(read.holder.node.name)
                 shown = materialize(self.pieces, read)
                 dequantized[shown] = example(read.argument)
                 node.replace_input_with(read.argument, shown)
@@ -260,6 +271,9 @@ class _Rewriter:
             if plan.mean_tokens and not isinstance(write, Scatter):
                 value = self._held(write) if isinstance(write, Append) else None
                 block_means.write(self.pieces, write, (codes, scales), value)
+            elif plan.keeps:
+                lower_kept(self.pieces, write, self._stored)
+                self.unscored += [write] if isinstance(write, Append) else []
             elif isinstance(write, Append):
                 value = self._stored(write, Fresh(write.value, write.axes, write.first), write.stop - write.start)
                 if plan.block > 1:

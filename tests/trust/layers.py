@@ -53,6 +53,7 @@ class Case:
     correction: str = "taylor"
     sink: int = 0
     recent: int = 0
+    budget: int | None = None
     tokens: int = 48
     events: tuple[tuple[int, int, str], ...] = ((4, 1, "nothing"), (4, 1, "nothing"), (4, 1, "nothing"))
 

@@ -126,6 +126,7 @@ def run(case: Case, seed: int) -> Outcome:
     if case.grad_mode == "grad":
         network.requires_grad_()
     settings = {name: getattr(case, name) for name in ("group_size", "quantizer", "correction", "sink", "recent")}
+    settings["budget"] = case.budget
     backend = fresh_backend(**settings)
     eager, compiled = Side(case, copy.deepcopy(network)), Side(case, network)
     for (mine, name, _), (_, _, tensor) in zip(list(compiled.tensors()), list(eager.tensors())):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from . import drawing, programs, random_held, random_models, random_programs
+from . import drawing, programs, random_held, random_kept, random_models, random_programs
 from .layers import Case
 from .search import attempt
 
@@ -102,6 +102,12 @@ def test_random_model_is_as_eager_or_refused(seed: int) -> None:
 @pytest.mark.parametrize("seed", (9001, 9003, 9005))
 def test_random_model_that_holds_tokens_in_full_precision_is_as_eager_or_refused(seed: int) -> None:
     outcome = attempt(random_models.run, random_held.draw_held(seed), seed)
+    assert outcome is not None and not outcome.failure, outcome
+
+
+@pytest.mark.parametrize("seed", (9, 32))
+def test_random_model_with_room_for_all_tokens_is_as_eager_or_refused(seed: int) -> None:
+    outcome = attempt(random_models.run, random_kept.draw_kept(seed), seed)
     assert outcome is not None and not outcome.failure, outcome
 
 

@@ -1,0 +1,104 @@
+"""Which tokens to keep of a long history: ``python -m examples.retention``. Resumable: what is on record is not redone.
+
+All clips are continued for nine chunks after three given ones, with caches that keep a half or a third of all tokens
+(the chunk at hand among them), chosen by the attention that they have received, by a learned head
+(`examples.train_salience`), by age and at random; beside caches that keep all of them in fewer bits. Fidelity is to the
+BF16 rollout from the same noise. A table is printed, and ``results/retention.json`` written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from examples.data import CLIPS, held_out
+from examples.metrics import fidelity
+from examples.quality_report import with_interval
+from examples.rollout import PROMPT_CHUNKS, Variant, compile_variant, decode, draw_noise, encode, generate, load_models
+from examples.train_salience import WEIGHTS as HEAD
+
+CHUNKS = 9
+SALIENCES = {"attention": "attention", "learned head": str(HEAD), "recent": "recent", "random": "random"}
+SHARES = {"1/2": 2, "1/3": 3}
+
+
+def variants(chunk_tokens: int) -> list[tuple[Variant, str, str]]:
+    """Each with the share of tokens that it keeps, and by which salience; BF16 first."""
+    tokens = (PROMPT_CHUNKS + CHUNKS) * chunk_tokens
+    packed = "taylor", "unbiased", "eager"
+    chosen = [(Variant("BF16", inner="eager"), "all", "")]
+    for bits, shares in ((2, ("1/2", "1/3")), (4, ("1/2",))):
+        chosen.append((Variant(f"{bits} bits, all", bits, 64, *packed), "all", ""))
+        for share in shares:
+            part = SHARES[share]
+            for name, salience in SALIENCES.items():
+                kept = 0, 0, tokens // part, salience
+                chosen.append((Variant(f"{bits} bits, {share}, {name}", bits, 64, *packed, *kept), share, name))
+    return chosen
+
+
+def measure(seeds: int, out: Path) -> list[dict[str, Any]]:
+    """One record per variant, clip and draw of noise; those that `out` has are taken from there."""
+    transformer, autoencoder = load_models()
+    config = transformer.config
+    frames = config.chunk_frames
+    prompts = {c: encode(autoencoder, held_out(c)).unflatten(0, (-1, frames))[:PROMPT_CHUNKS] for c in CLIPS}
+    videos: dict[tuple[str, int], torch.Tensor] = {}
+    records = json.loads(out.read_text()) if out.exists() else []
+    done = {(r["cache"], r["clip"], r["seed"]) for r in records}
+    chosen = variants(config.chunk_tokens)
+    with tqdm(total=len(chosen) * len(prompts) * seeds, unit="rollout") as bar:
+        for seed, (variant, share, salience) in itertools.product(range(seeds), chosen):
+            torch.compiler.reset()
+            compiled, backend = compile_variant(transformer, variant)
+            for clip, prompt in prompts.items():
+                bar.set_postfix_str(f"{variant.name}, {clip}")
+                bar.update()
+                if (variant.name, clip, seed) in done:
+                    continue
+                rollout = generate(transformer, compiled, variant, backend, prompt, draw_noise(config, CHUNKS, seed))
+                video = decode(autoencoder, rollout.latents[PROMPT_CHUNKS:])
+                if variant.bits is None:
+                    videos[clip, seed] = video
+                    continue
+                scores = fidelity(video, videos[clip, seed], frames)
+                records.append({
+                    "cache": variant.name, "bits": variant.bits, "kept": share, "salience": salience, "clip": clip,
+                    "seed": seed, "psnr": round(fmean(scores.psnr), 5), "ssim": round(fmean(scores.ssim), 5),
+                    "psnr_last_chunk": round(scores.psnr[-1], 5),
+                    "ratio": round(rollout.full_bytes / rollout.cache_bytes, 5),
+                })  # fmt: skip
+                out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Mean and interval per kind of cache."""
+    lines = ["| bits | tokens kept | by | PSNR, dB | SSIM | against BF16 |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(r["cache"] for r in records):
+        group = [r for r in records if r["cache"] == name]
+        first, ssim = group[0], fmean(r["ssim"] for r in group)
+        psnr = with_interval([r["psnr"] for r in group])
+        lines.append(
+            f"| {first['bits']} | {first['kept']} | {first['salience']} | {psnr} | {ssim:.4f} | {first['ratio']:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the noise")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "retention.json")
+    args = parser.parse_args()
+    print(table(measure(args.seeds, args.out)))
+
+
+if __name__ == "__main__":
+    main()
