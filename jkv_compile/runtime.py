@@ -237,8 +237,8 @@ def first_contact(
         if not plain:
             return later(*args)
         owners = {i: _owner(args[i], i in plan.owners, written) for i in plain}
-        views = [(i, owner) for i, owner in owners.items() if i in plan.owners and owner is not None]
-        if any(place_of(args[i], owner) != plan.places[i] for i, owner in views):
+        shown = [(i, owner) for i, owner in owners.items() if i in plan.owners and owner is not None]
+        if any(place_of(args[i], owner) != plan.places[i] for i, owner in shown):
             return later(*args)
         for argument, owner in owners.items():
             reason = "it is not known as a cache any more" if owner is None else None
