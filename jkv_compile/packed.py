@@ -117,14 +117,14 @@ class PackedKV(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
     ) -> PackedKV:
-        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, *less, keeps, dtype = context
+        shape, strides, store_dtype, bits, quantizer, tells_steps, held_tokens, centered, means, keeps, dtype = context
         if len(shape) == CHANNEL:
             dims, (channels, order) = shape, strides
             shape = [*(1 if d is None else size[d] for d in dims), channels]
             strides = dense_strides(shape, order)
         store = Store(shape, strides, store_dtype, bits, inner["codes"], inner["scales"], quantizer)
         store.tells_steps = tells_steps
-        store.told_of(held_tokens, *less, keeps)
+        store.told_of(held_tokens, centered, means, keeps)
         tokens, rest, _ = inner["first_token"].shape
         packed = PackedKV(store, size, stride, (tokens - MARGIN) * store.strides[2] + rest, dtype)
         packed._first_token, packed._told = inner["first_token"], context[:2]
