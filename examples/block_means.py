@@ -40,10 +40,13 @@ def variants(chunk_tokens: int) -> list[Variant]:
         KEYS: ("keys", chunk_tokens), VALUES: ("values", chunk_tokens),
     }  # fmt: skip
     return [Variant("BF16", inner="eager")] + [
-        Variant(f"{quantizer}|{bits}|{form}|{name}", bits, 64, form, quantizer, "eager", 0, 0, *means[name])
+        Variant(
+            f"{quantizer}|{bits}|{form}|{name}", bits, 64, form, quantizer, "eager", center=means[name][0],
+            center_tokens=means[name][1],
+        )
         for quantizer, bits, form, names in KINDS
         for name in names
-    ]
+    ]  # fmt: skip
 
 
 def table(records: list[dict[str, Any]]) -> str:
