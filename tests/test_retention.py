@@ -149,7 +149,7 @@ def test_every_idiom_is_served_or_runs_as_written(name: str) -> None:
     steps, errors = case(backend), []
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for call in range(stable_from + 1 if name in SERVED else 2):
+        for call in range(stable_from + (name in SERVED)):
             with torch.compiler.set_stance("fail_on_recompile" if call >= stable_from else "default"):
                 errors.append(relative_error(*next(steps)))
     told = [w for w in caught if issubclass(w.category, NotRewrittenWarning)]
