@@ -39,8 +39,8 @@ def variants(chunk_tokens: int) -> list[tuple[Variant, str, str]]:
         for share in shares:
             part = SHARES[share]
             for name, salience in SALIENCES.items():
-                kept = 0, 0, tokens // part, salience
-                chosen.append((Variant(f"{bits} bits, {share}, {name}", bits, 64, *packed, *kept), share, name))
+                kept = {"budget": tokens // part, "salience": salience}
+                chosen.append((Variant(f"{bits} bits, {share}, {name}", bits, 64, *packed, **kept), share, name))
     return chosen
 
 
