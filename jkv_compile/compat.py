@@ -1,8 +1,9 @@
-"""Everything private of torch that this package uses, in one place. Checked on torch 2.13.0."""
+"""Everything private of torch that this package uses, in one place. Checked on torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,10 @@ TORCH_RANGE = ((2, 11), (2, 16))  # [from, to): what the private interfaces belo
 
 
 def check_torch_version() -> None:
-    """Once at import: a torch that is newer than this file is known to work with is warned of.
+    """Once at import. With `JKV_ANY_TORCH=1` a torch that is newer than this file knows is warned of, and tried.
 
     Raises:
-        ImportError: torch is older: what this file imports works otherwise there, or is not there at all.
+        ImportError: torch is older or newer: what this file imports may work otherwise there, or not be there at all.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     low, high = (".".join(map(str, v)) for v in TORCH_RANGE)
@@ -28,6 +29,10 @@ def check_torch_version() -> None:
     if version < TORCH_RANGE[0]:
         raise ImportError(f"{known}. Use `pip install 'torch>={low}'`")
     if version >= TORCH_RANGE[1]:
+        if os.environ.get("JKV_ANY_TORCH") != "1":
+            raise ImportError(
+                f"{known}. Use `pip install 'torch<{high}'` or a newer jkv-compile; JKV_ANY_TORCH=1 tries it as it is"
+            )
         import warnings
 
         warnings.warn(known, stacklevel=3)
