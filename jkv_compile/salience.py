@@ -102,5 +102,5 @@ def _digest(head: nn.Module) -> str:
     told = hashlib.sha256(f"{type(head).__module__}.{type(head).__qualname__}".encode())
     for name, weight in sorted(head.state_dict().items()):
         told.update(f"{name} {list(weight.shape)}".encode())
-        told.update(weight.detach().cpu().double().numpy().tobytes())
+        told.update(bytes(weight.detach().cpu().double().reshape(-1).view(torch.uint8).tolist()))
     return told.hexdigest()[:16]
