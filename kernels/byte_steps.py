@@ -46,7 +46,7 @@ def decode(scales: Tensor) -> Tensor:
 def encode(scales: Tensor, bits: int) -> Tensor:
     """Float16 scales `[…, 1]` or `[…, 2]` of a grid of 2^bits levels as bytes, steps rounded to the nearest.
 
-    Steps beyond the largest byte, 61440, become that; a NaN stays one.
+    Steps beyond the largest byte, 61440, become that, and zero points stay within float16's range; a NaN stays one.
     """
     half = scales[..., 0].contiguous().view(torch.int16).to(torch.int32) & 0x7FFF
     nearest = (half + 0x3F + ((half >> _SHIFT) & 1)) >> _SHIFT  # half to even
@@ -55,7 +55,8 @@ def encode(scales: Tensor, bits: int) -> Tensor:
     if is_symmetric(scales):
         return rounded
     moved = (scales[..., 0].float() - step(rounded).float()) * -implied_zero(bits)  # the levels' middle from zero'
-    zero = (scales[..., 1].float() + moved).to(torch.float16)
+    most = torch.finfo(torch.float16).max
+    zero = (scales[..., 1].float() + moved).clamp(-most, most).to(torch.float16)
     return torch.cat((rounded, zero.unsqueeze(-1).view(torch.uint8)), -1)
 
 

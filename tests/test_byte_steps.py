@@ -81,6 +81,12 @@ def test_the_middle_of_the_levels_stays_where_it_was(bits):
     assert (scales[:, 0] != read[:, 0]).any()
 
 
+def test_zero_points_that_are_moved_stay_finite():
+    scales = torch.tensor([[60000.0, -65504.0], [65504.0, -65504.0]], dtype=torch.float16)
+    read = byte_steps.decode(byte_steps.encode(scales, 2))
+    assert read.isfinite().all() and read[:, 0].tolist() == [61440.0, 61440.0]
+
+
 # ---- operators ----
 
 
