@@ -85,29 +85,58 @@ def append_means(
     Raises:
         RuntimeError: the range does not lie within the cache; nothing has been written then.
     """
-    tokens, stop = codes.shape[2], start + source.shape[2]
+    grid = bits, group_size, quantizer
+
+    def mean(new: Tensor) -> Tensor:
+        of_block = new.mean(3)
+        return torch.where(of_block.isfinite(), of_block, 0.0)
+
+    def put(new: Tensor, first: int) -> None:
+        shifted = new.float() - spread(means, first, first + new.shape[2], block).float()
+        torch.ops.jkv.append(codes, scales, stored(shifted, *grid), first, bits)
+
+    def number(i: int) -> Tensor:
+        return _numbers(extents[:, :, i], means)
+
+    write_blocks("append_means", codes.shape[2], means, extents, source, start, block, mean, put, number)
+
+
+def write_blocks(
+    operator: str, tokens: int, tables: Tensor, extents: Tensor, source: Tensor, start: int, block: int,
+    fit: Callable[[Tensor], Tensor], put: Callable[[Tensor, int], None], number: Callable[[int], Tensor],
+) -> None:  # fmt: skip
+    """Write tokens `source` `[B, H, n, D]` to tokens start … of a cache of so many.
+
+    Args:
+        operator: what is called, for people.
+        tables: `[B, H, T, W]`, what the tokens of each block have in common; mutated.
+        extents: see above; mutated.
+        fit: makes what W numbers blocks `[B, H, t, n, D]`, float32, are to have, `[B, H, t, W]`.
+        put: writes tokens `[B, H, n, D]` to those from a first one on, as their blocks' tables are by then.
+        number: the number that tokens of a block are that nothing has been written to, float32 `[B, H, 1, 1]`.
+
+    Raises:
+        RuntimeError: the range does not lie within the cache; nothing has been written then.
+    """
+    stop = start + source.shape[2]
     if start < 0 or stop > tokens:
-        raise RuntimeError(f"jkv::append_means: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
+        raise RuntimeError(f"jkv::{operator}: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
     if not source.numel():
         return
-    jkv, grid = torch.ops.jkv, (bits, group_size, quantizer)
     for first, last, covered in _runs(start, stop, block, tokens):
         i, whole = first // block, block if covered and (last - first) % block == 0 else last - first
         place = first - i * block, last - i * block
         if not covered and not _all_that_is_written(extents[:, :, i], *place):
             _extend(extents[:, :, i], *place)
             continue
-        new = source[:, :, first - start : last - start].float().unflatten(2, (-1, whole)).mean(3)
-        means[:, :, i : i + new.shape[2]] = torch.where(new.isfinite(), new, 0.0)
+        new = fit(source[:, :, first - start : last - start].float().unflatten(2, (-1, whole)))
+        tables[:, :, i : i + new.shape[2]] = new
         for a, b in () if covered else ((i * block, first), (last, min((i + 1) * block, tokens))):
             if a < b:  # these are still the number that they were
-                others = _numbers(extents[:, :, i], means) - means[:, :, i : i + 1].float()
-                others = others.expand(-1, -1, b - a, -1)
-                jkv.append(codes, scales, stored(others, *grid), a, bits)
+                put(number(i).expand(-1, -1, b - a, source.shape[3]), a)
         told = extents[:, :, i : i + new.shape[2], 1:]
         told.copy_(torch.tensor((0, min(block, tokens - first)) if covered else place))
-    shifted = source.float() - spread(means, start, stop, block).float()
-    jkv.append(codes, scales, stored(shifted, *grid), start, bits)
+    put(source, start)
 
 
 def _all_that_is_written(extents: Tensor, start: int, stop: int) -> bool:
@@ -138,23 +167,47 @@ def fill_means(
     Raises:
         RuntimeError: the range does not lie within the cache; nothing has been written then.
     """
-    tokens, value = codes.shape[2], torch.tensor(value, dtype=means.dtype).double().item()
+    value = torch.tensor(value, dtype=means.dtype).double().item()
+
+    def cover(first: int, last: int, covered: slice) -> None:
+        torch.ops.jkv.fill(codes, scales, first, last, 0.0)
+        means[:, :, covered] = value
+
+    def put(new: Tensor, first: int) -> None:
+        shifted = new - spread(means, first, first + new.shape[2], block).float()
+        torch.ops.jkv.append(codes, scales, stored(shifted, bits, group_size, quantizer), first, bits)
+
+    fill_blocks("fill_means", codes.shape[2], means, extents, start, stop, block, means.shape[3], value, cover, put)
+
+
+def fill_blocks(
+    operator: str, tokens: int, tables: Tensor, extents: Tensor, start: int, stop: int, block: int, channels: int,
+    value: float, cover: Callable[[int, int, slice], None], put: Callable[[Tensor, int], None],
+) -> None:  # fmt: skip
+    """Set tokens start … stop - 1 of a cache of so many to a number.
+
+    Args:
+        channels: of a head.
+        cover: sets tokens, first and last + 1, of these blocks, which they cover, to it.
+        operator, tables, extents, put: as for `write_blocks`.
+
+    Raises:
+        RuntimeError: the range does not lie within the cache; nothing has been written then.
+    """
     if not 0 <= start <= stop <= tokens:
-        raise RuntimeError(f"jkv::fill_means: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
-    jkv = torch.ops.jkv
+        raise RuntimeError(f"jkv::{operator}: tokens {start}:{stop} do not lie within the cache's {tokens} tokens")
     for first, last, covered in _runs(start, stop, block, tokens):
         i, n = first // block, blocks(last, block)
         if covered:
-            jkv.fill(codes, scales, first, last, 0.0)
-            means[:, :, i:n] = value
+            cover(first, last, slice(i, n))
             extents[:, :, i:n] = torch.tensor((value, 0, 0), dtype=torch.float64)
             continue
         number, begin, end = extents[:, :, i].unbind(-1)
         same = bool((number == value).all())  # as tokens that nothing has been written to are
         if same and bool((begin == end).all()):
             continue
-        new = (value - means[:, :, i:n].float()).expand(-1, -1, last - first, -1)
-        jkv.append(codes, scales, stored(new, bits, group_size, quantizer), first, bits)
+        one = torch.full((1, 1, 1, 1), value, dtype=torch.float32, device=tables.device)
+        put(one.expand(*tables.shape[:2], last - first, channels), first)
         if not same:
             _extend(extents[:, :, i], first - i * block, last - i * block)
 
