@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,14 @@ from jkv_compile.config import Correction
 from jkv_compile.kernels.quantizers import QUANTIZERS, grid_of
 
 Quantize = Callable[[Tensor], Quantized]
-PACKED = tuple(q for q in QUANTIZERS if not grid_of(q).per_channel)  # as the study has them
+PACKED = tuple(q for q in QUANTIZERS if not (grid_of(q).per_channel or grid_of(q).clustered))
+# Quant VideoGen, whose tokens share centroids by chunks: what else is set, of the package's quantizer.
+QVG: dict[str, dict[str, Any]] = {
+    "qvg": {"quantizer": "qvg"},
+    "qvg_4": {"quantizer": "qvg", "centroids": 4},
+    "qvg_pro": {"quantizer": "qvg", "stages": 4},
+    "qvg_asymmetric": {"quantizer": "qvg_asymmetric"},
+}
 BYTE_STEPS = ("unbiased/steps8", "symmetric_unbiased/steps8")  # `step_bits=8`
 ASYMMETRIC = tuple(q for q in PACKED if not grid_of(q).symmetric)
 # Of the example model. Three blocks of them make a chunk, so that KIVI needs no tail here; the package's blocks have
@@ -40,7 +47,7 @@ class Setting:
     @property
     def simulated(self) -> bool:
         """Whether the package does not run this."""
-        return self.quantizer not in (*PACKED, *BYTE_STEPS) or self.correction not in get_args(Correction)
+        return self.quantizer not in (*PACKED, *BYTE_STEPS, *QVG) or self.correction not in get_args(Correction)
 
     @property
     def bits(self) -> str:
@@ -54,9 +61,11 @@ class Setting:
 
     def variant(self) -> Variant:
         """As the package runs it; without Inductor, whose compilations would take most of the study's time."""
-        bits, grid = (self.bits_k, self.bits_v), grid_of(self.quantizer)
-        settings = bits, self.group_size, self.correction, grid.quantizer
-        return Variant(self.name, *settings, inner="eager", step_bits=grid.step_bits)
+        settings = (self.bits_k, self.bits_v), self.group_size, self.correction
+        if self.quantizer in QVG:
+            return Variant(self.name, *settings, inner="eager", **QVG[self.quantizer])
+        grid = grid_of(self.quantizer)
+        return Variant(self.name, *settings, grid.quantizer, inner="eager", step_bits=grid.step_bits)
 
     def quantizers(self) -> tuple[Quantize, Quantize]:
         """Simulations for keys and for values."""

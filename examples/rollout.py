@@ -35,6 +35,7 @@ class Variant:
 
     sink, recent: tokens in full precision beside the packed ones.
     center, center_tokens: whether tokens are stored less a mean, and how many share one.
+    stages, centroids: of "qvg", how many centroids tokens are stored less, each one of how many.
     budget, salience: how many tokens are kept (None: all), and what tells which.
     """
 
@@ -46,9 +47,11 @@ class Variant:
     inner: str = "inductor"
     sink: int = 0
     recent: int = 0
-    step_bits: int = 16
+    step_bits: int | None = None
     center: bool | str = False
     center_tokens: int = 0
+    stages: int = 1
+    centroids: int | None = None
     budget: int | float | None = None
     salience: str = "attention"
 
@@ -71,6 +74,8 @@ class Variant:
             recent=self.recent,
             center=self.center,
             center_tokens=self.center_tokens,
+            stages=self.stages,
+            centroids=self.centroids,
             budget=self.budget,
             salience=self.salience,
         )

@@ -1,8 +1,8 @@
 """Quantizers as reference simulations: a chunk's keys or values are quantized and at once dequantized, bytes counted.
 
-The package packs `rtn`, `quarot` and `unbiased`, and their symmetric forms; here they are once more, beside published
-methods and ideas that it does not pack, so that all can be compared in one harness. It packs KIVI, too, but with an
-open block's tokens in full precision; here are blocks that chunks fill. Quantized channels may be rotated;
+The package packs `rtn`, `quarot` and `unbiased`, their symmetric forms, and Quant VideoGen; here they are once more,
+beside methods and ideas that it does not pack, so that all can be compared in one harness. It packs KIVI, too, but with
+an open block's tokens in full precision; here are blocks that chunks fill. Quantized channels may be rotated;
 everything that the correction needs is told in the basis of what is stored.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jkv_compile.kernels import byte_steps, reference
+from jkv_compile.kernels.clusters import kmeans, nearest
 from jkv_compile.kernels.quantizers import rotate, round_unbiased
 
 FLOAT16_BITS, FLOAT8_BITS = 16, 8
@@ -120,20 +121,20 @@ class Clustered:
 
     Its paper: 256 centroids over a span of tens of thousands of tokens, one stage, ternary residual, groups of 64 with
     an FP8 step; "Pro": four stages, groups of 16. Here a span is a chunk of some hundred tokens, so the number of
-    centroids is an argument, and they are counted in float16. Nothing is drawn at random.
+    centroids is an argument, and they are counted in float16.
     """
 
     residual: MinMax | Ternary
     centroids: int
     stages: int = 1
-    iterations: int = 10
 
     def __call__(self, x: Tensor) -> Quantized:
         """Quantize x [B, H, S, D]."""
         rest, smooth = x.float(), torch.zeros_like(x, dtype=torch.float32)
         for _ in range(self.stages):
-            nearest = nearest_centroids(rest, self.centroids, self.iterations).half().float()
-            rest, smooth = rest - nearest, smooth + nearest
+            centroids = kmeans(rest, self.centroids).half().float()
+            closest = centroids.gather(2, nearest(rest, centroids).unsqueeze(-1).expand_as(rest))
+            rest, smooth = rest - closest, smooth + closest
         quantized = self.residual(rest)
         batch, heads, tokens, head_dim = x.shape
         per_head = self.centroids * head_dim * FLOAT16_BITS + tokens * 8  # and an index of one byte per token
@@ -149,21 +150,6 @@ def group_mean(x: Tensor, group_size: int, block: int) -> Tensor:
     """x [B, H, S, D], each element replaced by the mean over its group of channels and block of tokens."""
     groups = x.unflatten(-1, (-1, group_size)).unflatten(2, (-1, block))  # [B, H, T, block, G, group_size]
     return groups.mean((3, 5), keepdim=True).expand_as(groups).flatten(-2).flatten(2, 3)
-
-
-def nearest_centroids(x: Tensor, count: int, iterations: int) -> Tensor:
-    """Each token of x [B, H, S, D] replaced by its centroid: Euclidean k-means per batch entry and head.
-
-    Begins with every (S / count)-th token; a centroid that loses all its tokens stays where it is.
-    """
-    first = torch.arange(count, device=x.device) * x.shape[2] // count
-    centroids = x[:, :, first]  # [B, H, K, D]
-    for _ in range(iterations):
-        member = torch.nn.functional.one_hot(torch.cdist(x, centroids).argmin(-1), count).to(x.dtype)  # [B, H, S, K]
-        size = member.sum(2).unsqueeze(-1)
-        centroids = torch.where(size > 0, member.mT @ x / size.clamp_min(1), centroids)
-    closest = torch.cdist(x, centroids).argmin(-1)
-    return centroids.gather(2, closest.unsqueeze(-1).expand_as(x))
 
 
 # ---- corrections: what is subtracted from the scores of cached keys ----

@@ -59,6 +59,7 @@ def adopt(
     written: tuple[int, int] | None = None,
     centered: bool = False,
     fold: Fold | None = None,
+    mean_tokens: int | None = None,
 ) -> Store:
     """Pack a plain cache tensor in place; what it holds is quantized.
 
@@ -68,9 +69,10 @@ def adopt(
         views: plain views of the tensor that become windows on the packed cache with it.
         quantizer: as `kernels.quantizers.Grid` spells it; the configuration's, of keys, where it is not given.
         written: the tokens that were written last, where that is known.
-        centered: whether tokens are stored less the mean of those that it holds, or as the configuration says, of as
-            many of them as share one.
+        centered: whether tokens are stored less the mean of those that it holds, or of as many as share one.
         fold: how it is seen as a tensor of four, see `geometry.folds`.
+        mean_tokens: how many tokens share a mean of their own, or centroids; 0, none do; None, as the configuration
+            says.
 
     Raises:
         ConfigurationError: groups do not tile its head_dim.
@@ -84,8 +86,11 @@ def adopt(
     else:
         store = Store.empty(canonical.shape, canonical.stride(), tensor.dtype, *settings)
     filled = canonical.shape[2]
-    if centered and config.center_tokens:
-        store.means = BlockMeans.empty(canonical.shape, tensor.dtype, tensor.device, config.center_tokens)
+    if mean_tokens is None:
+        mean_tokens = config.center_tokens if centered or config.clustered else 0
+    if mean_tokens:
+        tables = store._grid.tables
+        store.means = BlockMeans.empty(canonical.shape, tensor.dtype, tensor.device, mean_tokens, tables)
         filled = _filled(canonical)  # what comes after has no part in a mean
     elif centered:
         store.center = _mean(canonical)

@@ -1,4 +1,4 @@
-"""Means that a packed cache's tokens are stored less, one per block of tokens; see `kernels.block_means`."""
+"""What blocks of a packed cache's tokens have in common: a mean, or centroids (`kernels.block_means`, `.clusters`)."""
 
 from __future__ import annotations
 
@@ -15,39 +15,45 @@ Saved = tuple[Tensor, Tensor, int]
 
 
 class BlockMeans:
-    """The means of a store, and which of its blocks nothing has been written to.
+    """The means of a store, or its centroids, and which of its blocks nothing has been written to.
 
     Boxes are told by their first index and their length per axis (batch, head, token, channel).
 
     Args:
-        data: `[B, H, T, D]` in the cache's dtype, on its device; contiguous, as strides are compiled.
+        data: `[B, H, T, D]`, or tables of centroids `[B, H, T, stages · C · D]`, in the cache's dtype, on its device;
+            contiguous, as strides are compiled.
         extents: float64 `[B, H, T, 3]` on the CPU, see `kernels.block_means`.
-        tokens: how many share a mean.
+        tokens: how many share one.
     """
 
     def __init__(self, data: Tensor, extents: Tensor, tokens: int) -> None:
         self.data, self.extents, self.tokens = data, extents, tokens
 
     @classmethod
-    def empty(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, tokens: int) -> BlockMeans:
-        """Those of a cache `[B, H, S, D]` that reads as zeros."""
+    def empty(
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, tokens: int, tables: int
+    ) -> BlockMeans:
+        """Those of a cache `[B, H, S, D]` that reads as zeros; `tables` vectors for each block."""
         batch, heads, length, head_dim = shape
         with torch.inference_mode(False):  # one kind of tensor, whatever the mode: it outlives it
-            data = torch.zeros(batch, heads, rules.blocks(length, tokens), head_dim, dtype=dtype, device=device)
+            data = torch.zeros(
+                batch, heads, rules.blocks(length, tokens), head_dim * tables, dtype=dtype, device=device
+            )
             return cls(data, rules.nothing_written(batch, heads, length, tokens), tokens)
 
     @classmethod
-    def rebuilt(cls, saved: Saved, shape: Sequence[int], dtype: torch.dtype) -> BlockMeans:
+    def rebuilt(cls, saved: Saved, shape: Sequence[int], dtype: torch.dtype, tables: int) -> BlockMeans:
         """Those that were `saved`. Raises `PackedCacheError` where they are not a cache's of `shape` and `dtype`."""
         data, extents, tokens = saved
         batch, heads, length, head_dim = shape
         known = isinstance(tokens, int) and tokens > 0
         expected = (batch, heads, rules.blocks(length, tokens if known else 1))
-        fits = tuple(data.shape) == (*expected, head_dim) and tuple(extents.shape) == (*expected, 3)
+        fits = tuple(data.shape) == (*expected, head_dim * tables) and tuple(extents.shape) == (*expected, 3)
         if not known or not fits or data.dtype != dtype or extents.dtype != torch.float64:
             raise PackedCacheError(
                 f"a saved packed cache of {list(shape)}, {dtype}, has means {data.dtype} {list(data.shape)} of every "
-                f"{tokens} tokens, and extents {extents.dtype} {list(extents.shape)}; expected {list(expected)}"
+                f"{tokens} tokens, and extents {extents.dtype} {list(extents.shape)}; expected {list(expected)}, "
+                f"{tables} for each block"
             )
         return cls(data.contiguous(), extents, tokens)
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError
+from .kernels.clusters import centroids_of
 from .kernels.layout import SUPPORTED_BITS
-from .kernels.quantizers import QUANTIZERS, Grid, grid_of
+from .kernels.quantizers import CLUSTERED, QUANTIZERS, Grid, grid_of
 from .salience import policy_of
 
 Correction = Literal["taylor", "clamped", "exact", "none"]
-Quantizer = Literal["rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi"]
+Quantizer = Literal[
+    "rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi", "qvg", "qvg_asymmetric"
+]
 Inner = Literal["inductor", "aot_eager", "eager"]
 Offload = Literal["cpu"]
 Center = Literal["keys", "values"]
 
 
 # What measured best at four sizes, against 16 bits and at any head_dim that 64 divides: 4.0x, 5.3x, 6.4x and 7.5x
-# smaller (`examples/README.md`, "Quality").
+# smaller (`examples/README.md`, "Quality"). The last two are published settings, to compare with (arXiv 2602.02958).
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"quantizer": "unbiased", "bits": (3, 4), "group_size": 64},
     "balanced": {"quantizer": "unbiased", "bits": (2, 3), "group_size": 64},
     "memory": {"quantizer": "unbiased", "bits": 2, "group_size": 64},
     "smallest": {"quantizer": "symmetric_unbiased", "bits": 2, "group_size": 64, "step_bits": 8},
+    "qvg": {"quantizer": "qvg", "bits": 2, "group_size": 64},
+    "qvg_pro": {"quantizer": "qvg", "bits": 2, "group_size": 16, "stages": 4},
 }
 
 
@@ -47,7 +52,10 @@ class Config:
             "kivi" quantizes keys by channel, over blocks of `group_size` tokens (arXiv 2402.02750), and values as "rtn"
             does; the last `group_size` - 1 tokens before the chunk at hand are then held in full precision, as with
             `recent` (`kernels.blocks`). It is for keys that are attended as they were written, of caches that are
-            written in slices: others stay in full precision, and tokens can be moved by whole blocks only.
+            written in slices: others stay in full precision, and tokens can be moved by whole blocks only. "qvg" is
+            Quant VideoGen (arXiv 2602.02958): tokens less the nearest of `centroids`, `stages` times, what is left on
+            an odd number of levels around zero, with steps of 8 bits; "qvg_asymmetric" between a group's extremes.
+            Tokens are dequantized for each attention (`kernels.clusters`).
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
         offload: "cpu" keeps packed caches in (pinned) host memory, and brings each to its device for the calls that use
@@ -60,11 +68,16 @@ class Config:
             either). Scores of keys that are all shifted alike shift alike, which softmax does not see; results over
             values are shifted back (`kernels.centers`).
         step_bits: bits of a group's step: 16, or 8, which takes 2.125 bits a channel at 2 bits in groups of 64 without
-            zero points, and 2.375 with these, which keep 16 (`kernels.byte_steps`). Not for codes of 8 bits.
+            zero points, and 2.375 with these, which keep 16 (`kernels.byte_steps`). Not for codes of 8 bits. None is 8
+            with "qvg" and codes of fewer bits, and 16 otherwise.
         center_tokens: with `center`, every so many tokens of a cache have a mean of their own, which is that of what is
             written to them: the number of tokens of a chunk, as a rule, or of a frame. Attention is then computed for
             each such block, and put together (`kernels.block_means`). 0, one mean for a whole cache. Tokens of such
-            caches can be moved by whole blocks only.
+            caches can be moved by whole blocks only. With "qvg", so many tokens share their centroids; 0, as many as
+            the model writes at a time.
+        stages: with "qvg", how many centroids a token is stored less (S in its paper; `group_size` is its B).
+        centroids: with "qvg", of how many each is one, at most 256; None, one for 112 tokens that share them, which is
+            256 for 28,672 of them and more, as in its paper.
         budget: how many tokens of a cache are kept, those of the chunk at hand among them; a fraction is one of the
             cache's length. The least salient others are dropped (`kernels.retention`). It is for caches that are
             written and read in slices, and attended in the same graph: others stay in full precision.
@@ -86,8 +99,10 @@ class Config:
     sink: int = 0
     recent: int = 0
     center: bool | Center = False
-    step_bits: Literal[8, 16] = 16
+    step_bits: Literal[8, 16] | None = None
     center_tokens: int = 0
+    stages: int = 1
+    centroids: int | None = None
     budget: int | float | None = None
     salience: Any = "attention"
 
@@ -95,6 +110,8 @@ class Config:
         if isinstance(self.bits, list):
             object.__setattr__(self, "bits", tuple(self.bits))
         pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
+        if self.step_bits is None:
+            object.__setattr__(self, "step_bits", 8 if self.clustered and 8 not in pair else 16)
         if len(pair) != 2 or any(isinstance(b, bool) or b not in SUPPORTED_BITS for b in pair):
             raise ConfigurationError(
                 f"bits={self.bits!r}: expected one of {SUPPORTED_BITS}, or a pair of them for keys and values, "
@@ -136,6 +153,7 @@ class Config:
                 "point take 3 bytes, which caches in host memory are not laid out for; expected step_bits=16, or a "
                 "symmetric quantizer"
             )
+        self._check_clusters()
         self._check_center_tokens()
         if self.quantizer == "kivi" and self.offload is not None:
             raise ConfigurationError(
@@ -148,6 +166,29 @@ class Config:
                 "has a zero point of its own, which any mean goes into"
             )
         self._check_budget()
+
+    @property
+    def clustered(self) -> bool:
+        """Whether tokens are stored less centroids."""
+        return self.quantizer in CLUSTERED
+
+    def _check_clusters(self) -> None:
+        for name, value, most in (("stages", self.stages, 16), ("centroids", self.centroids, 256)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigurationError(f"{name}={value!r}: expected a number from 1 to {most}")
+            if not self.clustered and value != type(self).__dataclass_fields__[name].default:
+                raise ConfigurationError(
+                    f"{name}={value} with quantizer={self.quantizer!r}: expected one of {CLUSTERED}, which store "
+                    "tokens less centroids"
+                )
+        for name, value in (("center", self.center), ("offload", self.offload)) if self.clustered else ():
+            if value:
+                raise ConfigurationError(
+                    f"{name}={value!r} with quantizer={self.quantizer!r}, whose tokens are stored less centroids that "
+                    f"others share: expected no {name}, or another quantizer"
+                )
 
     def _check_budget(self) -> None:
         budget = self.budget
@@ -167,7 +208,8 @@ class Config:
             )
         for name, value, none in (
             ("offload", self.offload, None), ("sink", self.sink, 0), ("recent", self.recent, 0),
-            ("center", self.center, False), ("quantizer", self.quantizer == "kivi" and "kivi", False),
+            ("center", self.center, False),
+            ("quantizer", (self.clustered or self.quantizer == "kivi") and self.quantizer, False),
         ):  # fmt: skip
             if value != none:
                 raise ConfigurationError(
@@ -193,7 +235,7 @@ class Config:
                 f"center_tokens={n!r}: expected a number of tokens of at least 8 that share a mean, as a chunk of the "
                 "model's or a frame has; or 0, one mean for a whole cache"
             )
-        if n and not self.center:
+        if n and not self.center and not self.clustered:
             raise ConfigurationError(
                 f"center_tokens={n} with center={self.center!r}: expected center=True, 'keys' or 'values', of which "
                 "so many tokens are to share a mean"
@@ -207,17 +249,32 @@ class Config:
     @property
     def key_quantizer(self) -> str:
         """That of keys, as `kernels.quantizers.Grid` spells it."""
-        return str(Grid(self.quantizer, step_bits=self.step_bits))
+        return str(self._grid_of(self.quantizer))
 
     @property
     def value_quantizer(self) -> str:
         """That of values, which KIVI quantizes by token."""
-        return str(Grid("rtn" if self.quantizer == "kivi" else self.quantizer, step_bits=self.step_bits))
+        return str(self._grid_of("rtn" if self.quantizer == "kivi" else self.quantizer))
+
+    def _grid_of(self, quantizer: str) -> Grid:
+        assert self.step_bits is not None
+        grid = Grid(quantizer, step_bits=self.step_bits)
+        if not self.clustered or not self.center_tokens:
+            return grid
+        return replace(grid, stages=self.stages, centroids=self.centroids or centroids_of(self.center_tokens))
+
+    def in_blocks_of(self, tokens: int) -> Config:
+        """The same, of a cache where so many tokens share their centroids."""
+        return replace(self, center_tokens=tokens)
 
     @property
     def window(self) -> tuple[int, int]:
         """How many of a cache's first tokens are held in full precision, and of the newest before a chunk."""
         return self.sink, max(self.recent, grid_of(self.quantizer).open_tokens(self.group_size))
+
+    def mean_tokens(self, *sides: str) -> int:
+        """How many tokens of these sides, "keys" or "values", share a mean or centroids; 0, none do."""
+        return self.center_tokens if self.clustered or self.centers(*sides) else 0
 
     def centers(self, *sides: str) -> bool:
         """Whether what is of these sides, "keys" or "values", is stored less a mean."""

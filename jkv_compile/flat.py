@@ -168,7 +168,7 @@ def _rebuilt(payload: Tensor, given: dict[str, Any]) -> Tensor:
         parts.append((dtype, (batch, heads, 1, head_dim)))
     if mean_tokens := given.get("mean_tokens"):
         blocks = -(-given["shape"][2] // mean_tokens)
-        parts += [(dtype, (batch, heads, blocks, head_dim)), (torch.float64, (batch, heads, blocks, 3))]
+        parts += [(dtype, (batch, heads, blocks, head_dim * grid.tables)), (torch.float64, (batch, heads, blocks, 3))]
     tensors, at = [], 0
     with torch.inference_mode(False):
         for kind, shape in parts:

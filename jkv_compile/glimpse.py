@@ -60,6 +60,8 @@ def glimpsing_call(
 
 
 def _look(args: Sequence[Any], glimpse: Glimpse, config: Config, stores: Any, sightings: Sightings) -> None:
+    if config.clustered and not config.center_tokens:
+        return  # how many tokens the model writes at a time is not seen here
     found = []
     for argument, dim, bits, quantizer, side in (
         (glimpse.key, glimpse.key_tokens, config.key_bits, config.key_quantizer, "keys"),

@@ -28,7 +28,7 @@ from .geometry import four_dimensional
 from .hints import is_ignored
 from .kernels.quantizers import grid_of, grid_within
 from .packed import PackedKV
-from .reasons import BUDGET, MEANS, PER_CHANNEL, Reason
+from .reasons import BUDGET, CLUSTERS, MEANS, PER_CHANNEL, Reason
 from .report import GraphReport, Note, Rejected
 from .runtime import Seen
 from .store import Store
@@ -354,7 +354,9 @@ def _adopt(
     elsewhere = "these are read here, and attended in another graph"
     if sides[0] and grid_of(config.key_quantizer).per_channel:
         return REFUSED.format(PER_CHANNEL.format(config.quantizer, elsewhere))
-    if config.center_tokens and config.centers(*(name for side, name in zip(sides, ("keys", "values")) if side)):
+    if config.clustered:
+        return REFUSED.format(CLUSTERS.format(config.quantizer, elsewhere))
+    if config.mean_tokens(*(name for side, name in zip(sides, ("keys", "values")) if side)):
         return REFUSED.format(MEANS.format(config.center_tokens, elsewhere))
     if config.budget is not None:
         return REFUSED.format(BUDGET.format("this one is read here, and attended in another graph"))

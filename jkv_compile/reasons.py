@@ -61,6 +61,7 @@ class Reason(Enum):
 BUDGET = "budget= is for caches that one graph writes in slices, and attends to in slices as they are, and {}"
 PER_CHANNEL = "quantizer={!r} quantizes keys by channel, over blocks of tokens, and {}"
 MEANS = "center_tokens={} stores tokens less means of so many of them, and {}"
+CLUSTERS = "quantizer={!r} stores tokens less centroids that a block of them shares, and {}"
 
 _PATTERNS: tuple[tuple[str, Reason], ...] = (
     (r"jkv_compile\.ignore", Reason.IGNORED),

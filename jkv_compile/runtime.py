@@ -262,7 +262,7 @@ def first_contact(
                 canonical = in_four_dimensions(owner, cache.fold).permute(cache.axes)
                 active = Active(canonical[:, :, start:stop].clone(), start, stop)
             views = [] if owner is value else [value]
-            settings = views, cache.quantizer, last, cache.less_means, cache.fold
+            settings = views, cache.quantizer, last, cache.centered, cache.fold, cache.mean_tokens
             store = adopt(owner, cache.axes, cache.bits, config, *settings)
             store.active = active
             store.join(stores)
@@ -313,7 +313,7 @@ def watched_call(
         alone = [i for i in again if i not in plan.owners and obstacle(args[i]) is None and not is_ignored(args[i])]
         for argument in alone:
             cache = rewritten.caches[argument]
-            settings = (), cache.quantizer, None, cache.less_means, cache.fold
+            settings = (), cache.quantizer, None, cache.centered, cache.fold, cache.mean_tokens
             adopt(args[argument], cache.axes, cache.bits, config, *settings).join(stores)
         return later(*args) if alone else inner(*args)
 

@@ -447,7 +447,8 @@ class Store:
         self.active = None
         center = self.center_of(starts, source.shape)
         if self.means is not None:
-            _ops.append_means(*self._less_means(starts, source.shape), _as_float(source), starts[TOKEN], *self._meaning)
+            append = _ops.append_clusters if self._grid.clustered else _ops.append_means
+            append(*self._less_means(starts, source.shape), _as_float(source), starts[TOKEN], *self._meaning)
         elif self.block > 1:
             self._append_blocks(_as_float(source), starts)
         else:
@@ -469,7 +470,7 @@ class Store:
 
     @property
     def _meaning(self) -> tuple[int, int, int, str]:
-        """What operators of `kernels.block_means` are told."""
+        """What operators of `kernels.block_means` and `kernels.clusters` are told."""
         return self.mean_tokens, self.bits, self.group_size, self.quantizer
 
     def _append_blocks(self, source: Tensor, starts: Sequence[int]) -> None:
@@ -532,8 +533,8 @@ class Store:
         self.own()
         if self.means is not None:
             start, value = starts[TOKEN], self._storable(value)
-            box = self._less_means(starts, lengths)
-            _ops.fill_means(*box, start, start + lengths[TOKEN], *self._meaning, value)
+            fill = _ops.fill_clusters if self._grid.clustered else _ops.fill_means
+            fill(*self._less_means(starts, lengths), start, start + lengths[TOKEN], *self._meaning, value)
         elif self.block > 1:
             number = torch.full((1, 1, 1, 1), self._storable(value), dtype=self.dtype, device=self.device)
             self._append_blocks(_as_float(number).expand(tuple(lengths)), starts)
@@ -610,7 +611,8 @@ class Store:
         codes, scales, first = self._around(starts, lengths)
         if self.means is not None:
             data = codes, scales, self.means.part(starts, lengths)[0]
-            out = _ops.dequantize_means(*data, [], [], first, first + lengths[TOKEN], *self._meaning, dtype)
+            read = _ops.dequantize_clusters if self._grid.clustered else _ops.dequantize_means
+            out = read(*data, [], [], first, first + lengths[TOKEN], *self._meaning, dtype)
         else:
             out = self._from_grid(_ops.dequantize(codes, scales, first, first + lengths[TOKEN], self.bits, dtype))
         center = self.center_of(starts, lengths)
@@ -749,7 +751,7 @@ class Store:
         new = Store.empty(shape, strides, self.dtype, self.bits, self.group_size, self.device, self.quantizer)
         new.grows, new.tells_steps, new.window, new.center = self.grows, self.tells_steps, self.window, center
         if self.mean_tokens:
-            new.means = BlockMeans.empty(shape, self.dtype, self.device, self.mean_tokens)
+            new.means = BlockMeans.empty(shape, self.dtype, self.device, self.mean_tokens, self._grid.tables)
         new.join(self._family)
         return new
 
@@ -849,17 +851,19 @@ class Store:
             raise PackedCacheError(
                 f"{what} of a packed cache of {self._of_blocks}, {self.unit} of which share {self._shared}; "
                 f"nothing was written. Expected ranges of tokens: {instead}, or choose "
-                + ("center_tokens=0" if self.mean_tokens else "another quantizer")
+                + ("center_tokens=0" if self.mean_tokens and not self._grid.clustered else "another quantizer")
             )
 
     @property
     def _of_blocks(self) -> str:
         """What makes tokens share something, for people."""
-        return f"center_tokens={self.mean_tokens}" if self.mean_tokens else f"quantizer {self.quantizer!r}"
+        centers = f"center_tokens={self.mean_tokens}" if self.mean_tokens else ""
+        quantizer = "" if self.mean_tokens and not self._grid.clustered else f"quantizer {self.quantizer!r}"
+        return " and ".join(filter(None, (quantizer, centers)))
 
     @property
     def _shared(self) -> str:
-        return "a mean" if self.mean_tokens else "their steps"
+        return "centroids" if self._grid.clustered else "a mean" if self.mean_tokens else "their steps"
 
     @contextmanager
     def _changing(
@@ -941,6 +945,8 @@ def rebuild_store(
         and codes.dtype == torch.uint8
         and scales.dtype == grid.scale_dtype
         and (tuple(codes.shape), tuple(scales.shape)) == grid.store_shapes(shape, bits, group_size)
+        and grid.clustered == (grid.stages > 0)
+        and not (grid.clustered and means is None)
         and (not grid.pairs or grid_within(quantizer, head_dim, group_size, grid.pairs) == grid)
         and len(strides) == 4
     )
@@ -964,7 +970,7 @@ def rebuild_store(
                 f"a saved packed cache of quantizer {quantizer!r} has means of blocks of tokens beside "
                 + ("a mean of all of them" if center is not None else "steps of blocks; expected one of both")
             )
-        store.means = BlockMeans.rebuilt(means, shape, dtype)
+        store.means = BlockMeans.rebuilt(means, shape, dtype, store._grid.tables)
     if active is not None:
         data, start, stop = active
         if tuple(data.shape) != (batch, heads, stop - start, head_dim) or not 0 <= start <= stop <= tokens:

@@ -3,6 +3,7 @@
 from . import ops as ops  # isort: skip  (defines the library that the others add to)
 from . import block_means as block_means
 from . import blocks as blocks
+from . import clusters as clusters
 from . import dense as dense
 from . import grids as grids
 from . import held as held

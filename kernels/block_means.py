@@ -96,7 +96,7 @@ def append_means(
         torch.ops.jkv.append(codes, scales, stored(shifted, *grid), first, bits)
 
     def number(i: int) -> Tensor:
-        return _numbers(extents[:, :, i], means)
+        return numbers(extents[:, :, i], means)
 
     write_blocks("append_means", codes.shape[2], means, extents, source, start, block, mean, put, number)
 
@@ -153,7 +153,7 @@ def _extend(extents: Tensor, start: int, stop: int) -> None:
     last.copy_(torch.where(nothing, stop, last.clamp(min=stop)))
 
 
-def _numbers(extents: Tensor, like: Tensor) -> Tensor:
+def numbers(extents: Tensor, like: Tensor) -> Tensor:
     """The number of a block, float32 `[B, H, 1, 1]`, on the device of `like`."""
     return extents[..., :1, None].float().to(like.device)
 

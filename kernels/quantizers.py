@@ -18,6 +18,9 @@ no preferred sign, so that there is little to lose. But such a grid has no level
 `kivi` is of keys, and quantizes them as they are, by channel: the tokens of a block share a step for each channel
 (KIVI, arXiv 2402.02750; `blocks`). Values go with it as `rtn` has them, by token.
 
+`qvg` and `qvg_asymmetric` store tokens less centroids (Quant VideoGen, arXiv 2602.02958; `clusters`), on an odd number
+of levels around zero, or on as many as codes can tell, between a group's least and greatest channel.
+
 The correction needs each channel's step where scores are made, and some models turn or join cached keys before that
 (rotary embeddings after the read). What is dequantized has the errors' variances group by group, and rotary embeddings
 leave them alone, as long as (a) a rotation has not mixed groups of different steps, and (b) a group holds both channels
@@ -40,8 +43,11 @@ from .byte_steps import are_bytes, encode
 from .layout import in_blocks, is_symmetric, pack, packed_width
 from .reference import FLOAT16_MAX
 
-QUANTIZERS = ("rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi")
-_STORED = re.compile(f"({'|'.join(QUANTIZERS)})(/steps8)?(/groups|/pairs([1-9][0-9]{{0,5}}))?")
+CLUSTERED = ("qvg", "qvg_asymmetric")
+QUANTIZERS = ("rtn", "quarot", "unbiased", "symmetric", "symmetric_quarot", "symmetric_unbiased", "kivi", *CLUSTERED)
+_STORED = re.compile(
+    f"({'|'.join(QUANTIZERS)})(/steps8)?(/stages([1-9][0-9]?)of([1-9][0-9]{{0,2}}))?(/groups|/pairs([1-9][0-9]{{0,5}}))?"
+)
 
 # Greatest level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error for normal
 # numbers. With 8 bits it lies beyond the extremes of any group.
@@ -57,17 +63,31 @@ class Grid:
     within: nothing leaves its group: rotations are of each group by itself.
     pairs: channels c and c + pairs/2 of each run of so many channels lie in one group; 0, groups are neighbours.
     step_bits: 16, or 8 (`byte_steps`).
+    stages, centroids: of a clustered one (`clusters`), how many centroids a token is stored less, each one of so many;
+        where it is not known yet, 0 centroids.
     """
 
     quantizer: str
     within: bool = False
     pairs: int = 0
     step_bits: int = 16
+    stages: int = 0
+    centroids: int = 0
 
     @property
     def rotates(self) -> bool:
         """Whether what is stored are rotated channels."""
-        return self.quantizer not in ("rtn", "symmetric", "kivi")
+        return self.quantizer not in ("rtn", "symmetric", "kivi", *CLUSTERED)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether tokens are stored less centroids, see `clusters`."""
+        return self.quantizer in CLUSTERED
+
+    @property
+    def tables(self) -> int:
+        """How many vectors the tokens of a block have in common, where they have any: centroids, or one mean."""
+        return self.stages * self.centroids or 1
 
     @property
     def per_channel(self) -> bool:
@@ -77,7 +97,7 @@ class Grid:
     @property
     def symmetric(self) -> bool:
         """Whether scales are steps without zero points."""
-        return self.quantizer.startswith("symmetric")
+        return self.quantizer.startswith("symmetric") or self.quantizer == "qvg"
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -100,7 +120,7 @@ class Grid:
     def store_shapes(self, shape: Sequence[int], bits: int, group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of codes and of scales of a cache `[B, H, S, D]`, as `layout` describes them."""
         batch, heads, tokens, head_dim = shape
-        width = packed_width(head_dim, bits)
+        width = packed_width(head_dim, bits) + self.stages  # a byte for each of a token's centroids
         if self.per_channel:
             blocks = -(-tokens // group_size)
             return (batch, heads, blocks * group_size, width), (batch, heads, head_dim, blocks, self.scale_size)
@@ -124,6 +144,7 @@ class Grid:
 
     def __str__(self) -> str:
         steps = "/steps8" if self.step_bits == 8 else ""
+        steps += f"/stages{self.stages}of{self.centroids}" if self.centroids else ""
         return self.quantizer + steps + (f"/pairs{self.pairs}" if self.pairs else "/groups" if self.within else "")
 
 
@@ -133,9 +154,15 @@ def grid_of(quantizer: str) -> Grid:
     match = _STORED.fullmatch(quantizer)
     if match is None:
         raise ValueError(
-            f"quantizer {quantizer!r}: expected one of {QUANTIZERS}, and /steps8, /groups or /pairsN after it"
+            f"quantizer {quantizer!r}: expected one of {QUANTIZERS}, and /steps8, /stagesSofC, /groups or /pairsN "
+            "after it, in this order"
         )
-    return Grid(match[1], match[3] is not None, int(match[4] or 0), 8 if match[2] else 16)
+    stages, centroids = int(match[4] or 0), int(match[5] or 0)
+    if (stages and match[1] not in CLUSTERED) or centroids > 256:
+        raise ValueError(
+            f"quantizer {quantizer!r}: expected one of {CLUSTERED} where there are /stagesSofC, C at most 256"
+        )
+    return Grid(match[1], match[6] is not None, int(match[7] or 0), 8 if match[2] else 16, stages, centroids)
 
 
 def grid_within(quantizer: str, head_dim: int, group_size: int, pairs: int) -> Grid:

@@ -1,4 +1,5 @@
-"""What graphs do with caches whose tokens are stored less a mean for each block of them; see `kernels.block_means`."""
+"""What graphs do with caches whose tokens are stored less what blocks of them have in common: a mean
+(`kernels.block_means`), or centroids (`kernels.clusters`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..kernels.quantizers import grid_of
 from .actions import Append, Fill, Holder, Move
 from .pieces import Pieces
 
@@ -18,12 +20,14 @@ def write(pieces: Pieces, action: Append | Move | Fill, packed: tuple[Node, Node
     """Write `value` `[B, H, n, D]` as the model has it, a number, or tokens that are moved, to codes and scales."""
     holder, number = action.holder, pieces.number
     store = *packed, pieces.own(holder, "means"), pieces.own(holder, "extents")
-    settings = _settings(pieces, holder)
+    settings, clustered = _settings(pieces, holder), grid_of(pieces.plans[holder].quantizer).clustered
     if isinstance(action, Append):
-        pieces.call(ops.append_means.default, *store, value, number(action.start), *settings)
+        append = ops.append_clusters if clustered else ops.append_means
+        pieces.call(append.default, *store, value, number(action.start), *settings)
     elif isinstance(action, Fill):
         tokens = number(action.start), number(action.stop)
-        pieces.call(ops.fill_means.default, *store, *tokens, *settings, float(action.value))
+        fill = ops.fill_clusters if clustered else ops.fill_means
+        pieces.call(fill.default, *store, *tokens, *settings, float(action.value))
     else:
         args = number(action.source), number(action.destination), number(action.length)
         pieces.call(ops.move_means.default, *store, *args, pieces.plans[holder].mean_tokens)
@@ -37,7 +41,8 @@ def read(pieces: Pieces, holder: Holder, first: Any, stop: Any, whole: bool = Fa
     else:
         store, held = [*pieces.packed(holder), pieces.own(holder, "means")], _in_full(pieces, holder)
     args = pieces.number(first), pieces.number(stop), *_settings(pieces, holder), holder.dtype
-    return pieces.call(ops.dequantize_means.default, *store, *held, *args)
+    clustered = grid_of(pieces.plans[holder].quantizer).clustered
+    return pieces.call((ops.dequantize_clusters if clustered else ops.dequantize_means).default, *store, *held, *args)
 
 
 def attention(

@@ -113,13 +113,13 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     tokens, length = math.prod(numbers) // head_dim, numbers[plan.axes[2]]
     sink, recent = (min(n, length) for n in plan.held)
     held_bytes = tokens // max(1, length) * (sink + 2 * recent) * head_dim * holder.dtype.itemsize
-    means = -(-length // plan.mean_tokens) if plan.mean_tokens else int(plan.centered)
+    grid = grid_of(plan.quantizer)
+    means = -(-length // plan.mean_tokens) * grid.tables if plan.mean_tokens else int(plan.centered)
     lines = tokens // max(1, length)
     center_bytes = means * lines * head_dim * holder.dtype.itemsize
     stored = lines * (plan.rows or -(-length // plan.block) * plan.block)  # whole blocks of them
     retained_bytes = 4 * plan.rows + length if plan.keeps else 0
-    scale_bytes = grid_of(plan.quantizer).scale_bytes
-    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, scale_bytes)
+    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, grid.scale_bytes) + stored * grid.stages
     return CacheUse(
         name=input_name(holder.node),
         role="keys" if is_key else "values",

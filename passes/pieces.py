@@ -37,7 +37,8 @@ class CachePlan:
     held: how many of its first tokens are held in full precision, and of the newest before a chunk; at most.
     centered: what is stored are tokens less a mean, see `kernels.centers`.
     fold: how the tensor is seen as one of four dimensions, see `geometry.folds`.
-    mean_tokens: how many tokens share a mean that they are stored less, see `kernels.block_means`; 0, none.
+    mean_tokens: how many tokens share a mean that they are stored less, see `kernels.block_means`, or centroids, see
+        `kernels.clusters`; 0, none.
     keeps: what tells which tokens it keeps, where it has a budget, and `rows`, how many: see `kernels.retention`.
     """
 
@@ -51,11 +52,6 @@ class CachePlan:
     mean_tokens: int = 0
     keeps: str = ""
     rows: int = 0
-
-    @property
-    def less_means(self) -> bool:
-        """Whether what is stored are tokens less some mean."""
-        return self.centered or self.mean_tokens > 0
 
     @property
     def holds(self) -> bool:

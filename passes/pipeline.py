@@ -21,7 +21,7 @@ from ..kernels.held import no_ranges
 from ..kernels.quantizers import grid_of
 from ..kernels.retention import no_places
 from ..packed import PackedKV
-from ..reasons import BUDGET, MEANS, PER_CHANNEL
+from ..reasons import BUDGET, CLUSTERS, MEANS, PER_CHANNEL
 from ..report import GraphReport, Rejected
 from ..store import Store
 from .actions import Append, Attend, Dense, Fill, Holder, Move, Returned, Scatter, Tracking
@@ -38,6 +38,7 @@ from .printing import graph_text
 from .retain import ReadAsTensor, why_not_kept
 from .rewrite import Rewritten, copy_graph, rewrite
 from .roles import Roles
+from .segments import Fresh
 from .sources import Sources
 from .spelled_writes import spell_out_writes
 from .tracking import ONE_PACKED, Tracker
@@ -52,6 +53,7 @@ NEWEST_UNKNOWN = (
 OF_SOME_HEADS = "sink and recent hold tokens of all heads, and only some of its heads are used together"
 NOT_SLICES = "this one is not known to be written in slices"
 UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
+NO_CHUNK = "it is not told of how many: give as many tokens as the model writes at a time as center_tokens=, 8 or more"
 ONE_SIDE = "only one of key and value comes from a cache"
 
 
@@ -147,7 +149,7 @@ def _means_input(store: Store, component: Component) -> Tensor:
     batch, heads, length, head_dim = map(int, store.shape)
     if component == "extents":
         return static_input(nothing_written(batch, heads, length, store.mean_tokens))
-    rows = batch, heads, blocks(length, store.mean_tokens), head_dim
+    rows = batch, heads, blocks(length, store.mean_tokens), head_dim * grid_of(store.quantizer).tables
     return static_input(torch.zeros(rows, dtype=store.dtype, device=store.device))
 
 
@@ -294,7 +296,7 @@ class _View:
     ) -> None:
         self.gm, _ = copy_graph(gm)
         self.example_inputs, self.as_spelled, self.read_out = example_inputs, as_spelled, read_out
-        self.made, self.read_as_tensors = made, read_as_tensors
+        self.made, self.read_as_tensors, self.written = made, read_as_tensors, written
         spell_out_writes(self.gm.graph)
         join_filled(self.gm.graph)
         tell_apart(self.gm.graph)
@@ -372,7 +374,7 @@ class _View:
         """Why what is done to a packed cache has no packed form of its quantizer."""
         plan = _packed_plan(holder)
         in_blocks = self.not_in_blocks(holder, plan.quantizer, plan.block)
-        in_blocks = in_blocks or self.not_less_means(holder, plan.mean_tokens)
+        in_blocks = in_blocks or self.not_less_means(holder, plan.quantizer, plan.mean_tokens)
         kept = self.not_kept(holder, plan.keeps) if plan.keeps else None
         return in_blocks or kept or self.not_held(holder, plan.quantizer, plan.held)
 
@@ -392,10 +394,28 @@ class _View:
         why = self._apart(holder, block) if alone else "several caches lie in one tensor"
         return None if why is None else PER_CHANNEL.format(quantizer, why)
 
-    def not_less_means(self, holder: Holder, tokens: int) -> str | None:
-        """Why a cache cannot be stored less means of so many tokens each (0, of none); as `not_in_blocks`."""
+    def not_less_means(self, holder: Holder, quantizer: str, tokens: int) -> str | None:
+        """Why a cache cannot be stored less means of so many tokens each (0, of none), or centroids; as
+        `not_in_blocks`."""
         why = self._apart(holder, tokens) if tokens else None
-        return None if why is None else MEANS.format(tokens, why)
+        if why is None:
+            return None
+        grid = grid_of(quantizer)
+        return CLUSTERS.format(grid.quantizer, why) if grid.clustered else MEANS.format(tokens, why)
+
+    def chunk(self, holders: Sequence[Holder]) -> int:
+        """The most tokens that are written to one of these caches at a time, in the call that is compiled; of what is
+        not written, how many it has. 0 where only the data tells."""
+        found = []
+        for holder in holders:
+            writes = [w for w in self.tracking.writes if isinstance(w, Append) and w.holder.node is holder.node]
+            found += [_hint(w.stop - w.start) or 0 for w in writes]
+            if not writes and self.written_elsewhere(holder):
+                start, stop = self.written.last_range(self.cache(holder))
+                found.append(stop - start)
+            elif not writes:
+                found.append(_hint(holder.shape[holder.token_axis]) or 0)
+        return max(found, default=0)
 
     def _apart(self, holder: Holder, block: int) -> str | None:
         """How a graph takes apart what so many tokens of a cache have in common."""
@@ -449,18 +469,28 @@ class _View:
 
 
 def _settled(tracking: Tracking, plans: dict[Holder, CachePlan]) -> Tracking:
-    """Where only keys or only values are packed, attention reads them as tensors."""
-    half = [a for a in tracking.attends if (a.key_cache in plans) != (a.value_cache in plans)]
-    if not half:
+    """Where only keys or only values are packed, or they are stored less centroids, attention reads them as tensors."""
+    read = [(a, why) for a in tracking.attends if (why := _why_read(a, plans))]
+    if not read:
         return tracking
-    why = "only its keys or its values are packed"
-    dense = [Dense(a.call, [a.key_cache], [a.value_cache], a.gathers, why) for a in half]
+    dense = [Dense(a.call, [a.key_cache], [a.value_cache], a.gathers, why) for a, why in read]
+    attends = [a for a, _ in read]
     return replace(
         tracking,
-        attends=[a for a in tracking.attends if a not in half],
+        attends=[a for a in tracking.attends if a not in attends],
         dense=[*tracking.dense, *dense],
-        reads=[*tracking.reads, *(read for a in half for read in a.reads)],
+        reads=[*tracking.reads, *(read for a in attends for read in a.reads)],
     )
+
+
+def _why_read(attend: Attend, plans: dict[Holder, CachePlan]) -> str:
+    """Why an attention over caches as they are reads them as tensors; empty where it does not."""
+    sides = [plans.get(cache) for cache in (attend.key_cache, attend.value_cache)]
+    if (sides[0] is None) != (sides[1] is None):
+        return "only its keys or its values are packed"
+    cached = any(not isinstance(s.content, Fresh) for s in attend.key)
+    clustered = any(plan is not None and grid_of(plan.quantizer).clustered for plan in sides)
+    return "tokens are stored less centroids" if cached and clustered else ""
 
 
 @dataclass
@@ -534,7 +564,7 @@ def _packed_plan(holder: Holder) -> CachePlan:
 
 
 def _adoptable(
-    view: _View, is_cache: Callable[[Action, Holder], bool], config: Config, report: GraphReport
+    view: _View, is_cache: Callable[[Action, Holder], bool], asked: Config, report: GraphReport
 ) -> dict[Holder, CachePlan]:
     """The plain caches to pack: those that attention reads as keys and as values, and that `is_cache` holds for.
 
@@ -549,6 +579,9 @@ def _adoptable(
         keys, values = _read_by(action)
         keys, values = ([(h, a) for h, a in side if h.packed or is_cache(action, h)] for side in (keys, values))
         caches = [h for h, _ in (*keys, *values) if not h.packed]
+        config = asked
+        if asked.clustered and not asked.center_tokens and (chunk := view.chunk(caches)) >= 8:
+            config = asked.in_blocks_of(chunk)
         if not keys or not values:
             alone = isinstance(action, (Attend, Dense)) and not action.gathers  # otherwise it may persist
             if alone and any(map(_looks_cached, caches)):
@@ -562,8 +595,10 @@ def _adoptable(
             if holder in dict(keys) and grid_of(config.key_quantizer).per_channel:
                 reason = reason or _not_attended_as_written(view, holder, dict(values), config)
             sides_of = (side for side, of in (("keys", keys), ("values", values)) if holder in dict(of))
-            if config.center_tokens and config.centers(*sides_of):
-                reason = reason or view.not_less_means(holder, config.center_tokens)
+            tokens = config.mean_tokens(*sides_of)
+            reason = reason or view.not_less_means(holder, config.quantizer, tokens)
+            if config.clustered and not tokens:
+                reason = reason or CLUSTERS.format(config.quantizer, NO_CHUNK)
             reason = reason or view.not_held(holder, config.quantizer, config.window)
             reason = reason or (view.not_kept(holder, config.policy) if config.policy else None)
             if reason is not None:
@@ -579,10 +614,10 @@ def _adoptable(
                     if holder.packed:
                         continue
                     config.check_head_dim(int(holder.shape[axes[3]]))
-                    centered = config.centers(side)
+                    centered, means = config.centers(side), config.mean_tokens(side)
                     if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
-                    means = config.center_tokens if centered else 0
+                        means = config.mean_tokens("keys", "values")
                     settings = bits, config.group_size, quantizer, config.window, centered and not means, holder.fold
                     rows = config.rows(_hint(holder.shape[axes[2]]) or 1) if config.policy else 0
                     plans.setdefault(holder, CachePlan(axes, *settings, means, config.policy, rows))

@@ -41,6 +41,7 @@ from .passes.test_in_place_cache import CASES, CHUNK, generate
 
 BOUND = 0.025  # at 8 bits, of tokens that are shifted by as much as they differ
 SHIFTED = {"center": True, "center_tokens": 8}
+CLUSTERS = {"quantizer": "qvg/stages2of3"}  # instead of a mean
 
 
 # ---- graphs ----
@@ -439,7 +440,9 @@ def _saved(x: Tensor) -> Tensor:
     _saved, lambda x: x.to("cpu", copy=True), lambda x: torch.cat([x[:1], x[1:]]),
     lambda x: torch.cat([x[:, :1], x[:, 1:]], 1), lambda x: x.index_select(0, torch.tensor([0, 1])),
 ], ids=["clone", "deepcopy", "pickle", "bytes", "save", "to", "cat of entries", "cat of heads", "index"])  # fmt: skip
-@pytest.mark.parametrize("window", [{}, {"sink": 3, "recent": 2}, {"quantizer": "unbiased"}], ids=str)
+@pytest.mark.parametrize("window", [
+    {}, {"sink": 3, "recent": 2}, {"quantizer": "unbiased"}, CLUSTERS, {**CLUSTERS, "sink": 3, "recent": 2},
+], ids=str)  # fmt: skip
 def test_copies_are_the_same_bits(copied: Any, window: dict[str, Any]) -> None:
     packed, plain = mean_cache(**window)
     packed[:, :, 16:].zero_(), plain[:, :, 16:].zero_()
@@ -455,8 +458,9 @@ def test_copies_are_the_same_bits(copied: Any, window: dict[str, Any]) -> None:
     assert torch.equal(materialize(packed), before)  # it shares nothing
 
 
-def test_parts_take_their_means_along() -> None:
-    packed, _ = mean_cache()
+@pytest.mark.parametrize("settings", [{}, CLUSTERS], ids=str)
+def test_parts_take_their_means_along(settings: dict[str, Any]) -> None:
+    packed, _ = mean_cache(**settings)
     read, order = materialize(packed), torch.tensor([1, 0, 1])
     for got, want in (
         (packed[1:].clone(), read[1:]), (packed[:, 1:].clone(), read[:, 1:]), (packed[:, :, 8:].clone(), read[:, :, 8:]),
@@ -471,9 +475,10 @@ def test_parts_take_their_means_along() -> None:
     close(mixed, torch.cat([read, read]))
 
 
+@pytest.mark.parametrize("settings", [{}, CLUSTERS], ids=str)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_takes_blocks_apart_is_read() -> None:
-    packed, _ = mean_cache()
+def test_what_takes_blocks_apart_is_read(settings: dict[str, Any]) -> None:
+    packed, _ = mean_cache(**settings)
     read = materialize(packed)
     for got, want in (
         (packed[:, :, 3:9].clone(), read[:, :, 3:9]), (packed.roll(8, 2), read.roll(8, 2)),
@@ -500,7 +505,7 @@ def test_what_takes_blocks_apart_is_read() -> None:
     "a move up to the end", "another entry, copied", "another entry", "another head", "a block of another entry",
     "entries in turn", "a flip", "entries by index", "a roll", "all of it", "parts of blocks, copied",
 ])  # fmt: skip
-@pytest.mark.parametrize("window", [{}, {"sink": 3, "recent": 2}], ids=str)
+@pytest.mark.parametrize("window", [{}, {"sink": 3, "recent": 2}, CLUSTERS], ids=str)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_writes_are_read_back(change: Any, window: dict[str, int]) -> None:
     packed, plain = mean_cache(**window)
@@ -511,11 +516,11 @@ def test_writes_are_read_back(change: Any, window: dict[str, int]) -> None:
         close(packed, plain)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_writes_moves_and_copies_leave_nothing_stale(seed: int) -> None:
     rng = random.Random(seed)
-    packed, plain = mean_cache(**rng.choice(({}, {"sink": 3, "recent": 4}, {"quantizer": "unbiased"})))
+    packed, plain = mean_cache(**rng.choice(({}, {"sink": 3, "recent": 4}, {"quantizer": "unbiased"}, CLUSTERS)))
     for _ in range(40):
         start = rng.randrange(20)
         stop = rng.randint(start + 1, 20)
@@ -546,9 +551,14 @@ def test_random_writes_moves_and_copies_leave_nothing_stale(seed: int) -> None:
     (lambda x: x[:, :, :4].copy_(x[:, :, 8:12]), "share a mean; copy whole blocks"),
     (lambda x: x._store.grown(*x._store.data(), x._store.strides), "tokens are added at the end"),
 ], ids=["places", "a mask", "from a part", "to a part", "part of a block", "growth"])  # fmt: skip
-def test_what_takes_blocks_apart_is_refused_before_anything_is_written(change: Any, message: str) -> None:
-    packed, _ = mean_cache()
+@pytest.mark.parametrize("settings", [{}, CLUSTERS], ids=str)
+def test_what_takes_blocks_apart_is_refused_before_anything_is_written(
+    change: Any, message: str, settings: dict[str, Any]
+) -> None:
+    packed, _ = mean_cache(**settings)
     before = materialize(packed)
+    if settings:
+        message = message.replace("a mean", "centroids")
     with pytest.raises(PackedCacheError, match=message) as raised:
         change(packed)
     assert "center_tokens" in str(raised.value)
@@ -570,8 +580,9 @@ def test_caches_of_other_means_exchange_tokens_and_not_codes() -> None:
             close(torch.cat([source, one], 2), torch.cat([twin, plain], 2))
 
 
-def test_writes_that_are_taken_back_leave_no_trace() -> None:
-    packed, _ = mean_cache(bits=2)
+@pytest.mark.parametrize("settings", [{}, CLUSTERS], ids=str)
+def test_writes_that_are_taken_back_leave_no_trace(settings: dict[str, Any]) -> None:
+    packed, _ = mean_cache(bits=2, **settings)
     store: Store = packed._store
     data = [t.clone() for t in (*store.data(), *store.means.saved[:2])]
     with taken_back([packed]):

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from examples.quality_layers import jensen_shannon
 from examples.quality_report import interval, statements
 from examples.quality_settings import Setting, corrections, full, quick
-from examples.simulated import CORRECTIONS, Clustered, MinMax, Quantized, Ternary, bias, nearest_centroids
+from examples.simulated import CORRECTIONS, Clustered, MinMax, Quantized, Ternary, bias
 from jkv_compile import Config, materialize, quantization_step
 from jkv_compile.adopt import adopt
 from jkv_compile.kernels.quantizers import rotate
@@ -36,6 +36,19 @@ def test_the_simulation_is_what_the_package_stores(quantizer, how, symmetric, bi
     quantized = MinMax(bits, group_size, symmetric=symmetric, step_bits=step_bits, **how)(x)
     torch.testing.assert_close(quantized.values, materialize(cache))
     torch.testing.assert_close(quantized.step[..., ::group_size], quantization_step(cache))
+    assert quantized.bits == 8 * store.packed_bytes
+
+
+@pytest.mark.parametrize("stages, centroids, asymmetric", [(1, 1, False), (1, 4, False), (3, 2, False), (2, 2, True)])
+def test_the_simulation_of_quant_videogen_is_what_the_package_stores(stages, centroids, asymmetric):
+    x = chunk().half()
+    cache, quantizer = x.clone(), "qvg_asymmetric" if asymmetric else "qvg"
+    settings = {"stages": stages, "centroids": centroids, "step_bits": 16, "center_tokens": 48}
+    config = Config(2, 32, quantizer=quantizer, **settings)
+    store = adopt(cache, (0, 1, 2, 3), 2, config)
+    quantized = Clustered(MinMax(2, 32) if asymmetric else Ternary(32), centroids, stages)(x)
+    torch.testing.assert_close(quantized.values, materialize(cache).float(), rtol=2e-3, atol=5e-3)
+    torch.testing.assert_close(quantized.step[..., ::32], quantization_step(cache), rtol=2e-3, atol=0)
     assert quantized.bits == 8 * store.packed_bytes
 
 
@@ -69,14 +82,6 @@ def test_per_channel_steps_are_those_of_a_block_of_tokens():
     quantized = MinMax(2, 1, block=24)(chunk())
     extent = chunk()[0, 0, :24, 5].max() - chunk()[0, 0, :24, 5].min()
     torch.testing.assert_close(quantized.step[0, 0, :24, 5], (extent / 3).expand(24), rtol=1e-3, atol=0)
-
-
-def test_centroids_are_means_of_their_tokens():
-    torch.manual_seed(0)
-    clusters = torch.tensor([[10.0, 0.0], [0.0, 10.0]]).repeat(8, 1) + 0.1 * torch.randn(16, 2)
-    centroids = nearest_centroids(clusters[None, None], 2, 5)[0, 0]
-    for first in (0, 1):
-        torch.testing.assert_close(centroids[first::2], clusters[first::2].mean(0).expand(8, 2))
 
 
 @pytest.mark.parametrize("rotated", [False, True])
