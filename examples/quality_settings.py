@@ -121,9 +121,9 @@ def full() -> list[Setting]:
     storages += [(("symmetric_unbiased", 2, 2, 64), both), (("symmetric_unbiased", 2, 3, 64), both)]
     storages += [(("symmetric_unbiased", 3, 4, 64), plain)]
     storages += [((name, 2, 2, 64), both) for name in BYTE_STEPS] + [((BYTE_STEPS[1], 2, 3, 64), plain)]
-    storages += [((name, 2, 2, 64), both) for name in ("kivi", "ternary", "qvg")]
-    storages += [((name, 2, 2, 64), plain) for name in ("centred_quarot", "qvg_4", "qvg_asymmetric")]
-    storages += [(("qvg_pro", 2, 2, 16), plain)]
+    storages += [((name, 2, 2, 64), both) for name in ("kivi", "ternary", "qvg", "qvg_asymmetric")]
+    storages += [((name, 2, 2, 64), plain) for name in ("centred_quarot", "qvg_4")]
+    storages += [(("qvg_pro", 2, 2, 16), both)]
     return [Setting(*storage, form) for storage, forms in storages for form in forms]
 
 

@@ -183,10 +183,10 @@ class Config:
                     f"{name}={value} with quantizer={self.quantizer!r}: expected one of {CLUSTERED}, which store "
                     "tokens less centroids"
                 )
-        for name, value in (("center", self.center), ("offload", self.offload)) if self.clustered else ():
-            if value:
+        for name, given in (("center", self.center), ("offload", self.offload)) if self.clustered else ():
+            if given:
                 raise ConfigurationError(
-                    f"{name}={value!r} with quantizer={self.quantizer!r}, whose tokens are stored less centroids that "
+                    f"{name}={given!r} with quantizer={self.quantizer!r}, whose tokens are stored less centroids that "
                     f"others share: expected no {name}, or another quantizer"
                 )
 

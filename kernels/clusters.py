@@ -185,11 +185,11 @@ def kmeans(tokens: Tensor, count: int) -> Tensor:
     n = tokens.shape[-2]
     if n <= count:
         return torch.nn.functional.pad(tokens, (0, 0, 0, count - n))
-    centroids = _far_apart(tokens, count)
+    centroids, which = _far_apart(tokens, count), torch.arange(count, device=tokens.device).unsqueeze(-1)
     for _ in range(ITERATIONS):
         total, size = torch.zeros_like(centroids), centroids.new_zeros(*centroids.shape[:-1], 1)
         for part in tokens.split(_AT_A_TIME, -2):
-            members = torch.nn.functional.one_hot(nearest(part, centroids), count).to(part.dtype).mT  # [..., C, n]
+            members = (nearest(part, centroids).unsqueeze(-2) == which).to(part.dtype)  # [..., C, n]
             total += members @ part
             size += members.sum(-1, keepdim=True)
         centroids = torch.where(size > 0, total / size.clamp_min(1), centroids)
@@ -200,13 +200,17 @@ def _far_apart(tokens: Tensor, count: int) -> Tensor:
     """As many of tokens `[…, n, D]`, each the farthest from the mean or, from the second on, from those before it."""
     n, m = tokens.shape[-2], min(tokens.shape[-2], _CANDIDATES * count)
     among = tokens[..., torch.arange(m, device=tokens.device) * n // m, :]
-    distance = (among - tokens.mean(-2, keepdim=True)).square().sum(-1)
+    norms = among.square().sum(-1)
+
+    def to(one: Tensor) -> Tensor:
+        """Squared distances to one vector `[…, 1, D]`."""
+        return norms - 2 * (among @ one.mT).squeeze(-1) + one.square().sum(-1)
+
+    distance = to(tokens.mean(-2, keepdim=True))
     found: list[Tensor] = []
     while len(found) < count:
-        farthest = _taken(among, distance.argmax(-1, keepdim=True))
-        to_it = (among - farthest).square().sum(-1)
-        distance = torch.minimum(distance, to_it) if found else to_it
-        found.append(farthest)
+        found.append(_taken(among, distance.argmax(-1, keepdim=True)))
+        distance = torch.minimum(distance, to(found[-1])) if len(found) > 1 else to(found[-1])
     return torch.cat(found, -2)
 
 
