@@ -2,9 +2,9 @@
 
 All clips are continued for nine chunks after three given ones, with caches that keep a half or a third of all tokens
 (the chunk at hand among them), chosen by the attention that they have received, by a learned head
-(`examples.train_salience`), by age and at random; beside caches that keep all of them in fewer bits, plain INT4, and
-what takes half of INT4's bytes. Fidelity is to the BF16 rollout from the same noise. A table is printed, and
-``results/retention.json`` written.
+(`examples.train_salience`), by age, at random and in even distances; beside caches that keep all of them in fewer bits,
+plain INT4, and what takes half of INT4's bytes. Fidelity is to the BF16 rollout from the same noise. A table is
+printed, and ``results/retention.json`` written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from examples.rollout import PROMPT_CHUNKS, Variant, compile_variant, decode, dr
 from examples.train_salience import WEIGHTS as HEAD
 
 CHUNKS = 9
-SALIENCES = {"attention": "attention", "learned head": str(HEAD), "recent": "recent", "random": "random"}
+SALIENCES = {
+    "attention": "attention", "learned head": str(HEAD), "recent": "recent", "random": "random", "even": "even",
+}  # fmt: skip
 SHARES = {"1/2": 2, "1/3": 3}
 # Quantizer, bits of keys and values and of steps, and the share of tokens that takes half of what plain INT4 in groups
 # of 64 does, on this model.
@@ -50,7 +52,7 @@ def variants(chunk_tokens: int) -> list[tuple[Variant, str, str]]:
                 chosen.append((Variant(f"{bits} bits, {share}, {name}", bits, 64, *packed, **kept), share, name))
     chosen.append((Variant("INT4", 4, 64, "none", "rtn", "eager"), "all", ""))
     for quantizer, bits, step_bits, part in HALVES:
-        for name in ("attention", "recent", "random"):
+        for name in ("attention", "recent", "random", "even"):
             kept = {"budget": int(part * tokens), "salience": SALIENCES[name], "step_bits": step_bits}
             label = f"half of INT4, {quantizer} {_label(bits)}, {name}"
             variant = Variant(label, bits, 64, "taylor", quantizer, "eager", **kept)

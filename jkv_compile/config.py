@@ -83,7 +83,8 @@ class Config:
             cache's length. The least salient others are dropped (`kernels.retention`). It is for caches that are
             written and read in slices, and attended in the same graph: others stay in full precision.
         salience: what tells which tokens to keep: "attention" (that they have received), "recent" (the newest),
-            "random", or a learned head: a module that makes `[B, n]` of keys and values `[B, H, n, D]`, or the path of
+            "random" or "even", of which each kept token also stands for those around it that were dropped, or a learned
+            head: a module that makes `[B, n]` of keys and values `[B, H, n, D]`, or the path of
             a `salience.SalienceHead`'s weights. It is copied, and told by its weights.
 
     Raises:

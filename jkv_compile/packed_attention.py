@@ -12,6 +12,7 @@ from .errors import PackedCacheError
 from .geometry import Window
 from .kernels.dense import rows_of_bias, with_correction
 from .kernels.quantizers import grid_of
+from .kernels.retention import SAMPLES, stand_for, with_weights
 from .packed import PackedKV
 from .packed_dispatch import implements, warn_of_read
 from .retention import KeptStore
@@ -80,7 +81,9 @@ def _kept_columns(
         if other is None or not torch.equal(value._store.dropped_among(other.starts[2], other.lengths[2]), dropped):
             raise PackedCacheError("keys and values of a packed cache keep other tokens (budget=): reset both")
     columns = (~dropped).nonzero().flatten().to(query.device)
+    weights = stand_for(store.places, start, start + n) if store.keeps in SAMPLES else torch.zeros(n)
     if is_causal:
         visible = torch.ones(query.shape[2], n, dtype=torch.bool, device=query.device).tril()
         mask = (query.new_zeros(1, 1) if mask is None else mask).masked_fill(~visible, -torch.inf)
+    mask = with_weights(mask, weights, query)
     return columns, mask if mask is None or mask.shape[-1] == 1 else mask.index_select(-1, columns)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .errors import ConfigurationError
 from .kernels.retention import HEADS, is_head
 
-POLICIES = ("attention", "recent", "random")
+POLICIES = ("attention", "recent", "random", "even")
 
 
 class SalienceHead(nn.Module):

@@ -15,12 +15,18 @@ salience: float32 `[R]` on the device. What it tells is the *policy*'s:
   greatest of the blocks of a call, averaged over chunks with weights that decay (`DECAY`): it is looked at in the first
   call that attends to a chunk as cached tokens, not in all calls that denoise the next one. Infinite before.
 - "recent": nothing; the oldest are dropped.
-- "random": a hash of the position that it was written to.
+- "random": a hash of the position that it was written to. "even": multiples of the golden ratio, less their whole
+  part, by that position, of which the greatest so many always lie in about even distances.
 - "head:…": what a learned head (`HEADS`) makes of its key and value, infinite where it was not asked.
 
 Rows are dropped when others are written that have no room: never those that are being written, and those of as many
 tokens just before them, the chunk before as a rule, only where there are no others. Keys and values of a cache have a
 state each; as they are written and attended alike, they are always the same, which attention checks.
+
+Tokens that are kept "even" or at "random", whatever they hold, are a sample of all: each also stands for those around
+it that were dropped, so that the past keeps its part of the attention. Where k of n tokens are kept, of those of a
+block of `SAMPLE` that are attended, log(n / k) is added to the scores of these. Of tokens that are kept because they
+matter, none stands for others.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ DECAY = 0.8  # the weight of earlier chunks in the attention that a token has re
 ONE_IN = 64  # rows of queries: so many attention is sampled at,
 LEAST, MOST = 16, 64  # but at least and at most as many
 AT_A_TIME = 1024  # cached tokens that are dequantized
+SAMPLE = 64  # positions that share what a kept token of them stands for
 BLOCKS = 8  # of neighbouring rows among these; the greatest of their means counts
 
 HEADS: dict[str, nn.Module] = {}  # learned heads by their name, which tells their weights
@@ -111,6 +118,36 @@ def random_order(start: int, stop: int) -> Tensor:
     for factor in (-0xAE502812AA7333, -0x3B314601E57A13AD):
         x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
     return (((x >> 33) & 0xFFFFFF).double() / 2**24).float()
+
+
+def even_order(start: int, stop: int) -> Tensor:
+    """A number in [0, 1) for each of positions start … stop - 1, float32: i · (√5 - 1) / 2, less its whole part."""
+    return (torch.arange(start, stop).double() * 0.6180339887498949 % 1).float()
+
+
+SAMPLES = {"random": random_order, "even": even_order}  # policies that do not look at what tokens hold
+
+
+def stand_for(places: Tensor, start: int, stop: int) -> Tensor:
+    """The logarithm of how many of tokens start … stop - 1 each of a sample stands for, float32 `[stop - start]`: 0
+    where none was dropped."""
+    before, after = start % SAMPLE, -stop % SAMPLE
+    written, left = (
+        torch.nn.functional.pad(flags[start:stop].float(), (before, after)).view(-1, SAMPLE).sum(-1)
+        for flags in (known(places), kept(places))
+    )
+    told = (written / left).nan_to_num(1.0, posinf=1.0).log()
+    return told.repeat_interleave(SAMPLE)[before : before + stop - start]
+
+
+def with_weights(mask: Tensor | None, weights: Tensor, query: Tensor) -> Tensor | None:
+    """An additive mask `[…, S]` in the query's dtype, of one of any kind and what is added to scores, float32 `[S]`."""
+    if not weights.any():
+        return mask
+    added = weights.to(query)
+    if mask is None:
+        return added[None, None, None]
+    return torch.where(mask, added, -torch.inf) if mask.dtype == torch.bool else mask + added
 
 
 def make_room(
@@ -205,8 +242,8 @@ def append_kept(
     stop = start + source.shape[2]
     first, last = make_room(codes, scales, places, salience, start, stop, policy)
     torch.ops.jkv.append(codes, scales, source, first, bits)
-    if policy == "random":
-        salience[first:last] = random_order(start, stop).to(salience.device)
+    if policy in SAMPLES:
+        salience[first:last] = SAMPLES[policy](start, stop).to(salience.device)
     elif policy != "recent":
         salience[first:last] = torch.inf
         places[start:stop] &= ~ATTENDED & 0xFF
@@ -279,6 +316,8 @@ def attention_kept(
 ) -> Tensor:  # fmt: skip
     """As `ops.attention` over the kept ones of tokens in `ranges`, and what attention these receive.
 
+    Those of a sample (`SAMPLES`) also stand for tokens that were dropped, see above.
+
     Zeros among them, which have no rows, are attended as that: they are keys and values in full precision.
 
     Args (beside those of `ops.attention`):
@@ -301,6 +340,9 @@ def attention_kept(
         key, value = (torch.cat((x.new_zeros(*x.shape[:2], zeros, x.shape[3]), x), 2) for x in (key, value))
     if mask is not None and mask.shape[-1] > 1:
         mask = _columns(mask, key_places, pairs)
+    if policy in SAMPLES and pairs:
+        of_rows = torch.cat([stand_for(key_places, a, b)[kept(key_places)[a:b]] for a, b in pairs])
+        mask = with_weights(mask, torch.nn.functional.pad(of_rows, (0, key.shape[2])), query)
     store = key_codes, key_scales, value_codes, value_scales
     settings = scale, key_bits, value_bits, correction
     result = torch.ops.jkv.attention(query, *store, rows, key, value, mask, causal, *settings)

@@ -55,7 +55,15 @@ class KeptAttention(SelfAttention):
         n = k.shape[2]
         first = self.first
         kept = kept_of(self.beside)[first : first + n]
-        return super().attend(q, k[:, :, kept], v[:, :, kept])
+        stands_for = torch.ones(n)
+        if self.beside._store.keeps in rules.SAMPLES:  # as many as were dropped around it, and itself
+            cached = slice(first, first + n - q.shape[2])  # one block of 64
+            known = rules.known(self.beside._store.places)[cached]
+            stands_for[: len(known)] = known.sum() / max(1, int(kept_of(self.beside)[cached].sum()))
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, kept].repeat_interleave(groups, 1) for x in (k, v))
+        scores = q @ k.mT / 8 + stands_for[kept].log()
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cache: dict[str, Tensor], start: int) -> Tensor:
         end = start + x.shape[1]
@@ -72,8 +80,8 @@ def head(seed: int = 0, dim: int = 64) -> SalienceHead:
 
 
 @pytest.mark.parametrize("settings, salience", [
-    ({}, "attention"), ({}, "recent"), ({}, "random"), ({}, "head"), ({"layout": "bhsd", "kv_heads": 2}, "attention"),
-    ({"window": 28}, "attention"), ({"window": 28, "layout": "bhsd"}, "head"),
+    ({}, "attention"), ({}, "recent"), ({}, "random"), ({}, "even"), ({}, "head"), ({"layout": "bhsd", "kv_heads": 2}, "attention"),
+    ({"window": 28}, "attention"), ({"window": 28, "layout": "bhsd"}, "head"), ({"window": 28}, "even"),
 ], ids=str)  # fmt: skip
 def test_attention_is_that_of_the_kept_tokens_and_nothing_compiles_again(
     settings: dict[str, Any], salience: str
@@ -578,6 +586,19 @@ def test_attention_in_eager_code_leaves_dropped_tokens_out(correction: str) -> N
             assert relative_error(got, want) < 0.01
 
 
+def test_a_sample_stands_for_what_was_dropped_in_eager_code_too() -> None:
+    cache, plain = packed_cache(tokens=72, budget=37, filled=slice(0, 72), salience="even")
+    kept = kept_of(cache)
+    weights = torch.cat([(len(part) / part.sum()).log().expand(len(part)) for part in kept.split(64)])
+    assert kept.sum() == 37 and weights[0] != weights[-1]
+    query = torch.randn(2, 2, 5, 64)
+    with pytest.warns(PackedReadWarning):
+        got = F.scaled_dot_product_attention(query, cache, plain)
+    mask = weights.masked_fill(~kept, -torch.inf).expand(5, -1)
+    errors = [relative_error(got, F.scaled_dot_product_attention(query, plain, plain, m)) for m in (mask, kept.expand(5, -1))]
+    assert errors[0] < 0.01 and errors[0] < 0.5 * errors[1]
+
+
 # ---- graphs that cannot serve them ----
 
 
@@ -659,7 +680,7 @@ def test_a_packed_cache_with_a_budget_is_not_offloaded() -> None:
     ({"budget": -3}, "budget=-3"), ({"budget": True}, "budget=True"), ({"budget": 1.0}, r"budget=1\.0"),
     ({"budget": 0.0}, r"budget=0\.0"), ({"budget": "half"}, "budget='half'"),
     ({"salience": "recent"}, "salience='recent' without budget="),
-    ({"budget": 8, "salience": "newest"}, "salience='newest': expected 'attention', 'recent', 'random', a module"),
+    ({"budget": 8, "salience": "newest"}, "salience='newest': expected 'attention', 'recent', 'random', 'even', a module"),
     ({"budget": 8, "salience": 3}, "salience=3: expected"),
     ({"budget": 8, "salience": "head:unknown"}, "salience='head:unknown'"),
     ({"budget": 8, "offload": "cpu"}, "offload='cpu' with budget=8"),

@@ -48,7 +48,7 @@ class Beside:
         self.plain[:, :, start : start + n] = source
         jkv.append_kept(*self.state, source, start, 8, self.policy)
         first = {"attention": torch.inf, "recent": 0.0}.get(self.policy)
-        told = rules.random_order(start, start + n) if first is None else torch.full((n,), first)
+        told = rules.SAMPLES[self.policy](start, start + n) if first is None else torch.full((n,), first)
         self.due.update(zip(range(start, start + n), told.tolist()))
 
     def move(self, source: int, destination: int, n: int) -> None:
@@ -75,7 +75,7 @@ class Beside:
             assert torch.equal(rules.attended(self.places)[kept], self.salience[: len(kept)].isfinite())
 
 
-@pytest.mark.parametrize("policy", ["attention", "recent", "random"])
+@pytest.mark.parametrize("policy", ["attention", "recent", "random", "even"])
 @pytest.mark.parametrize("budget", [9, 20, 40])
 def test_rows_are_those_of_the_kept_tokens_whatever_happens(budget: int, policy: str) -> None:
     rng = random.Random(budget)
@@ -216,6 +216,53 @@ def test_attention_is_that_over_the_kept_tokens_alone(ranges: list[int], mask: s
     )
     want = torch.nn.functional.scaled_dot_product_attention(query, k, v, chosen, scale=0.2).nan_to_num()
     assert (got - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.3, 0.05])
+def test_even_ones_lie_in_about_even_distances_whatever_their_share(share: float) -> None:
+    order = rules.even_order(1000, 3000)
+    kept = order.argsort(descending=True)[: int(share * 2000)].sort().values
+    gaps = kept.diff()
+    assert len(gaps.unique()) <= 3 and gaps.max() <= 2.7 / share  # three distances (Steinhaus)
+
+
+@pytest.mark.parametrize("policy", ["random", "even"])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive", "one column"])
+def test_a_sample_stands_for_what_was_dropped(policy: str, mask: str) -> None:
+    """Of tokens that are all alike, which ones are kept makes no difference: attention is that over all of them."""
+    torch.manual_seed(0)
+    keys, values = Beside(30, policy), Beside(30, policy)
+    for side in (keys, values):
+        token = torch.randn(BATCH, HEADS_, 1, HEAD_DIM).expand(-1, -1, 4, -1)
+        for start in range(0, 40, 4):
+            jkv.append_kept(*side.state, token, start, 8, policy)
+            side.plain[:, :, start : start + 4] = token
+    query = torch.randn(BATCH, 4, 20, HEAD_DIM)
+    key, value = torch.randn(2, BATCH, HEADS_, 5, HEAD_DIM).unbind()
+    full = None
+    if mask != "none":
+        full = torch.rand(BATCH, 1, 20, 1)
+        full = full - 0.5 if mask == "additive" else full < 0.9
+        if mask != "one column":
+            full = torch.cat((full.expand(-1, -1, -1, 40), full.flip(2).expand(-1, -1, -1, 5)), -1)
+    got = attend(keys, values, query, [0, 40], key, value, full)
+    k, v = (torch.cat((x.plain, new), 2).repeat_interleave(2, 1) for x, new in ((keys, key), (values, value)))
+    want = torch.nn.functional.scaled_dot_product_attention(query, k, v, full, scale=0.2).nan_to_num()
+    assert (got - want).norm() < 0.01 * want.norm()
+    assert len(keys.kept) == 30 and keys.kept == values.kept
+
+
+def test_of_a_sample_only_what_has_been_written_is_stood_for() -> None:
+    places = rules.no_places(200)
+    chosen, seen = torch.zeros(200, dtype=torch.bool), torch.zeros(200, dtype=torch.bool)
+    seen[10:150], chosen[10:64], chosen[100:108] = True, True, True
+    rules.tell(places, chosen, seen, chosen)
+    told = rules.stand_for(places, 0, 200).exp()
+    assert torch.allclose(told[:64], torch.ones(64)) and torch.allclose(told[64:128], torch.tensor(8.0))
+    assert torch.equal(told[128:], torch.ones(72))  # of which none is kept, or none was written
+    assert torch.allclose(rules.stand_for(places, 92, 116).exp(), torch.tensor(3.0))  # of those alone
+    assert len(rules.stand_for(places, 70, 70)) == 0
+    assert rules.with_weights(None, torch.zeros(4), torch.zeros(1)) is None
 
 
 def test_salience_is_the_attention_received_averaged_over_chunks() -> None:
