@@ -595,7 +595,9 @@ def test_a_sample_stands_for_what_was_dropped_in_eager_code_too() -> None:
     with pytest.warns(PackedReadWarning):
         got = F.scaled_dot_product_attention(query, cache, plain)
     mask = weights.masked_fill(~kept, -torch.inf).expand(5, -1)
-    errors = [relative_error(got, F.scaled_dot_product_attention(query, plain, plain, m)) for m in (mask, kept.expand(5, -1))]
+    errors = [
+        relative_error(got, F.scaled_dot_product_attention(query, plain, plain, m)) for m in (mask, kept.expand(5, -1))
+    ]
     assert errors[0] < 0.01 and errors[0] < 0.5 * errors[1]
 
 
