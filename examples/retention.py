@@ -5,6 +5,9 @@ All clips are continued for nine chunks after three given ones, with caches that
 (`examples.train_salience`), by age, at random and in even distances; beside caches that keep all of them in fewer bits,
 plain INT4, and what takes half of INT4's bytes. Fidelity is to the BF16 rollout from the same noise. A table is
 printed, and ``results/retention.json`` written.
+
+``--cost`` measures what each salience adds to one call of attention instead (one CPU thread, least of 15, side by
+side).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +28,8 @@ from examples.metrics import fidelity
 from examples.quality_report import with_interval
 from examples.rollout import PROMPT_CHUNKS, Variant, compile_variant, decode, draw_noise, encode, generate, load_models
 from examples.train_salience import WEIGHTS as HEAD
+from jkv_compile.kernels.quantizers import grid_of
+from jkv_compile.kernels.retention import no_places, tell
 
 CHUNKS = 9
 SALIENCES = {
@@ -100,6 +106,41 @@ def measure(seeds: int, out: Path) -> list[dict[str, Any]]:
     return records
 
 
+def cost() -> str:
+    """What one call of attention over kept tokens takes (4 heads of 128, 2 bits), against that over the most recent."""
+    lines = ["| query rows | kept tokens | by | ms | against recent |", "|---|---|---|---|---|"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for rows, length in itertools.product((4096, 8192), (144, 512, 1560)):
+        torch.manual_seed(0)
+        store = [part for _ in "kv" for part in _packed(torch.randn(1, 4, rows, 128))]
+        query, key, value = torch.randn(3, 1, 4, length, 128).bfloat16().unbind()
+        chosen = torch.arange(2 * rows) % 2 == 0
+        least: dict[str, float] = {}
+        for _, policy in itertools.product(range(15), ("recent", "attention", "even")):
+            places, known = no_places(2 * rows), torch.ones_like(chosen)
+            tell(places, chosen, known, torch.zeros_like(chosen))
+            state = places, places.clone(), torch.rand(rows), torch.rand(rows)
+            settings = key, value, None, False, 128**-0.5, 2, 2, "taylor", policy
+            began = time.perf_counter()
+            torch.ops.jkv.attention_kept(query, *store, *state, [0, 2 * rows], *settings)
+            least[policy] = min(least.get(policy, float("inf")), time.perf_counter() - began)
+        for policy, seconds in least.items():
+            part = seconds / least["recent"]
+            lines.append(f"| {length:,} | {rows:,} | {policy} | {1e3 * seconds:.1f} | {part:.2f} |")
+    torch.set_num_threads(threads)
+    return "\n".join(lines)
+
+
+def _packed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of tokens [B, H, S, D] in 2 bits and groups of 64."""
+    codes, scales = (torch.zeros(shape, dtype=d) for shape, d in zip(
+        grid_of("rtn").store_shapes(x.shape, 2, 64), (torch.uint8, torch.float16), strict=True
+    ))  # fmt: skip
+    torch.ops.jkv.append(codes, scales, x, 0, 2)
+    return codes, scales
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Mean and interval per kind of cache."""
     lines = [
@@ -121,7 +162,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="draws of the noise")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "retention.json")
+    parser.add_argument("--cost", action="store_true", help="time of attention instead")
     args = parser.parse_args()
+    if args.cost:
+        print(cost())
+        return
     print(table(measure(args.seeds, args.out)))
 
 
