@@ -52,6 +52,7 @@ NEWEST_UNKNOWN = (
 OF_SOME_HEADS = "sink and recent hold tokens of all heads, and only some of its heads are used together"
 NOT_SLICES = "this one is not known to be written in slices"
 UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
+FLEX_BY_GROUPS = "these are attended by flex_attention, whose score function takes steps of a few groups"
 ONE_SIDE = "only one of key and value comes from a cache"
 
 
@@ -560,7 +561,7 @@ def _adoptable(
                 break  # learned keys: no near miss
             reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
             if holder in dict(keys) and grid_of(config.key_quantizer).per_channel:
-                reason = reason or _not_attended_as_written(view, holder, dict(values), config)
+                reason = reason or _not_by_channel(view, holder, dict(values), config)
             sides_of = (side for side, of in (("keys", keys), ("values", values)) if holder in dict(of))
             if config.center_tokens and config.centers(*sides_of):
                 reason = reason or view.not_less_means(holder, config.center_tokens)
@@ -593,17 +594,14 @@ def _adoptable(
     return plans
 
 
-def _not_attended_as_written(
-    view: _View, holder: Holder, values: dict[Holder, tuple[int, ...]], config: Config
-) -> str | None:
-    """Why keys cannot be packed by channel: the model changes them after it has read them, say."""
-    dense = next((d for d in view.tracking.dense if holder in d.key_caches), None)
+def _not_by_channel(view: _View, holder: Holder, values: dict[Holder, tuple[int, ...]], config: Config) -> str | None:
+    """Why keys cannot be packed by channel."""
     if holder in values:
         return PER_CHANNEL.format(config.quantizer, "keys and values lie in one tensor")
     if (reason := view.not_in_blocks(holder, config.quantizer, config.group_size)) is not None:
         return reason
-    if dense is not None:
-        return PER_CHANNEL.format(config.quantizer, f"these are not attended as they are in the cache: {dense.reason}")
+    if any(d.call.others is not None for d in view.tracking.dense if holder in d.key_caches):
+        return PER_CHANNEL.format(config.quantizer, FLEX_BY_GROUPS)
     return None
 
 
