@@ -77,7 +77,8 @@ def adopt(
     """
     canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
-    settings = bits, config.group_size, tensor.device, quantizer or config.key_quantizer
+    quantizer = quantizer or config.key_quantizer
+    settings = bits, config.shares(quantizer), tensor.device, quantizer
     if config.budget is not None:
         kept = config.rows(canonical.shape[2]), config.policy
         store: Store = KeptStore.of_budget(canonical.shape, canonical.stride(), tensor.dtype, *settings, *kept)

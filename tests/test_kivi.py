@@ -71,7 +71,7 @@ def read(keys: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
 
 def simulated(
     model: SelfAttention, x: Tensor, plain: dict[str, Tensor], start: int, bits: int, correction: str = "taylor",
-    recent: int = BLOCK - 1, sink: int = 0,
+    recent: int = BLOCK - 1, sink: int = 0, block: int = BLOCK,
 ) -> Tensor:  # fmt: skip
     """The model's output, where `plain` holds all tokens in full precision, those of this chunk among them.
 
@@ -80,11 +80,11 @@ def simulated(
     q, _, _ = model.project(x)
     q, stop = q.transpose(1, 2), start + x.shape[1]
     k, v = (canonical(plain[name], model.layout)[:, :, :stop] for name in ("k", "v"))
-    quantized_k, delta = read(k, bits)
+    quantized_k, delta = read(k, bits, block)
     quantized_v = reference.dequantize(*reference.quantize(v, bits, BLOCK), bits)
     tokens = torch.arange(stop)
     exact = (tokens < sink) | (tokens >= start - recent)
-    assert start - start % BLOCK >= start - recent  # what is not is in whole blocks
+    assert start - start % block >= start - recent  # what is not is in whole blocks
     k = torch.where(exact[:, None], k, quantized_k)
     v = torch.where(exact[:, None], v, quantized_v)
     delta = delta.masked_fill(exact[:, None], 0)
