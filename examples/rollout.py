@@ -36,6 +36,7 @@ class Variant:
     sink, recent: tokens in full precision beside the packed ones.
     center, center_tokens: whether tokens are stored less a mean, and how many share one.
     budget, salience: how many tokens are kept (None: all), and what tells which.
+    block_tokens: how many tokens share the steps of a channel of keys, with "kivi".
     """
 
     name: str
@@ -51,6 +52,7 @@ class Variant:
     center_tokens: int = 0
     budget: int | float | None = None
     salience: str = "attention"
+    block_tokens: int | None = None
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -73,6 +75,7 @@ class Variant:
             center_tokens=self.center_tokens,
             budget=self.budget,
             salience=self.salience,
+            block_tokens=self.block_tokens,
         )
 
 
