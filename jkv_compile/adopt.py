@@ -94,6 +94,7 @@ def adopt(
         adopt_tokens(store, canonical, BLOCK)
     else:
         _fill_store(store, canonical[:, :, :filled])
+    store.hold(None)  # it was filled with room for an open block alone
     store.window = config.window
     if store.held is not None:
         store.held.write(canonical, (0, 0, 0, 0))

@@ -441,6 +441,11 @@ def test_reads_are_of_whole_blocks_that_are_quantized_once() -> None:
         packed[..., 3:5] = 0
 
 
+def test_the_first_tokens_of_a_cache_that_is_packed_when_it_is_full_are_held() -> None:
+    packed, plain = kivi_cache(bits=2, sink=6)
+    assert assert_held_exactly(packed, plain) == [*range(6), *range(25, 40)]
+
+
 def test_adoption_of_long_caches_quantizes_every_block_once() -> None:
     """In parts, none of which ends inside of a block."""
     torch.manual_seed(0)
