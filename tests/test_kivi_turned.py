@@ -382,6 +382,43 @@ return (linear_2)
         )
 
 
+class Parted(Turned):
+    """Attends in the graph that reads, or in another one: turns keys after the break between the two, or before it."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], start: int, how: str = "") -> Tensor:  # type: ignore[override]
+        if not how:
+            return SelfAttention.forward(self, x, cache, start)
+        q, k, v = self.project(x)
+        end = start + x.shape[1]
+        cache["k"][:, start:end], cache["v"][:, start:end] = k, v
+        keys, values = cache["k"][:, :end] * 1.0, cache["v"][:, :end] * 1.0
+        keys = self.turn(keys, 0) if how == "before" else keys
+        torch._dynamo.graph_break()
+        keys = self.turn(keys, 0) if how == "after" else keys
+        q = self.turn(q, start).transpose(1, 2)
+        return self.attend(q, keys.transpose(1, 2), values.transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", ["interleaved", "halves", "scaled"])
+@pytest.mark.parametrize("how", ["after", "before"])
+@pytest.mark.filterwarnings("ignore::jkv_compile.NotRewrittenWarning")
+def test_packed_keys_that_are_turned_in_another_graph_than_they_are_read_in(how: str, name: str) -> None:
+    """What Δ of a channel is can be told from graph to graph, what two of them have in common cannot."""
+    torch.manual_seed(0)
+    model = Parted(TURNS[name], heads=2, head_dim=32)
+    backend = fresh_backend(bits=2, quantizer="kivi")
+    compiled, cache, plain = torch.compile(model, backend=backend), model.new_cache(1, 240), model.new_cache(1, 240)
+    with torch.no_grad():
+        for call, start in enumerate(range(0, 240, 24)):
+            x, own = 2 * torch.randn(1, 24, 64), () if call < 3 else (how,)
+            got, _ = compiled(x, cache, start, *own), model(x, plain, start, *own)
+        assert is_packed(cache["k"])
+        want, without = (simulated(model, x, plain, start, 2, form, 31, 32) for form in ("taylor", "none"))
+    corrected = how == "after" or name == "scaled"
+    assert relative_error(got, want if corrected else without) < 1e-5
+    assert relative_error(want, without) > 1e-3
+
+
 UNCORRECTED: dict[str, tuple[Turn, str]] = {
     "norms": (lambda x, _: x / x.norm(dim=-1, keepdim=True), "`norm` stands between cache and attention"),
     "a matrix": (lambda x, _: x @ torch.eye(x.shape[-1]), "`matmul` stands between cache and attention"),
