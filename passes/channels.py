@@ -76,23 +76,21 @@ class Channels(Carried[Any]):
             NotLinear: it is not known how, or not two by two.
         """
         known = self.of(key, consumer)
-        channels = example(key).shape[-1]
+        channels = _size(example(key).shape[-1])
         made = known.flatten(0, -2).unbind(0)
         numbers = self._union(made).expand(channels).tolist()
         return paired([self.sets[number] for number in numbers])
 
-    def _singles(self, value: Tensor, dim: int, start: int) -> Tensor:
-        n = value.shape[dim]
-        if not isinstance(n, int) or not isinstance(start, int):
-            raise NotLinear("a number of channels that only the data tells")
-        numbers = torch.tensor([self._number(frozenset([c])) for c in range(start, start + n)])
+    def _singles(self, value: Tensor, dim: int | None, start: int) -> Tensor:
+        """Of a tensor whose dimension `dim` (None, none: it shows one of them) is channels `start` … of a cache."""
+        n, first = 1 if dim is None else _size(value.shape[dim]), _size(start)
+        numbers = torch.tensor([self._number(frozenset([c])) for c in range(first, first + n)])
         return numbers.view([n if d == dim else 1 for d in range(value.dim())])
 
     def _of_read(self, read: Read) -> Tensor:
-        axis = self.axes[read.holder.node]
-        if axis not in read.window.axes:
-            raise NotLinear("a single channel")
-        return self._singles(example(read.argument), read.window.axes.index(axis), read.window.starts[axis])
+        axis, shown = self.axes[read.holder.node], read.window.axes
+        dim = shown.index(axis) if axis in shown else None
+        return self._singles(example(read.argument), dim, read.window.starts[axis])
 
     def _number(self, channels: frozenset[int]) -> int:
         if channels not in self.numbers:
@@ -205,8 +203,7 @@ class Channels(Carried[Any]):
             return self._union(of_caches)  # tokens: what some are made of is said of all
         whole = [x.expand([n if d == dim else -1 for d in range(rank)]) for x, n in zip(known, sizes)]
         shape = torch.broadcast_shapes(*(x.select(dim, 0).shape for x in whole))
-        joined = torch.cat([x.expand(*shape[:dim], x.shape[dim], *shape[dim:]) for x in whole], dim)
-        return joined
+        return torch.cat([x.expand(*shape[:dim], x.shape[dim], *shape[dim:]) for x in whole], dim)
 
     def _edit(self, node: Node, base: Node, given: dict[Node, Any]) -> None:
         target = given[base] if base in given else self._of_new(base, node)
