@@ -1,7 +1,8 @@
 """Keys quantized by channel beside keys quantized by token: ``python -m examples.kivi``.
 
 All clips are continued with both at the same bits, the same tokens held in full precision; then attention over
-synthetic keys with channels far from zero; then what is lost where tokens of a block are quantized again and again.
+synthetic keys with channels far from zero; over keys that rotary embeddings turn after they are read, corrected in
+several ways; then what is lost where tokens of a block are quantized again and again.
 Tables are printed, and ``results/kivi.json`` written.
 """
 
@@ -21,19 +22,26 @@ from examples.centering import COLUMNS, HEAD_DIM, KEYS, ROWS, synthetic
 from examples.held import measure, table
 from examples.rollout import Variant
 from examples.simulated import MinMax, bias
+from examples.video_model.rope import apply_rope, rope_table
 from jkv_compile import Config, materialize
 from jkv_compile.adopt import adopt
+from jkv_compile.kernels.turned import bias_of
 
 GROUP, BLOCK, NEW = 64, 32, 8
+TURNED_KEYS = {"channels alike": 1.0, "eight of 128 eight times as large": 8.0}
 
 
 def variants(chunk_tokens: int) -> list[Variant]:
     """BF16, then settings that hold as many tokens."""
     settings = ("kivi", "taylor"), ("kivi", "none"), ("rtn", "taylor"), ("rtn", "none"), ("unbiased", "taylor")
-    return [Variant("BF16", inner="eager")] + [
-        Variant(f"{quantizer}, {form}", 2, GROUP, form, quantizer, "eager", 0, GROUP - 1)
-        for quantizer, form in settings
-    ]
+    return (
+        [Variant("BF16", inner="eager")]
+        + [
+            Variant(f"{quantizer}, {form}", 2, GROUP, form, quantizer, "eager", 0, GROUP - 1)
+            for quantizer, form in settings
+        ]
+        + [Variant("kivi in blocks of 48, taylor", 2, GROUP, "taylor", "kivi", "eager", 0, 0, block_tokens=48)]
+    )
 
 
 def measure_synthetic(seeds: int) -> list[dict[str, Any]]:
@@ -55,6 +63,47 @@ def measure_synthetic(seeds: int) -> list[dict[str, Any]]:
                 scores[..., :cached] -= bias(query, stored, scale, "taylor")
                 error = (scores.softmax(-1) @ value - wanted).square().sum() / wanted.square().sum()
                 records.append({"keys": kind, "quantizer": name, "seed": seed, "output_error": round(error.item(), 5)})
+    return records
+
+
+def measure_turned(seeds: int) -> list[dict[str, Any]]:
+    """Keys that are turned after they are read: what is left of them on average in the log of what all cached keys
+    weigh, and in single ones, and the squared error of attention over them; 2 bits, blocks of 32."""
+    records, scale, tokens, queries = [], HEAD_DIM**-0.5, 2048, 64
+    table = rope_table(tokens + queries, 1, 1, (HEAD_DIM, 0, 0), 10_000.0)
+    pairs, first = [*range(HEAD_DIM)], torch.arange(HEAD_DIM) % 2 == 0
+
+    def turn(x: Tensor, start: int = 0) -> Tensor:
+        return apply_rope(x.transpose(1, 2), table[start : start + x.shape[2]]).transpose(1, 2)
+
+    for kind in TURNED_KEYS:
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            wide = torch.ones(HEAD_DIM)
+            wide[torch.randperm(HEAD_DIM)[:8]] = TURNED_KEYS[kind]
+            key = torch.randn(1, 1, tokens, HEAD_DIM) * wide / wide.square().mean().sqrt()
+            query, value = 2 * torch.randn(1, 1, queries, HEAD_DIM), torch.randn(1, 1, tokens, HEAD_DIM)
+            stored, query = MinMax(2, 1, block=BLOCK)(key), turn(query, tokens)
+            kinds = turn(stored.step * first), turn(stored.step * ~first)
+            exact = bias_of(query, *kinds, pairs, scale, "taylor")
+            of_pairs = (kinds[0].square() + kinds[1].square()).unflatten(-1, (-1, 2)).mean(-1)
+            forms = {
+                "none": torch.zeros_like(exact),
+                "the mean of a pair's": scale**2 / 24 * query.square().unflatten(-1, (-1, 2)).sum(-1) @ of_pairs.mT,
+                "turned as a key": scale**2 / 24 * query.square() @ turn(stored.step).square().mT,
+                "as packed": exact,
+            }
+            scores = scale * query @ turn(key).mT
+            wanted = scores.softmax(-1) @ value
+            for form, correction in forms.items():
+                got = scale * query @ turn(stored.values).mT - correction
+                error = (got.softmax(-1) @ value - wanted).square().sum() / wanted.square().sum()
+                mass = got.logsumexp(-1) - scores.logsumexp(-1)
+                off = (correction - exact).norm() / exact.norm()
+                records.append({
+                    "turned": kind, "correction": form, "seed": seed, "log_mass": round(mass.mean().item(), 5),
+                    "off": round(off.item(), 5), "output_error": round(error.item(), 5),
+                })  # fmt: skip
     return records
 
 
@@ -93,9 +142,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kivi.json")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning, message=".*reads a packed cache in eager code.*")
-    again, made_up, records = measure_again(16), measure_synthetic(args.seeds), measure(args.seeds, variants)
-    args.out.write_text("[\n" + ",\n".join(json.dumps(record) for record in (*records, *made_up, *again)) + "\n]\n")
+    again, made_up, turned = measure_again(16), measure_synthetic(args.seeds), measure_turned(2 * args.seeds)
+    records = measure(args.seeds, variants)
+    lines = [json.dumps(record) for record in (*records, *made_up, *turned, *again)]
+    args.out.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     print(table(records))
+    for kind in TURNED_KEYS:
+        for form in dict.fromkeys(r["correction"] for r in turned):
+            group = [r for r in turned if r["turned"] == kind and r["correction"] == form]
+            mass, off, error = (fmean(r[name] for r in group) for name in ("log_mass", "off", "output_error"))
+            print(f"{kind}, turned, {form}: log mass {mass:+.3f}, corrections off by {off:.0%}, error {error:.1%}")
     for kind in KEYS:
         errors: dict[str, list[float]] = {}
         for record in (r for r in made_up if r["keys"] == kind):

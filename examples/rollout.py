@@ -37,6 +37,7 @@ class Variant:
     center, center_tokens: whether tokens are stored less a mean, and how many share one.
     stages, centroids: of "qvg", how many centroids tokens are stored less, each one of how many.
     budget, salience: how many tokens are kept (None: all), and what tells which.
+    block_tokens: how many tokens share the steps of a channel of keys, with "kivi".
     """
 
     name: str
@@ -54,6 +55,7 @@ class Variant:
     centroids: int | None = None
     budget: int | float | None = None
     salience: str = "attention"
+    block_tokens: int | None = None
 
     def backend(self) -> Backend:
         """What to hand to ``torch.compile(backend=...)``.
@@ -78,6 +80,7 @@ class Variant:
             centroids=self.centroids,
             budget=self.budget,
             salience=self.salience,
+            block_tokens=self.block_tokens,
         )
 
 

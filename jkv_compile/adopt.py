@@ -79,7 +79,8 @@ def adopt(
     """
     canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
-    settings = bits, config.group_size, tensor.device, quantizer or config.key_quantizer
+    quantizer = quantizer or config.key_quantizer
+    settings = bits, config.shares(quantizer), tensor.device, quantizer
     if config.budget is not None:
         kept = config.rows(canonical.shape[2]), config.policy
         store: Store = KeptStore.of_budget(canonical.shape, canonical.stride(), tensor.dtype, *settings, *kept)
@@ -98,6 +99,7 @@ def adopt(
         adopt_tokens(store, canonical, BLOCK)
     else:
         _fill_store(store, canonical[:, :, :filled])
+    store.hold(None)  # it was filled with room for an open block alone
     store.window = config.window
     if store.held is not None:
         store.held.write(canonical, (0, 0, 0, 0))

@@ -226,7 +226,7 @@ def jkv_backend(
         preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.5 times less
             memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
         settings: group_size, correction, quantizer, inner, strict, offload, sink, recent, center, center_tokens,
-            step_bits, budget and salience, as `Config` describes them.
+            step_bits, budget, salience and block_tokens, as `Config` describes them.
 
     Raises:
         ConfigurationError: one of them has a value that cannot work.

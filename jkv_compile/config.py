@@ -40,7 +40,7 @@ class Config:
     Args:
         bits: bits of a stored channel: one of 2, 3, 4, 8, or a pair `(key_bits, value_bits)`.
         group_size: channels that share a step, and a zero point unless the quantizer is symmetric; a multiple of 8 that
-            divides head_dim. With "kivi", as many tokens of a channel of keys do.
+            divides head_dim. With "kivi", as many tokens of a channel of keys do, unless `block_tokens` says how many.
         correction: how the Jensen bias of quantized keys is removed from their scores (arXiv 2605.26266):
             "taylor" (s²/24 · Σ_g ‖q_g‖² Δ_g²), "clamped" (the same, at most 1: it cuts no weight to less than 1/e,
             which guards heads whose queries are so large that their cache would be deleted), "exact"
@@ -50,13 +50,13 @@ class Config:
             "unbiased" does too, then rounds to the best grid for normal numbers, and rescales each group so that its
             error is orthogonal to it (`kernels.quantizers`). "symmetric", "symmetric_quarot" and "symmetric_unbiased"
             do the same on grids around zero, without zero points, which takes half as many bytes beside the codes.
-            "kivi" quantizes keys by channel, over blocks of `group_size` tokens (arXiv 2402.02750), and values as "rtn"
-            does; the last `group_size` - 1 tokens before the chunk at hand are then held in full precision, as with
-            `recent` (`kernels.blocks`). It is for keys that are attended as they were written, of caches that are
-            written in slices: others stay in full precision, and tokens can be moved by whole blocks only. "qvg" is
-            Quant VideoGen (arXiv 2602.02958): tokens less the nearest of `centroids`, `stages` times, what is left on
-            an odd number of levels around zero, with steps of 8 bits; "qvg_asymmetric" between a group's extremes.
-            Tokens are dequantized for each attention (`kernels.clusters`).
+            "kivi" quantizes keys by channel, over blocks of `block_tokens` tokens (arXiv 2402.02750), and values as
+            "rtn" does; the last `block_tokens` - 1 tokens before the chunk at hand are then held in full precision, as
+            with `recent` (`kernels.blocks`). It is for caches that are written in slices: others stay in full
+            precision, and tokens can be moved by whole blocks only. Keys may be turned, repeated or joined after they
+            are read. "qvg" is Quant VideoGen (arXiv 2602.02958): tokens less the nearest of `centroids`, `stages`
+            times, what is left on an odd number of levels around zero, with steps of 8 bits; "qvg_asymmetric" between a
+            group's extremes. Tokens are dequantized for each attention (`kernels.clusters`).
         inner: what compiles the rewritten graph.
         strict: raise `NoCachedAttentionError` where a graph has attention but none over a cache that can be packed.
         offload: "cpu" keeps packed caches in (pinned) host memory, and brings each to its device for the calls that use
@@ -82,6 +82,9 @@ class Config:
         budget: how many tokens of a cache are kept, those of the chunk at hand among them; a fraction is one of the
             cache's length. The least salient others are dropped (`kernels.retention`). It is for caches that are
             written and read in slices, and attended in the same graph: others stay in full precision.
+        block_tokens: with "kivi", how many tokens of a channel of keys share a step: any number of at least 8; None,
+            `group_size`. Models that evict do so by a multiple of it, or not at all: 40 and 120 divide the 4,680 tokens
+            of a chunk of Self-Forcing's, which 32 and 64 do not.
         salience: what tells which tokens to keep: "attention" (that they have received), "recent" (the newest),
             "random" or "even", of which each kept token also stands for those around it that were dropped, or a learned
             head: a module that makes `[B, n]` of keys and values `[B, H, n, D]`, or the path of
@@ -107,6 +110,7 @@ class Config:
     centroids: int | None = None
     budget: int | float | None = None
     salience: Any = "attention"
+    block_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, list):
@@ -157,6 +161,7 @@ class Config:
             )
         self._check_clusters()
         self._check_center_tokens()
+        self._check_block_tokens()
         if self.quantizer == "kivi" and self.offload is not None:
             raise ConfigurationError(
                 f"offload={self.offload!r} with quantizer='kivi': caches go to host memory token by token, and the "
@@ -248,6 +253,25 @@ class Config:
                 "many tokens share a mean; expected offload=None, or center_tokens=0"
             )
 
+    def _check_block_tokens(self) -> None:
+        n = self.block_tokens
+        if n is None:
+            return
+        if isinstance(n, bool) or not isinstance(n, int) or n < 8:
+            raise ConfigurationError(
+                f"block_tokens={n!r}: expected a number of tokens of at least 8 that share the steps of a channel of "
+                "keys, one that divides the tokens by which the model evicts; or None, which takes group_size"
+            )
+        if self.quantizer != "kivi":
+            raise ConfigurationError(
+                f"block_tokens={n} with quantizer={self.quantizer!r}, whose steps are those of single tokens; expected "
+                "block_tokens=None, or quantizer='kivi'"
+            )
+
+    def shares(self, quantizer: str) -> int:
+        """How many channels of a token share a step; of a quantizer by channel, how many tokens."""
+        return (self.block_tokens or self.group_size) if grid_of(quantizer).per_channel else self.group_size
+
     @property
     def key_quantizer(self) -> str:
         """That of keys, as `kernels.quantizers.Grid` spells it."""
@@ -272,7 +296,7 @@ class Config:
     @property
     def window(self) -> tuple[int, int]:
         """How many of a cache's first tokens are held in full precision, and of the newest before a chunk."""
-        return self.sink, max(self.recent, grid_of(self.quantizer).open_tokens(self.group_size))
+        return self.sink, max(self.recent, grid_of(self.quantizer).open_tokens(self.shares(self.quantizer)))
 
     def mean_tokens(self, *sides: str) -> int:
         """How many tokens of these sides, "keys" or "values", share a mean or centroids; 0, none do."""

@@ -3,25 +3,31 @@
     python -m jkv_compile.plan --model self-forcing --gpu rtx-4090
     python -m jkv_compile.plan --layers 32 --heads 32 --kv-heads 8 --head-dim 128 --tokens 40000 --chunk 1024 --gpu h100
     python -m jkv_compile.plan --model magi-24b --gpu h100 --devices 8 --sharding heads --seconds 3600
+    python -m jkv_compile.plan --quantizer kivi --block-tokens 40 --group-size 64
+    python -m jkv_compile.plan --quantizer unbiased --group-size 64 --center --center-tokens 4680
+    python -m jkv_compile.plan --quantizer unbiased --group-size 64 --budget 0.5
     python -m jkv_compile.plan --list
 
-Cache sizes are exact: codes and scales as `kernels.layout` stores them. Times are modelled, never measured; the report
+Cache sizes are exact: codes and scales as `kernels.layout` stores them, means, rows of a budget, and tokens in full
+precision. Times are modelled, never measured; the report
 lists what they assume.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from .config import Config
 from .errors import ConfigurationError
-from .kernels.layout import SUPPORTED_BITS, packed_bytes
-from .kernels.quantizers import QUANTIZERS, Grid
+from .kernels.layout import SUPPORTED_BITS
+from .kernels.quantizers import QUANTIZERS, grid_of
 from .plan_devices import Sharding, Traffic, offload_traffic, share_of, traffic
-from .plan_tables import BYTES_FULL, GIB, GPUS, MODELS, RTN, Gpu, Model
+from .plan_tables import BYTES_FULL, DEFAULT, GIB, GPUS, MODELS, Gpu, Model
 
 MATRIX_UTILISATION = 0.65
 """Part of the peak matrix rate that plain flash attention reaches on long chunks."""
@@ -46,25 +52,26 @@ class Overhead:
     append_ms: float
 
 
-def attention_overhead(
-    model: Model, gpu: Gpu, key_bits: int, value_bits: int, group_size: int, grid: Grid = RTN
-) -> Overhead:
-    """Roofline of one layer's attention over a full cache.
+def attention_overhead(model: Model, gpu: Gpu, key_bits: int, value_bits: int, config: Config = DEFAULT) -> Overhead:
+    """Roofline of one layer's attention over a full cache, packed over those tokens of it that a budget keeps.
 
     The lower bound takes a kernel to be limited by matrix products or memory, whichever takes longer, with the
     correction's columns added; the upper bound takes it to be limited by the instructions it issues.
     """
-    cached, keys = model.tokens - model.chunk, model.tokens
+    keys = model.tokens
     flops = 4 * model.heads * model.chunk * keys * model.head_dim
     bandwidth = gpu.bandwidth_tbs * 1e12 * BANDWIDTH_UTILISATION
     matrix = flops / (gpu.tflops * 1e12 * MATRIX_UTILISATION)
     full = 2 * model.kv_heads * keys * model.head_dim * BYTES_FULL / bandwidth
     plain = max(matrix, full)
-    share = cached / keys  # of the keys that are packed
-    packed = sum(
-        packed_bytes((1, model.kv_heads, cached, model.head_dim), bits, group_size, grid.scale_bytes)
-        for bits in (key_bits, value_bits)
-    )
+    kept = max(model.rows(config), model.chunk)
+    cached = kept - model.chunk
+    share, matrix = cached / kept, matrix * kept / keys  # of the keys that are packed
+    full *= kept / keys
+    past = replace(model, tokens=max(1, cached))
+    everything = replace(config, budget=None, salience="attention")  # of these
+    sides = (("keys", key_bits), ("values", value_bits))
+    packed = sum(past.attended_bytes(side, bits, everything) for side, bits in sides) if cached else 0
     current = 2 * model.kv_heads * model.chunk * model.head_dim * BYTES_FULL
     corrected = matrix * (1 + share * CORRECTION_COLUMNS / (2 * model.head_dim))
     streamed = (packed + current) / bandwidth
@@ -89,14 +96,11 @@ def room_for_cache(model: Model, gpu: Gpu, weights_on: int = 1) -> float:
     return gpu.memory_gb * 1e9 * RESERVE - model.parameters * 1e9 * BYTES_FULL / weights_on
 
 
-def tokens_that_fit(
-    model: Model, gpu: Gpu, bits: int | None, group_size: int, weights_on: int = 1, grid: Grid = RTN,
-    window: tuple[int, int] = (0, 0),
-) -> int:  # fmt: skip
+def tokens_that_fit(model: Model, gpu: Gpu, bits: int | None, config: Config = DEFAULT, weights_on: int = 1) -> int:
     """Cached tokens that fit beside bfloat16 weights; bits None is the uncompressed cache. Never negative."""
-    per_token = replace(model, tokens=1).bytes_of(bits, group_size, grid)
-    room = room_for_cache(model, gpu, weights_on) - (0 if bits is None else model.held_bytes(*window))
-    return max(0, int(room / per_token))
+    room = room_for_cache(model, gpu, weights_on)
+    lengths = range(1, 2**40)
+    return bisect.bisect_right(lengths, room, key=lambda n: replace(model, tokens=n).bytes_of(bits, config))
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,9 @@ class Devices:
     weights: bool = False
 
 
-def report(
-    model: Model, gpu: Gpu, group_size: int, devices: Devices | None = None, grid: Grid = RTN,
-    window: tuple[int, int] = (0, 0), offloads: bool = True,
-) -> str:  # fmt: skip
-    """The plan as text.
-
-    grid: whether caches have zero points, and how many bits a step has.
-    window: how many of the first tokens, and of the newest, are held in full precision.
-    offloads: whether such caches can live in host memory.
-    """
+def report(model: Model, gpu: Gpu, config: Config = DEFAULT, devices: Devices | None = None) -> str:
+    """The plan as text, for caches stored as `config` says, but for their bits."""
+    window = config.window
     devices = devices or Devices()
     count = devices.count
     share, weights_on = share_of(model, count, devices.sharding), count if devices.weights else 1
@@ -126,8 +123,7 @@ def report(
     several = "" if count == 1 else f"{count} x "
     lines = [
         f"{model.name} on {several}{gpu.name}: {model.layers} layers x {model.kv_heads} key/value heads x "
-        f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, groups of {group_size}"
-        f"{_of_scales(grid)}",
+        f"{model.head_dim}, {model.tokens:,} tokens cached, {model.chunk:,} per chunk, batch 1, {_stored(config)}",
     ]
     if any(window):
         lines += [
@@ -143,26 +139,26 @@ def report(
         f"{which:>14} {'bits/elem':>10} {'GiB':>8} {'smaller':>8} {'fits':>5} {'tokens that fit':>16}",
     ]
     for bits in (None, *sorted(SUPPORTED_BITS, reverse=True)):
-        size = share.bytes_of(bits, group_size, grid, window)
+        size = share.bytes_of(bits, config)
         lines.append(
             f"{_name(bits):>14} {16 * size / share.full_bytes:10.2f} {size / GIB:8.2f} {share.full_bytes / size:7.2f}x "
             f"{'yes' if size <= room else 'no':>5} "
-            f"{parted * tokens_that_fit(share, gpu, bits, group_size, weights_on, grid, window):16,}"
+            f"{parted * tokens_that_fit(share, gpu, bits, config, weights_on):16,}"
         )
     if model.tokens_per_second:
-        lines += ["", *_lengths(model, group_size, devices, room, grid, window)]
+        lines += ["", *_lengths(model, config, devices, room)]
     if count > 1:
-        received = traffic(model, count, devices.sharding, 2, group_size, grid, window)
+        received = traffic(model, count, devices.sharding, 2, config)
         lines += ["", *_moved("a device receives, GiB", received)]
-    if offloads:
-        at_hand = [2 * share.bytes_of(bits, group_size, grid, window) / share.layers / GIB for bits in (None, 2)]
+    if _offloads(config):
+        at_hand = [2 * share.bytes_of(bits, config) / share.layers / GIB for bits in (None, 2)]
         lines += [
             "",
-            *_moved('with offload="cpu", GiB', offload_traffic(share, 2, group_size, grid, window)),
+            *_moved('with offload="cpu", GiB', offload_traffic(share, 2, config)),
             f"{'two layers on the device':>28} {at_hand[0]:10.2f} {at_hand[1]:10.2f}",
         ]
     if share.chunk <= share.tokens:
-        overhead = attention_overhead(share, gpu, 2, 2, group_size, grid)
+        overhead = attention_overhead(share, gpu, 2, 2, config)
         lines += [
             "",
             f"attention, one layer and chunk over the full cache: {overhead.plain_ms:.2f} ms plain (modelled)",
@@ -182,15 +178,13 @@ def _moved(title: str, rows: Sequence[Traffic]) -> list[str]:
     return lines
 
 
-def _lengths(
-    model: Model, group_size: int, devices: Devices, room: float, grid: Grid, window: tuple[int, int]
-) -> list[str]:
+def _lengths(model: Model, config: Config, devices: Devices, room: float) -> list[str]:
     """A table of videos all of whose tokens are kept."""
     lines = [f"{'all of a video':>14} {'tokens':>13} {'bfloat16, GiB':>15} {'fits':>5} {'2 bits, GiB':>13} {'fits':>5}"]
     for name, seconds in LENGTHS.items():
         long = replace(model, tokens=int(seconds * model.tokens_per_second))
         share = share_of(long, devices.count, devices.sharding)
-        sizes = [share.bytes_of(bits, group_size, grid, window) for bits in (None, 2)]
+        sizes = [share.bytes_of(bits, config) for bits in (None, 2)]
         full, packed = (f"{size / GIB:,.1f}" for size in sizes)
         fits = ["yes" if size <= room else "no" for size in sizes]
         lines.append(f"{name:>14} {long.tokens:13,} {full:>15} {fits[0]:>5} {packed:>13} {fits[1]:>5}")
@@ -224,9 +218,40 @@ def _name(bits: int | None) -> str:
     return "bfloat16" if bits is None else f"{bits} bits"
 
 
-def _of_scales(grid: Grid) -> str:
+def _offloads(config: Config) -> bool:
+    """Whether such caches can live in host memory."""
+    try:
+        replace(config, offload="cpu")
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _stored(config: Config) -> str:
+    grid = grid_of(config.key_quantizer)
     words = (" without zero points" if grid.symmetric else ""), (" with 8-bit steps" if grid.step_bits == 8 else "")
-    return " and".join(word for word in words if word)
+    parts = [f"groups of {config.group_size}" + " and".join(word for word in words if word)]
+    if grid.per_channel:
+        parts = [f"keys by channel in blocks of {config.shares(config.key_quantizer)} tokens, values in {parts[0]}"]
+    if config.center:
+        of = "" if config.center is True else f"{config.center} "
+        parts.append(
+            f"{of}less a mean" + (f" of every {config.center_tokens:,} tokens" if config.center_tokens else "")
+        )
+    if config.clustered:
+        parts.append(
+            f"less {grid.stages} of {grid.centroids} centroids that {config.center_tokens:,} tokens share; they are "
+            "dequantized for each attention, whose time below is that of others"
+        )
+    if config.budget is not None:
+        part = f"{config.budget:.0%} of" if isinstance(config.budget, float) else f"{config.budget:,}"
+        parts.append(f"{part} tokens kept")
+    return ", ".join(parts)
+
+
+def _budget(text: str) -> int | float:
+    """A number of tokens, or a fraction of them."""
+    return float(text) if "." in text else int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,9 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument(
         "--quantizer", choices=QUANTIZERS, default="rtn",
-        help="symmetric ones store no zero points; kivi holds group-size - 1 recent tokens in full precision",
+        help="symmetric ones store no zero points; kivi stores whole blocks, and holds all tokens but one of a block",
     )  # fmt: skip
-    parser.add_argument("--step-bits", type=int, choices=(8, 16), default=16, help="bits of a group's step")
+    parser.add_argument("--block-tokens", type=int, help="tokens that share a channel's steps, with kivi (group-size)")
+    parser.add_argument(
+        "--center", nargs="?", choices=("both", "keys", "values"), const="both", help="store tokens less a mean"
+    )
+    parser.add_argument(
+        "--center-tokens", type=int, default=0,
+        help="tokens that share a mean (default: all), or centroids, with qvg (default: a chunk's)",
+    )  # fmt: skip
+    parser.add_argument("--stages", type=int, default=1, help="centroids that a token is stored less, with qvg")
+    parser.add_argument("--centroids", type=int, help="of how many each is one (default: a 112th of the tokens, 256)")
+    parser.add_argument("--budget", type=_budget, help="tokens that are kept: a number, or a fraction as in 0.5")
+    parser.add_argument("--step-bits", type=int, choices=(8, 16), help="bits of a group's step (16; with qvg 8)")
     parser.add_argument("--sink", type=int, default=0, help="first tokens that are held in full precision")
     parser.add_argument("--recent", type=int, default=0, help="tokens before a chunk that are held in full precision")
     for name, kind in (
@@ -279,10 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sharding: Sharding = options.sharding or ("heads" if options.devices > 1 else "none")
     devices = Devices(options.devices, sharding, options.shard_weights)
     try:
-        grid = Grid(options.quantizer, step_bits=options.step_bits)
-        window = options.sink, max(options.recent, grid.open_tokens(options.group_size))
-        offloads = not grid.per_channel
-        print(report(model, GPUS[options.gpu], options.group_size, devices, grid, window, offloads))
+        config = Config(
+            group_size=options.group_size, quantizer=options.quantizer, step_bits=options.step_bits,
+            sink=options.sink, recent=options.recent, center_tokens=options.center_tokens, budget=options.budget,
+            center=True if options.center == "both" else options.center or False, block_tokens=options.block_tokens,
+            stages=options.stages, centroids=options.centroids,
+        )  # fmt: skip
+        if config.clustered and not config.center_tokens:
+            config = config.in_blocks_of(model.chunk)
+        print(report(model, GPUS[options.gpu], config, devices))
     except ConfigurationError as error:
         parser.error(str(error))
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .config import Config
 from .errors import ConfigurationError
-from .kernels.quantizers import Grid
-from .plan_tables import BYTES_FULL, RTN, Model
+from .plan_tables import BYTES_FULL, DEFAULT, Model
 
 Sharding = Literal["none", "heads", "tokens"]
 BYTES_LSE = 4  # float32
@@ -40,10 +40,7 @@ class Traffic:
     packed: int
 
 
-def traffic(
-    model: Model, devices: int, sharding: Sharding, bits: int, group_size: int, grid: Grid = RTN,
-    window: tuple[int, int] = (0, 0),
-) -> list[Traffic]:  # fmt: skip
+def traffic(model: Model, devices: int, sharding: Sharding, bits: int, config: Config = DEFAULT) -> list[Traffic]:
     """What a chunk costs between devices, over all layers and passes; and what moving one device's cache costs, once.
 
     heads: the all-to-alls of queries, keys, values and results of the chunk, which are in full precision anyhow.
@@ -52,7 +49,7 @@ def traffic(
     caches are passed round instead (ring attention), those of every other device.
     """
     share, rounds = share_of(model, devices, sharding), model.layers * model.passes
-    sizes = share.full_bytes, share.bytes_of(bits, group_size, grid, window)
+    sizes = share.full_bytes, share.bytes_of(bits, config)
     others, result = devices - 1, []
     if sharding == "heads":
         rows = -(-model.chunk // devices) * others // devices  # of a device's tokens, what it gets from others
@@ -70,13 +67,11 @@ def traffic(
     return result
 
 
-def offload_traffic(
-    share: Model, bits: int, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)
-) -> list[Traffic]:
+def offload_traffic(share: Model, bits: int, config: Config = DEFAULT) -> list[Traffic]:
     """What a chunk costs between host memory and a device, over all layers and passes, with caches in the former.
 
     Every pass brings the full cache of each layer, and what it writes of it, the chunk, goes back; so do the tokens
-    that are held in full precision.
+    that are held in full precision. Means stay on the device.
     """
     written = replace(share, tokens=min(share.chunk, share.tokens))
     parts = (("to the device, a chunk", share), ("back, a chunk", written))
@@ -84,7 +79,12 @@ def offload_traffic(
         Traffic(
             what,
             share.passes * part.full_bytes,
-            share.passes * (part.bytes_of(bits, group_size, grid) + share.held_bytes(*window)),
+            share.passes * (_moved_bytes(part, bits, config) + share.held_bytes(*config.window)),
         )
         for what, part in parts
     ]
+
+
+def _moved_bytes(part: Model, bits: int, config: Config) -> int:
+    """Codes and scales of all layers."""
+    return part.layers * sum(part.attended_bytes(side, bits, config) for side in ("keys", "values"))

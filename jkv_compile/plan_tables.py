@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kernels.layout import packed_bytes
-from .kernels.quantizers import Grid
+from .config import Config
+from .kernels.quantizers import grid_of
 
 GIB = 2**30
-RTN = Grid("rtn")
 BYTES_FULL = 2  # bfloat16
+DEFAULT = Config()
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,43 @@ class Model:
         """Bytes of the cache in bfloat16, keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * BYTES_FULL
 
-    def cache_bytes(
-        self, key_bits: int, value_bits: int, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)
-    ) -> int:
-        """Bytes of the packed cache: codes and scales.
+    def cache_bytes(self, key_bits: int, value_bits: int, config: Config = DEFAULT) -> int:
+        """Bytes of the packed cache as `config` stores it, but for its bits: codes, scales, means, what tells which
+        tokens a budget keeps, and a copy in bfloat16 of those that are held in full precision."""
+        sides = self.attended_bytes("keys", key_bits, config), self.attended_bytes("values", value_bits, config)
+        beside = sum(self._means_bytes(side, config) + self._kept_bytes(config) for side in ("keys", "values"))
+        return self.layers * (sum(sides) + beside) + self.held_bytes(*config.window)
 
-        grid: what scales consist of.
-        window: of how many first tokens, and of how many of the newest, there is a copy in bfloat16 beside them.
-        """
-        shape = (1, self.kv_heads, self.tokens, self.head_dim)
-        packed = sum(packed_bytes(shape, bits, group_size, grid.scale_bytes) for bits in (key_bits, value_bits))
-        return self.layers * packed + self.held_bytes(*window)
+    def attended_bytes(self, side: str, bits: int, config: Config = DEFAULT) -> int:
+        """Bytes of codes and scales of one layer's "keys" or "values": of the rows of a budget; by channel, of whole
+        blocks."""
+        quantizer = config.key_quantizer if side == "keys" else config.value_quantizer
+        shape = (1, self.kv_heads, self.rows(config), self.head_dim)
+        return grid_of(quantizer).store_bytes(shape, bits, config.shares(quantizer))
+
+    def rows(self, config: Config) -> int:
+        """How many tokens are kept."""
+        return self.tokens if config.budget is None else config.rows(self.tokens)
+
+    def _means_bytes(self, side: str, config: Config) -> int:
+        quantizer, tokens = config.key_quantizer if side == "keys" else config.value_quantizer, config.mean_tokens(side)
+        if not tokens and not config.centers(side):
+            return 0
+        means = -(-self.tokens // tokens) * grid_of(quantizer).tables if tokens else 1
+        return means * self.kv_heads * self.head_dim * BYTES_FULL
+
+    def _kept_bytes(self, config: Config) -> int:
+        """A byte for each token, and float32 for how salient each kept one is (`kernels.retention`)."""
+        return 0 if config.budget is None else self.tokens + 4 * self.rows(config)
 
     def held_bytes(self, sink: int, recent: int) -> int:
         """Bytes of the first tokens and of the newest, in bfloat16; of the latter, for this chunk and the next."""
         rows = min(sink, self.tokens) + 2 * min(recent, self.tokens)
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * BYTES_FULL
 
-    def bytes_of(self, bits: int | None, group_size: int, grid: Grid = RTN, window: tuple[int, int] = (0, 0)) -> int:
+    def bytes_of(self, bits: int | None, config: Config = DEFAULT) -> int:
         """Bytes of the cache at so many bits for keys and values; None is bfloat16."""
-        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, group_size, grid, window)
+        return self.full_bytes if bits is None else self.cache_bytes(bits, bits, config)
 
 
 @dataclass(frozen=True)

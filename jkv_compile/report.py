@@ -86,6 +86,7 @@ class CacheUse:
         full_precision_bytes, packed_bytes: of the whole cache, for the sizes of the call that was compiled.
         sink, recent: how many of its first tokens, and of the newest before a chunk, are held in full precision.
         kept: how many of its tokens a budget keeps; 0, where it keeps all.
+        by_channel: whether a channel has a step for every `group_size` tokens, instead of a token for as many channels.
     """
 
     name: str
@@ -99,12 +100,14 @@ class CacheUse:
     sink: int = 0
     recent: int = 0
     kept: int = 0
+    by_channel: bool = False
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.full_precision_bytes)} -> {size_text(self.packed_bytes)}"
         held = [f"{n:,} {which}" for n, which in ((self.sink, "first"), (self.recent, "newest")) if n]
         beside = f", {' and '.join(held)} tokens in full precision" if held else ""
-        packed = f"{self.bits} bits in groups of {self.group_size}"
+        packed = f"{self.bits} bits " + ("by channel in blocks of {} tokens" if self.by_channel else "in groups of {}")
+        packed = packed.format(self.group_size)
         packed += f", {self.kept:,} tokens kept" if self.kept else ""
         return f"{self.name} {self.shape} {self.dtype}, {packed}{beside}: {sizes}"
 

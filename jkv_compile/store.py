@@ -838,7 +838,7 @@ class Store:
                 f"tokens {start}:{stop} of a packed cache of {self._of_blocks} and {self.shape[TOKEN]} "
                 f"tokens: expected multiples of {unit}, or its end, as codes of so many tokens share {self._shared}; "
                 "copy whole blocks, write jkv_compile.materialize(source), which quantizes anew, or choose another "
-                + ("center_tokens" if self.mean_tokens else "quantizer")
+                + ("center_tokens" if self.mean_tokens else "quantizer or block_tokens")
             )
         if block == 1:
             return slice(start, stop), slice(start, stop)

@@ -9,3 +9,4 @@ from . import grids as grids
 from . import held as held
 from . import indexed as indexed
 from . import retention as retention
+from . import turned as turned

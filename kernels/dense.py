@@ -67,9 +67,14 @@ def attention_dense(
     elif correction != "taylor":
         output = _row_by_row(query, key, value, variance, mask, causal, scale, pairs, correction)
     else:
-        widened = with_correction(query, key, value, variance, scale, pairs)
-        output = sdpa(*widened, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
-    return output[..., : value.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2)
+        wider = with_correction(query, key, value, variance, scale, pairs)
+        output = sdpa(*wider, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return laid_out(output, value.shape[-1])
+
+
+def laid_out(output: Tensor, channels: int) -> Tensor:
+    """The first channels of what attention returns, laid out in memory as `[B, L, H, Dv]`."""
+    return output[..., :channels].transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def with_correction(
@@ -84,7 +89,7 @@ def with_correction(
     width = -(-(max(query.shape[-1], value.shape[-1]) + groups) // 8) * 8
     norms = grouped(query.float(), groups, pairs).square().sum(-1)
     padded = F.pad(value, (0, width - value.shape[-1]))
-    return _widened(query, norms, width), _widened(key, -scale / 24 * variance, width), padded
+    return widened(query, norms, width), widened(key, -scale / 24 * variance, width), padded
 
 
 def grouped(x: Tensor, groups: int, pairs: int) -> Tensor:
@@ -119,7 +124,8 @@ def _score_terms_fake(query: Tensor, variance: Tensor, scale: float, pairs: int)
     return [query.new_empty(size, dtype=torch.float32) for size in sizes]
 
 
-def _widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
+def widened(x: Tensor, columns: Tensor, width: int) -> Tensor:
+    """`x` with columns appended, and zeros up to `width` channels."""
     padding = width - x.shape[-1] - columns.shape[-1]
     return F.pad(torch.cat((x, columns.to(x.dtype)), -1), (0, padding))
 
@@ -141,20 +147,30 @@ def rows_of_bias(
 
     Arguments are those of `attention_dense`. Yields rows, and an additive mask `[B, H, rows, S]` in query's dtype.
     """
-    groups, tokens = variance.shape[-1], variance.shape[2]
+    groups = variance.shape[-1]
     delta = variance.sqrt().repeat_interleave(query.shape[1] // variance.shape[1], 1)
-    columns = torch.arange(tokens, device=query.device)
-    for first in range(0, query.shape[2], _ROWS):
-        rows = slice(first, min(first + _ROWS, query.shape[2]))
+    for rows in chunks_of_rows(query):
         ordered = grouped(query[:, :, rows].float(), groups, pairs).flatten(-2)
         bias = -reference.correction_bias(ordered, delta, scale, correction)
-        if mask is not None:
-            part = mask[..., rows, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
-            bias = bias.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else bias + part
-        if causal:
-            visible = columns <= torch.arange(rows.start, rows.stop, device=query.device)[:, None]
-            bias = bias.masked_fill(~visible, -torch.inf)
-        yield rows, bias.to(query.dtype)
+        yield rows, masked(bias, rows, mask, causal).to(query.dtype)
+
+
+def chunks_of_rows(query: Tensor) -> Iterator[slice]:
+    """A few query rows at a time."""
+    for first in range(0, query.shape[2], _ROWS):
+        yield slice(first, min(first + _ROWS, query.shape[2]))
+
+
+def masked(bias: Tensor, rows: slice, mask: Tensor | None, causal: bool) -> Tensor:
+    """What is added to scores of some query rows `[B, H, rows, S]`, and what a mask and causality hide of them."""
+    if mask is not None:
+        part = mask[..., rows, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+        bias = bias.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else bias + part
+    if causal:
+        columns = torch.arange(bias.shape[-1], device=bias.device)
+        visible = columns <= torch.arange(rows.start, rows.stop, device=bias.device)[:, None]
+        bias = bias.masked_fill(~visible, -torch.inf)
+    return bias
 
 
 def _fake(query, key, value, *_):

@@ -111,7 +111,8 @@ def in_blocks(codes: Tensor, scales: Tensor, *tokens: int) -> list[int]:
     if any(token % block for token in tokens):
         raise PackedCacheError(
             f"jkv: tokens {list(tokens)} must be multiples of {block}, as so many tokens share their steps; move "
-            "and write whole blocks (group_size tokens with quantizer='kivi'), or choose another quantizer"
+            "and write whole blocks, choose another number (block_tokens=, with quantizer='kivi'), or choose another "
+            "quantizer"
         )
     return [token // block for token in tokens]
 

@@ -126,6 +126,11 @@ class Grid:
             return (batch, heads, blocks * group_size, width), (batch, heads, head_dim, blocks, self.scale_size)
         return (batch, heads, tokens, width), (batch, heads, head_dim // group_size, tokens, self.scale_size)
 
+    def store_bytes(self, shape: Sequence[int], bits: int, group_size: int) -> int:
+        """Bytes of both."""
+        codes, scales = self.store_shapes(shape, bits, group_size)
+        return math.prod(codes) + math.prod(scales) * self.scale_dtype.itemsize
+
     @property
     def unbiased(self) -> bool:
         """Whether what is written goes through `round_unbiased`."""

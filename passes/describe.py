@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..kernels.layout import packed_bytes
 from ..kernels.quantizers import grid_of
 from ..report import CacheUse, Match, Rejected
 from .actions import Append, Attend, Dense, Holder, Move, Scatter, Tracking
@@ -117,9 +116,9 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
     means = -(-length // plan.mean_tokens) * grid.tables if plan.mean_tokens else int(plan.centered)
     lines = tokens // max(1, length)
     center_bytes = means * lines * head_dim * holder.dtype.itemsize
-    stored = lines * (plan.rows or -(-length // plan.block) * plan.block)  # whole blocks of them
     retained_bytes = 4 * plan.rows + length if plan.keeps else 0
-    packed = packed_bytes((1, 1, stored, head_dim), plan.bits, plan.group_size, grid.scale_bytes) + stored * grid.stages
+    shape_of_rows = lines, 1, plan.rows or length, head_dim
+    packed = grid.store_bytes(shape_of_rows, plan.bits, plan.group_size)
     return CacheUse(
         name=input_name(holder.node),
         role="keys" if is_key else "values",
@@ -127,6 +126,7 @@ def _use(holder: Holder, plan: CachePlan, is_key: bool) -> CacheUse:
         dtype=str(holder.dtype).removeprefix("torch."),
         bits=plan.bits,
         group_size=plan.group_size,
+        by_channel=plan.block > 1,
         full_precision_bytes=math.prod(numbers) * holder.dtype.itemsize,
         packed_bytes=packed + held_bytes + center_bytes + retained_bytes,
         sink=sink,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -14,6 +16,7 @@ from ..kernels.reference import CLAMP
 from . import block_means
 from .actions import Attend, Dense
 from .attention_forms import SDPA_LSE, AttentionCall, sdpa
+from .channels import Pairs
 from .flex import lower_flex
 from .nodes import example
 from .pieces import Pieces
@@ -22,6 +25,7 @@ from .segments import Fresh, Scattered, Segment
 from .uncertainty import NotLinear, Uncertainty
 
 ops = torch.ops.jkv
+STANDS_BETWEEN = "`{}` stands between cache and attention"
 
 
 def lower_fused(pieces: Pieces, attend: Attend, correction: str) -> None:
@@ -75,22 +79,38 @@ def _replace(pieces: Pieces, call: AttentionCall, result: Node, lse: Node | None
     pieces.graph.erase_node(call.node)
 
 
-def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correction: str) -> tuple[Node, str]:
-    """`jkv::attention_dense` on keys as the model computes them.
+@dataclass(frozen=True)
+class Turned:
+    """Δ of keys whose channels have steps of their own, and are turned two by two: see `kernels.turned`.
+
+    kinds: what tells Δ of the cache's channels of the first kind alone, and of the second.
+    """
+
+    pairs: Pairs
+    kinds: tuple[Uncertainty, Uncertainty]
+
+
+def lower_dense(
+    pieces: Pieces, dense: Dense, uncertainty: Uncertainty | Turned | str, correction: str
+) -> tuple[Node, str]:
+    """`jkv::attention_dense`, or `jkv::attention_turned`, on keys as the model computes them.
+
+    Args:
+        uncertainty: what tells Δ of keys; or why nothing does.
 
     Returns:
         The new node, which reads what the old one did, and why keys are not corrected ("" where they are).
     """
     call = dense.call
     dtype, stride = call.result.dtype, call.result.stride()
-    try:
-        delta, why = uncertainty.of(call.key, call.node), ""
-    except NotLinear as error:
-        delta, why = None, f"`{error}` stands between cache and attention"
+    told, why = _steps_of(call, uncertainty)
+    delta = told[0] if told else None
     if call.others is not None:
         if correction == "exact":
             delta, why = None, "flex_attention takes the Taylor correction only, as it is or clamped"
-        if delta is None or correction == "none":
+        elif isinstance(uncertainty, Turned):
+            delta, why = None, "flex_attention takes steps of channels only where these are not turned"
+        if delta is None or correction == "none" or not isinstance(uncertainty, Uncertainty):
             return lower_flex(pieces, call, None, 1, 0), why
         groups, pairs = _groups(pieces, dense, uncertainty)
         most = CLAMP if correction == "clamped" else math.inf
@@ -106,15 +126,32 @@ def lower_dense(pieces: Pieces, dense: Dense, uncertainty: Uncertainty, correcti
         args = query, key, value, call.mask, 0.0, call.is_causal
         attention = result = pieces.call(sdpa, *args, scale=call.scale, enable_gqa=grouped)
     else:
-        groups, pairs = _groups(pieces, dense, uncertainty)
-        variance = _variance(pieces, delta, groups, pairs)
-        settings = call.mask, call.is_causal, call.scale, pairs, correction
-        attention = result = pieces.call(ops.attention_dense.default, query, key, value, variance, *settings)
+        settings = call.mask, call.is_causal, call.scale
+        own: tuple[Any, ...]
+        if isinstance(uncertainty, Uncertainty):
+            groups, pairs = _groups(pieces, dense, uncertainty)
+            variance = _variance(pieces, delta, groups, pairs)
+            target, own = ops.attention_dense.default, (variance, *settings, pairs)
+        else:
+            assert isinstance(uncertainty, Turned)
+            target, own = ops.attention_turned.default, (*told, list(uncertainty.pairs.order), *settings)
+        attention = result = pieces.call(target, query, key, value, *own, correction)
         if stride != _attention_stride(call.result):
             result = pieces.method("contiguous", attention)
     call.node.replace_all_uses_with(result)
     pieces.graph.erase_node(call.node)
     return attention, why
+
+
+def _steps_of(call: AttentionCall, uncertainty: Uncertainty | Turned | str) -> tuple[list[Node], str]:
+    """Δ of keys, in one node or two; or none, and why."""
+    if isinstance(uncertainty, str):
+        return [], uncertainty
+    kinds = uncertainty.kinds if isinstance(uncertainty, Turned) else (uncertainty,)
+    try:
+        return [kind.of(call.key, call.node) for kind in kinds], ""
+    except NotLinear as error:
+        return [], STANDS_BETWEEN.format(error)
 
 
 def _groups(pieces: Pieces, dense: Dense, uncertainty: Uncertainty) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Node
@@ -43,8 +43,10 @@ def materialize(pieces: Pieces, read: Read) -> Node:
     )
 
 
-def steps(pieces: Pieces, read: Read) -> Node:
+def steps(pieces: Pieces, read: Read, kind: tuple[Sequence[int], int] | None = None) -> Node:
     """Δ of every channel that `materialize` reads, 0 where it is in full precision; same shape and dtype.
+
+    `kind`: (channels, 0) of these channels of the cache alone, (channels, 1) of all others; 0 for the rest.
 
     Where heads were rotated as a whole: the root mean square of a token's Δ, since rotating back spreads each error
     over all channels. It also makes them correlate, which Δ cannot tell: right in the mean, single corrections are off
@@ -74,6 +76,8 @@ def steps(pieces: Pieces, read: Read) -> Node:
             node = pieces.call(_outside, node, pieces.component(holder, "active_range"), number(first))
         if plan.holds:
             node = pieces.call(_outside_held, node, pieces.held(holder)[1], number(first))
+        if kind is not None:
+            node = pieces.call(only, node, [*kind[0]], kind[1])
         return pieces.method("to", node, holder.dtype)
 
     def zeros(fresh: Node) -> Node:
@@ -95,6 +99,13 @@ def _outside_held(delta: torch.Tensor, held_ranges: torch.Tensor, first: int) ->
     start, stop = held_ranges[..., :2, None].to(delta.device).unbind(2)  # [B, regions, 1] each
     held = ((tokens >= start) & (tokens < stop)).any(1)
     return delta.masked_fill(held[:, None, :, None], 0.0)
+
+
+def only(delta: torch.Tensor, channels: list[int], kind: int) -> torch.Tensor:
+    """Δ `[…, D]` of some channels alone (kind 0), or of all others (kind 1); 0 for the rest."""
+    chosen = torch.zeros(delta.shape[-1], dtype=torch.bool, device=delta.device)
+    chosen[torch.tensor(channels, device=delta.device)] = True
+    return delta.masked_fill(chosen == bool(kind), 0.0)
 
 
 def _put(pieces: Pieces, node: Node, positions: Node, fresh: Node) -> Node:

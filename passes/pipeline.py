@@ -54,6 +54,7 @@ OF_SOME_HEADS = "sink and recent hold tokens of all heads, and only some of its 
 NOT_SLICES = "this one is not known to be written in slices"
 UNKNOWN = "what it reads is written to, and has no three dimensions or more of which one runs along tokens"
 NO_CHUNK = "it is not told of how many: give as many tokens as the model writes at a time as center_tokens=, 8 or more"
+FLEX_BY_GROUPS = "these are attended by flex_attention, whose score function takes steps of a few groups"
 ONE_SIDE = "only one of key and value comes from a cache"
 
 
@@ -391,13 +392,13 @@ class _View:
         if block == 1:
             return None
         alone = sum(h.node is holder.node for h in self.tracking.caches) == 1
-        why = self._apart(holder, block) if alone else "several caches lie in one tensor"
+        why = self._apart(holder, block, "block_tokens") if alone else "several caches lie in one tensor"
         return None if why is None else PER_CHANNEL.format(quantizer, why)
 
     def not_less_means(self, holder: Holder, quantizer: str, tokens: int) -> str | None:
         """Why a cache cannot be stored less means of so many tokens each (0, of none), or centroids; as
         `not_in_blocks`."""
-        why = self._apart(holder, tokens) if tokens else None
+        why = self._apart(holder, tokens, "center_tokens") if tokens else None
         if why is None:
             return None
         grid = grid_of(quantizer)
@@ -417,8 +418,8 @@ class _View:
                 found.append(_hint(holder.shape[holder.token_axis]) or 0)
         return max(found, default=0)
 
-    def _apart(self, holder: Holder, block: int) -> str | None:
-        """How a graph takes apart what so many tokens of a cache have in common."""
+    def _apart(self, holder: Holder, block: int, setting: str) -> str | None:
+        """How a graph takes apart what so many tokens of a cache, which a setting tells, have in common."""
         tracking, same_tensor = self.tracking, [h for h in self.tracking.caches if h.node is holder.node]
         writes = [w for w in tracking.writes if w.holder in same_tensor]
         moves = [w for w in writes if isinstance(w, Move) and not holder.packed]
@@ -428,7 +429,7 @@ class _View:
             return "these are written at places that a tensor holds"
         if apart != 0:
             told = "numbers that only the data tells" if apart is None else apart
-            return f"these are moved: expected numbers of tokens that {block} divides, not {told}"
+            return f"these are moved: expected numbers of tokens that {block} divides, not {told}; choose {setting}= so"
         if any(r.copy.cache is holder for r in tracking.returned):
             return "these are joined with new tokens and returned"
         return None
@@ -593,7 +594,7 @@ def _adoptable(
                 break  # learned keys: no near miss
             reason = obstacle(cache, views=int(cache is not value)) or next(iter(holder.blockers), None)
             if holder in dict(keys) and grid_of(config.key_quantizer).per_channel:
-                reason = reason or _not_attended_as_written(view, holder, dict(values), config)
+                reason = reason or _not_by_channel(view, holder, dict(values), config)
             sides_of = (side for side, of in (("keys", keys), ("values", values)) if holder in dict(of))
             tokens = config.mean_tokens(*sides_of)
             reason = reason or view.not_less_means(holder, config.quantizer, tokens)
@@ -618,7 +619,8 @@ def _adoptable(
                     if holder.node in sides[0] & sides[1]:  # keys and values lie in one tensor
                         bits, centered = max(config.key_bits, config.value_bits), bool(config.center)
                         means = config.mean_tokens("keys", "values")
-                    settings = bits, config.group_size, quantizer, config.window, centered and not means, holder.fold
+                    shares, one_mean = config.shares(quantizer), centered and not means
+                    settings = bits, shares, quantizer, config.window, one_mean, holder.fold
                     rows = config.rows(_hint(holder.shape[axes[2]]) or 1) if config.policy else 0
                     plans.setdefault(holder, CachePlan(axes, *settings, means, config.policy, rows))
     for part in [h for h in tracking.caches if h.part is not None and h not in plans]:
@@ -628,17 +630,14 @@ def _adoptable(
     return plans
 
 
-def _not_attended_as_written(
-    view: _View, holder: Holder, values: dict[Holder, tuple[int, ...]], config: Config
-) -> str | None:
-    """Why keys cannot be packed by channel: the model changes them after it has read them, say."""
-    dense = next((d for d in view.tracking.dense if holder in d.key_caches), None)
+def _not_by_channel(view: _View, holder: Holder, values: dict[Holder, tuple[int, ...]], config: Config) -> str | None:
+    """Why keys cannot be packed by channel."""
     if holder in values:
         return PER_CHANNEL.format(config.quantizer, "keys and values lie in one tensor")
-    if (reason := view.not_in_blocks(holder, config.quantizer, config.group_size)) is not None:
+    if (reason := view.not_in_blocks(holder, config.quantizer, config.shares(config.quantizer))) is not None:
         return reason
-    if dense is not None:
-        return PER_CHANNEL.format(config.quantizer, f"these are not attended as they are in the cache: {dense.reason}")
+    if any(d.call.others is not None for d in view.tracking.dense if holder in d.key_caches):
+        return PER_CHANNEL.format(config.quantizer, FLEX_BY_GROUPS)
     return None
 
 

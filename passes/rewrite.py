@@ -7,6 +7,7 @@ precision.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +22,17 @@ from ..kernels.centers import centered_number
 from ..kernels.quantizers import grid_of, grid_within
 from ..packed import PackedKV
 from . import block_means
-from .actions import Append, Fill, Holder, Move, Read, Returned, Scatter, Tracking
+from .actions import Append, Dense, Fill, Holder, Move, Read, Returned, Scatter, Tracking
+from .channels import Channels, Pairs
 from .join_appends import join_appends
-from .lower_attention import lower_dense, lower_fused
-from .lower_reads import materialize, steps
+from .lower_attention import STANDS_BETWEEN, Turned, lower_dense, lower_fused
+from .lower_reads import materialize, only, steps
 from .memory_order import keep_memory_order
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
 from .retain import ReadAsTensor, lower_kept, score_written
 from .segments import Cached, Fresh, Segment
-from .uncertainty import StepLayout, Uncertainty, pairs_turned
+from .uncertainty import NotLinear, StepLayout, Uncertainty, pairs_turned
 
 ops = torch.ops.jkv
 
@@ -247,22 +249,60 @@ class _Rewriter:
 
     def _lower_dense(self) -> None:
         outputs = _outputs(next(iter(self.graph.find_nodes(op="output"))))
-        keys = [*(dense.call.key for dense in self.dense.values()), *(outputs[i] for i in self.telling)]
+        channels = self._channels([*(d.call.key for d in self.dense.values()), *(outputs[i] for i in self.telling)])
+        turned = {node: self._turned(channels, dense) for node, dense in self.dense.items()}
+        keys = [self.dense[node].call.key for node, how in turned.items() if how is None]
         handed = {node: self.pieces.beside(node, "steps") for node in self.handed}
         joined = {node: layout.joined for node, layout in self.handed.items() if layout.joined}
+        told = {i: inputs for i, inputs in self.telling.items() if channels is None or not _mixes(channels, outputs[i])}
+        keys += [outputs[i] for i in told]
         uncertainty = Uncertainty(self.graph, keys, self.reads, lambda read: steps(self.pieces, read), handed, joined)
+        kinds = {how.first: self._kinds(how.first, turned) for how in turned.values() if isinstance(how, Pairs)}
         for node in self.pieces.walk():
-            uncertainty.visit(node)
+            for one in (uncertainty, *itertools.chain(*kinds.values())):
+                one.visit(node)
             if node in self.dense:
-                dense = self.dense[node]
-                result, uncorrected = lower_dense(self.pieces, dense, uncertainty, self.correction)
+                how = turned[node]
+                tells = Turned(how, kinds[how.first]) if isinstance(how, Pairs) else how or uncertainty
+                result, uncorrected = lower_dense(self.pieces, self.dense[node], tells, self.correction)
                 self.reads[result] = self.reads.pop(node, [])
                 self.rewritten.uncorrected[node] = uncorrected
-        for i, inputs in self.telling.items():
+        for i, inputs in told.items():
             if (delta := uncertainty.known.get(outputs[i])) is not None:
                 caches = [h for h in self.plans if h.node in inputs]
                 before = self.pieces.layouts(caches, [node for node in inputs if node in self.handed])
                 self.told[i] = delta, uncertainty.layout(outputs[i], before)
+
+    def _channels(self, keys: list[Node]) -> Channels | None:
+        """Which channels of caches keys are made of, where those of some cache have steps of their own."""
+        told = self.pieces.layouts(self.plans, self.handed)
+        if self.correction == "none" or all(layout.group_size > 1 for layout in told):
+            return None
+        axes = {holder.node: plan.axes[3] for holder, plan in self.plans.items()}
+        return Channels(self.graph, keys, self.reads, axes, [*self.handed])
+
+    def _turned(self, channels: Channels | None, dense: Dense) -> Pairs | str | None:
+        """How channels that have steps of their own are mixed before an attention, or why that is not known."""
+        layouts = self.pieces.layouts(dense.key_caches, dense.handed)
+        if channels is None or all(layout.group_size > 1 for layout in layouts):
+            return None
+        try:
+            return channels.pairs(dense.call.key, dense.call.node)
+        except NotLinear as error:
+            return STANDS_BETWEEN.format(error)
+
+    def _kinds(self, first: tuple[int, ...], turned: Mapping[Node, Any]) -> tuple[Uncertainty, Uncertainty]:
+        """What tells Δ of the channels `first` alone, and of the others."""
+        keys = [self.dense[n].call.key for n, how in turned.items() if isinstance(how, Pairs) and how.first == first]
+        begin = next(n for n in self.graph.nodes if n.op != "placeholder")
+
+        def of_kind(kind: int) -> Uncertainty:
+            with self.graph.inserting_before(begin):
+                given = {node: self.pieces.beside(node, "steps") for node in self.handed}
+                handed = {node: self.pieces.call(only, delta, [*first], kind) for node, delta in given.items()}
+            return Uncertainty(self.graph, keys, self.reads, lambda r: steps(self.pieces, r, (first, kind)), handed, {})
+
+        return of_kind(0), of_kind(1)
 
     def _lower_writes(self, node: Node) -> None:
         number = self.pieces.number
@@ -488,6 +528,14 @@ class _Rewriter:
             removable = node.op in ("call_method", "call_function") and node in from_cache and not node.users
             if removable and isinstance(example(node), (torch.Tensor, list, tuple)) and not is_in_place(node):
                 self.graph.erase_node(node)
+
+
+def _mixes(channels: Channels, key: Node) -> bool:
+    """Whether Δ of an output cannot tell another graph of its errors, as some channels have one of several."""
+    try:
+        return channels.pairs(key, key) is not None
+    except NotLinear:
+        return True
 
 
 def _are_halves(parts: list[Any], batch: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch.fx import Graph, Node
@@ -17,15 +18,17 @@ from .actions import Read
 from .contents import tensors
 from .nodes import CONCATENATIONS, COPIES, NEW, as_write, example, identity, name_of
 
-_MOVEMENT = COPIES | {
+Known = TypeVar("Known")
+
+MOVEMENT = COPIES | {
     "view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "unflatten", "expand",
     "expand_as", "repeat", "repeat_interleave", "getitem", "chunk", "split", "unbind", "narrow", "select",
     "index_select", "flip", "roll", "movedim", "swapaxes", "view_as", "view_as_complex", "view_as_real", "double",
     "tile", "tensor_split", "hstack", "vstack",
 }  # fmt: skip
-_JOINING = {"cat", "concat", "concatenate", "stack"}
-_SUMS = {"add", "sub", "neg"}
-_PRODUCTS = {"mul", "div", "truediv"}
+JOINING = {"cat", "concat", "concatenate", "stack"}
+SUMS = {"add", "sub", "neg"}
+PRODUCTS = {"mul", "div", "truediv"}
 
 
 @dataclass(frozen=True)
@@ -46,48 +49,41 @@ class NotLinear(Exception):
     """An operation between cache and attention that does not carry errors over as they are; the message names it."""
 
 
-class Uncertainty:
-    """Nodes that compute Δ for keys, each next to the node whose errors it tells. Nodes are visited in order.
+class Carried(Generic[Known]):
+    """Something that is known of what a graph reads from caches, carried along to the keys of attention.
 
     Args:
-        graph: the graph, at whose insertion point nodes are put.
-        keys: the keys to tell Δ of.
+        graph: the graph. Its nodes are visited in order.
+        keys: the keys to tell it of.
         reads: what reads caches as ordinary tensors, by consumer.
-        steps: makes a node with Δ for what one of them reads, of the same shape.
-        handed: nodes with Δ of inputs that another graph has read from a cache.
-        joined: inputs whose channels were put together from halves, and of how many channels.
+        first: what is known of what one of them reads.
+        handed: what is known of inputs that another graph has read from a cache.
     """
 
     def __init__(
         self,
         graph: Graph,
-        keys: list[Node],
-        reads: dict[Node, list[Read]],
-        steps: Callable[[Read], Node],
-        handed: Mapping[Node, Node],
-        joined: Mapping[Node, int],
+        keys: Sequence[Node],
+        reads: Mapping[Node, Sequence[Read]],
+        first: Callable[[Read], Known],
+        handed: Mapping[Node, Known],
     ) -> None:
-        self.graph, self.reads, self.steps = graph, reads, steps
+        self.graph, self.reads, self.first = graph, reads, first
         self.needed = self._needed(keys)
         self.known = dict(handed)
-        self.lost: dict[Node, str] = {}  # nodes whose errors are not known, and the operation that lost them
-        self.joined = dict(joined)  # by key
+        self.lost: dict[Node, str] = {}  # nodes of which it is not known, and the operation that lost it
         self.filled: set[int] = set()  # storages of new tensors that something uncertain is written to
 
-    def of(self, key: Node, consumer: Node) -> Node:
-        """Δ for `key`, which `consumer` attends to. Raises `NotLinear`."""
+    def of(self, key: Node, consumer: Node) -> Known:
+        """What is known of `key`, which `consumer` attends to. Raises `NotLinear`."""
         direct = next((r for r in self.reads.get(consumer, []) if r.argument is key), None)
         if direct is not None:
-            return self.steps(direct)
+            return self.first(direct)
         if key not in self.known:
             raise NotLinear(self.lost.get(key, name_of(key)))
         return self.known[key]
 
-    def layout(self, key: Node, before: Sequence[StepLayout]) -> StepLayout:
-        """Which channels of `key` have one Δ, where what it comes from had these; the first of them tells."""
-        return replace(before[0], joined=self.joined.get(key, 0))
-
-    def _needed(self, keys: list[Node]) -> set[Node]:
+    def _needed(self, keys: Sequence[Node]) -> set[Node]:
         """Everything that keys are computed from, in-place edits included."""
         edits: dict[int, list[Node]] = {}
         for node in self.graph.nodes:
@@ -107,12 +103,12 @@ class Uncertainty:
         return needed
 
     def visit(self, node: Node) -> None:
-        """Do to Δ what a node does to the values."""
+        """Do to what is known what a node does to the values."""
         if node not in self.needed or node.op not in ("call_function", "call_method"):
             return
         given = {a: self.known[a] for a in node.all_input_nodes if a in self.known}
         for read in self.reads.get(node, []):
-            given[read.argument] = self.steps(read)
+            given[read.argument] = self.first(read)
         lost = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
         write = as_write(node)
         try:
@@ -132,18 +128,59 @@ class Uncertainty:
             self.lost[node if write is None else write.base] = str(error)
             self.known.pop(node if write is None else write.base, None)
 
+    def _carry(self, node: Node, given: dict[Node, Known]) -> None:
+        """Find what is known of a node's result, given that of some of its arguments."""
+        raise NotImplementedError
+
+    def _edit(self, node: Node, base: Node, given: dict[Node, Known]) -> None:
+        """Find what is known of a tensor that a node writes to."""
+        raise NotImplementedError
+
+    def _of_new(self, base: Node, write: Node) -> Known:
+        """What is known of a new tensor, or of a view of one, that nothing uncertain has been written to before."""
+        raise NotImplementedError
+
+
+class Uncertainty(Carried[Node]):
+    """Nodes that compute Δ for keys, each next to the node whose errors it tells.
+
+    Args:
+        graph: the graph, at whose insertion point nodes are put.
+        first: makes a node with Δ for what one of `reads` reads, of the same shape.
+        handed: nodes with Δ of inputs that another graph has read from a cache.
+        joined: inputs whose channels were put together from halves, and of how many channels.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        keys: Sequence[Node],
+        reads: Mapping[Node, Sequence[Read]],
+        first: Callable[[Read], Node],
+        handed: Mapping[Node, Node],
+        joined: Mapping[Node, int],
+    ) -> None:
+        super().__init__(graph, keys, reads, first, handed)
+        self.joined = dict(joined)  # by key
+
+    def layout(self, key: Node, before: Sequence[StepLayout]) -> StepLayout:
+        """Which channels of `key` have one Δ, where what it comes from had these. The first of them tells, unless any
+        has steps of channels."""
+        least = next((layout for layout in before if layout.group_size == 1), before[0])
+        return replace(least, joined=self.joined.get(key, 0))
+
     def _carry(self, node: Node, given: dict[Node, Node]) -> None:
         name, uncertain = name_of(node), list(given)
         if name in NEW or not tensors(example(node)):
             return  # it takes none of its values
-        joins = name in _JOINING or node.target in CONCATENATIONS
-        if joins or name in _SUMS:
+        joins = name in JOINING or node.target in CONCATENATIONS
+        if joins or name in SUMS:
             others = [a for a in node.all_input_nodes if a not in given and isinstance(example(a), torch.Tensor)]
             given |= {a: self.graph.call_function(torch.zeros_like, (a,)) for a in others}
-        elif name in _PRODUCTS:
+        elif name in PRODUCTS:
             if len(uncertain) != 1 or (name != "mul" and node.args[0] is not uncertain[0]):
                 raise NotLinear(name)
-        elif name not in _MOVEMENT:
+        elif name not in MOVEMENT:
             raise NotLinear(name)
         self.known[node] = self.graph.node_copy(node, lambda a: given.get(a, a))
         width = min((self.joined[a] for a in uncertain if a in self.joined), default=0) or _halves(node)
@@ -166,7 +203,7 @@ class Uncertainty:
         if name_of(base) in NEW:
             self.known[base] = self.graph.call_function(torch.zeros_like, (base,))
             self.filled.add(identity(example(base)))
-        elif name_of(base) in _MOVEMENT and identity(example(base)) == identity(example(base.args[0])):
+        elif name_of(base) in MOVEMENT and identity(example(base)) == identity(example(base.args[0])):
             whole = base.args[0]
             assert isinstance(whole, Node)
             delta = self._of_new(whole, write)

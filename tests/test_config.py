@@ -41,6 +41,19 @@ BAD = {
     "a negative sink": ({"sink": -1}, r"sink=-1: expected a number of tokens of at least 0, .* a chunk"),
     "a sink of bytes": ({"sink": 1.5e6}, r"sink=1500000.0: expected a number of tokens"),
     "recent as a flag": ({"recent": True}, r"recent=True: expected a number of tokens"),
+    "blocks that are too small": (
+        {"quantizer": "kivi", "block_tokens": 4},
+        r"block_tokens=4: expected a number of tokens of at least 8.*or None",
+    ),
+    "blocks as a flag": (
+        {"quantizer": "kivi", "block_tokens": True},
+        r"block_tokens=True: expected a number of tokens",
+    ),
+    "blocks as a float": ({"quantizer": "kivi", "block_tokens": 40.0}, r"block_tokens=40.0: expected a number"),
+    "blocks of tokens with steps of their own": (
+        {"block_tokens": 40},
+        r"block_tokens=40 with quantizer='rtn'.*expected block_tokens=None, or quantizer='kivi'",
+    ),
     "keys by channel in host memory": (
         {"quantizer": "kivi", "offload": "cpu"},
         r"offload=.cpu. with quantizer=.kivi.: .* expected offload=None",

@@ -55,7 +55,7 @@ class TestAccounts(expecttest.TestCase):
         self.assertExpectedInline(
             text(explain(model, chunk(), model.new_cache(1, 64), 8)),
             """\
-jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention')
+jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention', block_tokens=None)
 graphs: 1; attention over caches that can be packed: 1, left in full precision: 0; their caches take 128.0 KiB, packed 12.0 KiB
 graph of 28 nodes: adopted, its caches are packed when it is called
   + tests/models.py in attend
@@ -72,7 +72,7 @@ graph of 28 nodes: adopted, its caches are packed when it is called
         self.assertExpectedInline(
             text(explain(model, chunk(), model.new_cache(1, 64), 8, bits=(4, 2))),
             """\
-jkv_compile.explain with Config(bits=(4, 2), group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention')
+jkv_compile.explain with Config(bits=(4, 2), group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention', block_tokens=None)
 graphs: 2; attention over caches that can be packed: 1, left in full precision: 0; their caches take 128.0 KiB, packed 16.0 KiB
 graph of 19 nodes: untouched, it runs as written
   ! tests/models.py forward
@@ -93,7 +93,7 @@ graph of 13 nodes: adopted, its caches are packed when it is called
         self.assertExpectedInline(
             text(explain(model, chunk(), model.new_cache(1, 64), 8)),
             """\
-jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention')
+jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention', block_tokens=None)
 graphs: 1; attention over caches that can be packed: 0, left in full precision: 1
 graph of 34 nodes: untouched, it runs as written
   - tests/test_explain.py in attend
@@ -108,7 +108,7 @@ graph of 34 nodes: untouched, it runs as written
         self.assertExpectedInline(
             text(explain(model, chunk(DIM), past)),
             """\
-jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention')
+jkv_compile.explain with Config(bits=2, group_size=32, correction='taylor', inner='inductor', strict=False, quantizer='rtn', offload=None, sink=0, recent=0, center=False, step_bits=16, center_tokens=0, stages=1, centroids=None, budget=None, salience='attention', block_tokens=None)
 graphs: 1; attention over caches that can be packed: 1, left in full precision: 0; their caches take 4.0 KiB, packed 384 B
 graph of 25 nodes: watched, the past that it attends is packed when it comes a second time
   + tests/idioms/models.py in forward

@@ -165,6 +165,13 @@ CASES = {
     "nothing cached": {"ranges": []},
     "no current keys": {"current": 0},
     "per-channel key steps": {"block": 30, "head_dim": 128},
+    "per-channel key steps of 120 tokens": {"block": 120, "head_dim": 128, "tokens": 720, "ranges": [7, 131, 200, 660]},
+    "per-channel key steps of 40 tokens, one query": {
+        "block": 40,
+        "tokens": 320,
+        "length": 1,
+        "ranges": [7, 131, 200, 280],
+    },
     "per-channel key steps, one query": {"block": 20, "length": 1, "ranges": [7, 131, 200, 280]},
     "uncorrected": {"correction": "none"},
     "symmetric": {"symmetric": True, "group_size": 64},

@@ -51,6 +51,14 @@ def active_arguments(written=(5, 8), values_written=None):
     return (query, *components, *held, 0, 9, key, value, mask, causal, scale, key_bits, value_bits, correction)
 
 
+def turned_arguments(correction: str):
+    query, key, value, _, *settings = dense_arguments(correction)
+    mask, causal, scale, _, _ = settings
+    first, second = torch.rand_like(key), torch.rand_like(key)
+    pairs = [c for i in range(32) for c in (i, i + 32)]
+    return query, key, value, first, second, pairs, mask, causal, scale, correction
+
+
 def dense_arguments(correction):
     key, value, variance = torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 32), torch.rand(1, 2, 9, 2)
     return torch.randn(1, 4, 3, 64), key, value, variance, torch.rand(3, 9) > 0.2, False, 0.2, False, correction
@@ -87,6 +95,8 @@ CALLS = {
     "attention_dense": lambda: dense_arguments("taylor"),
     "attention_dense, exact": lambda: dense_arguments("exact"),
     "attention_dense, not corrected": lambda: dense_arguments("none"),
+    "attention_turned": lambda: turned_arguments("taylor"),
+    "attention_turned, exact": lambda: turned_arguments("exact"),
     "score_terms": lambda: (torch.randn(2, 4, 3, 64), torch.rand(1, 2, 9, 2), 0.2, 0),
     "score_terms, halves": lambda: (torch.randn(2, 4, 3, 64), torch.rand(2, 2, 9, 2), 0.2, 64),
     "append_at": lambda: (*packed(), torch.randn(1, 2, 3, 64), torch.tensor([1, 7, 4]), 2),

@@ -177,6 +177,7 @@ def test_append_kv_is_two_appends_in_one_launch(monkeypatch):
     "head_dim, group, block, bits, dtype",
     [
         (64, 1, 32, 2, torch.bfloat16), (96, 1, 8, 3, torch.float32), (128, 1, 20, 4, torch.float16),
+        (64, 1, 40, 2, torch.float32), (32, 1, 120, 2, torch.bfloat16), (32, 1, 39, 8, torch.float32),
         (96, 32, 16, 2, torch.float32),
     ],
 )  # fmt: skip
@@ -385,11 +386,13 @@ def per_channel(x: torch.Tensor, bits: int, block: int):
 
 
 @pytest.mark.parametrize("correction", ["taylor", "clamped", "exact", "none"])
-@pytest.mark.parametrize("ranges", [(0, 192), (5, 60, 100, 170)])
-def test_attention_with_per_channel_steps_shared_by_blocks_of_tokens(correction, ranges):
+@pytest.mark.parametrize(
+    "block, ranges", [(32, (0, 192)), (32, (5, 60, 100, 170)), (48, (0, 192)), (40, (5, 60, 100, 170))]
+)
+def test_attention_with_per_channel_steps_shared_by_blocks_of_tokens(correction, block, ranges):
     torch.manual_seed(0)
-    x = torch.randn(1, 2, 192, 64)
-    codes, scales, cached_key, delta = (t.to(DEVICE) for t in per_channel(x, 2, 32))
+    x = torch.randn(1, 2, -(-192 // block) * block, 64)
+    codes, scales, cached_key, delta = (t.to(DEVICE) for t in per_channel(x, 2, block))
     assert torch.equal(gpu.dequantize(codes, scales, 7, 180, 2, torch.float32), cached_key[:, :, 7:180])
     values, value_scales = (
         t[:, :, :192] if i == 0 else t[:, :, :, :192] for i, t in enumerate(quantized(1, 2, 64, 2, 32))
