@@ -66,7 +66,7 @@ def draw(rng: random.Random) -> Case:
         grad_mode=often("no_grad", ("inference", "frozen", "grad"), 0.6),
         compiled=often("whole", ("layers",), 0.7),
         dynamic=often(None, (True, False), 0.8),
-        quantizer=often("rtn", ("quarot", "unbiased", "symmetric", "symmetric_unbiased", "qvg"), 0.7),
+        quantizer=often("rtn", ("quarot", "unbiased", "symmetric", "symmetric_unbiased", "qvg", "kivi"), 0.7),
         correction=often("taylor", ("none", "exact"), 0.7),
         tokens=tokens,
         events=events(rng, idiom),

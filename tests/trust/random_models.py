@@ -139,10 +139,11 @@ def run(case: Case, seed: int, by: Any = None) -> Outcome:
     if case.grad_mode == "grad":
         network.requires_grad_()
     settings = {name: getattr(case, name) for name in ("group_size", "quantizer", "correction", "sink", "recent")}
-    settings["budget"] = case.budget
+    grid = grid_of(case.quantizer)
+    settings["budget"] = None if grid.per_channel or grid.clustered else case.budget
     bound = max(BOUND[case.dtype], BOUND[case.cache_dtype])
-    if grid_of(case.quantizer).clustered:
-        settings |= {"center_tokens": 8, "centroids": 3, "stages": 2, "budget": None}
+    if grid.clustered:
+        settings |= {"center_tokens": 8, "centroids": 3, "stages": 2}
         bound *= 1.5  # what comes later to a block is farther from its centroids, and takes longer steps
     backend = fresh_backend(**settings)
     eager, compiled = Side(case, copy.deepcopy(network)), Side(case, network)
