@@ -389,7 +389,8 @@ class _Rewriter:
         if fresh and (plan.holds or not returned.grows):
             source = add(pieces.method("clone", value, memory_format=torch.contiguous_format))
         if source is not None and not returned.grows:
-            active = source, add(cached[-1].stop), add(segments[-1].stop)
+            first = next(s.start for s in segments if s not in cached)
+            active = source, add(first), add(segments[-1].stop)
         if plan.holds:
             places = [add(p) for s in cached for p in (s.content.first, s.content.first + s.length, s.start)]  # type: ignore[union-attr]
             held = places, source, add(new.start if new is not None else 0)

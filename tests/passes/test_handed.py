@@ -525,3 +525,37 @@ def test_a_view_that_never_goes_is_told_of() -> None:
         for start in range(0, 6 * CHUNK, CHUNK):
             compiled(torch.randn(1, CHUNK, DIM), caches, start, True)
     assert not any(map(is_packed, (*caches, *views)))
+
+
+class EvictedAndMerged(Projections):
+    """As Reward-Forcing: what is evicted is copied before the cache is rolled, and becomes part of the sink later on."""
+
+    SINK = 4
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], full: bool) -> Tensor:
+        q, k, v = self.project(x)
+        sink, n = self.SINK, k.shape[1]
+        if full:
+            evicted = {name: cache[name][:, sink : sink + n].clone() for name in "kv"}
+            for name in "kv":
+                cache[name][:, sink:-n] = cache[name][:, sink + n :].clone()
+            torch._dynamo.graph_break()
+            for name in "kv":
+                cache[name][:, :sink] = (cache[name][:, :sink] + evicted[name][:, :sink]) / 2
+        cache["k"][:, -n:], cache["v"][:, -n:] = k, v
+        return self.out(attend(q, cache["k"], cache["v"]))
+
+
+def test_a_copy_that_is_handed_on_is_of_the_cache_as_it_was() -> None:
+    """Not as the graph leaves it, which writes to the cache after it has copied from it."""
+    torch.manual_seed(0)
+    compiled, eager = twins(EvictedAndMerged(), fresh_backend())
+    start = {name: torch.randn(1, 4 + 3 * CHUNK, HEADS, HEAD_DIM) for name in "kv"}
+    cache, reference_cache = ({n: t.clone() for n, t in start.items()} for _ in range(2))
+    with torch.no_grad():
+        for call in range(5):
+            x, full = torch.randn(1, CHUNK, DIM), call > 0
+            assert relative_error(compiled(x, cache, full), eager(x, reference_cache, full)) < 0.01
+    assert all(map(is_packed, cache.values()))
+    for name in "kv":
+        assert relative_error(jkv_compile.materialize(cache[name]), reference_cache[name]) < 0.01
