@@ -559,3 +559,29 @@ def test_a_copy_that_is_handed_on_is_of_the_cache_as_it_was() -> None:
     assert all(map(is_packed, cache.values()))
     for name in "kv":
         assert relative_error(jkv_compile.materialize(cache[name]), reference_cache[name]) < 0.01
+
+
+class CopiedElsewhere(Projections):
+    """As MemFlow: a copy of the cache is made, numbers are read from a tensor, and the copy is written and attended."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], end: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        keys, values = cache["k"].clone(), cache["v"].clone()
+        last = end.item()
+        keys[:, last - k.shape[1] : last], values[:, last - k.shape[1] : last] = k, v
+        out = self.out(attend(q, keys[:, :last], values[:, :last]))
+        cache["k"][:, last - k.shape[1] : last], cache["v"][:, last - k.shape[1] : last] = k, v
+        return out
+
+
+def test_a_copy_that_another_graph_writes_to_is_no_cache_but_what_it_was_copied_from_is() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(CopiedElsewhere(), backend)
+    cache, reference_cache = ({n: torch.zeros(1, TOKENS, HEADS, HEAD_DIM) for n in "kv"} for _ in range(2))
+    with torch.no_grad():
+        for call in range(6):
+            x, end = torch.randn(1, CHUNK, DIM), torch.tensor((call + 1) * CHUNK)
+            assert relative_error(compiled(x, cache, end), eager(x, reference_cache, end)) < 0.01
+    assert all(map(is_packed, cache.values()))
+    assert {m.lowering for r in backend.reports for m in r.matches} == {"fused"}
