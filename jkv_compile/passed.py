@@ -51,12 +51,14 @@ class Source:
     tokens: of a tensor, its dimension along tokens.
     pairs: how channels have been turned since, see `uncertainty.pairs_turned`.
     asked: whether graphs were to tell Δ of what they read of it.
+    certain: whether it is a cache for sure: a copy of all of it was written in slices, and attended.
     """
 
     cache: weakref.ref[Tensor] | weakref.ref[Store]
     tokens: int | None
     pairs: int
     asked: bool = False
+    certain: bool = False
 
     @property
     def store(self) -> Store | None:
@@ -350,7 +352,7 @@ def _sources(argument: Any, place: int, one: Attended, passed: Passed) -> list[S
         if source.tokens is not None or source.store is not None:
             found.append(source)
         elif axis is not None and isinstance(cache, Tensor) and cache.shape == shape:
-            found.append(replace(source, tokens=axis))
+            found.append(replace(source, tokens=axis, certain=place in one.written))
     return found
 
 
@@ -364,6 +366,7 @@ def _adopt(
     caches: dict[int, tuple[Tensor, tuple[int, ...], int, bool]] = {}
     tensors = {id(cache): cache for source in sides[0] + sides[1] if isinstance(cache := source.cache(), Tensor)}
     again = {key for key, cache in tensors.items() if passed.attended.before(cache)}
+    again |= {id(s.cache()) for side in sides for s in side if s.certain}
     sides = [[s for s in side if id(s.cache()) in again] for side in sides]
     if not all(side or done for side, done in zip(sides, packed)):
         return PENDING

@@ -41,6 +41,7 @@ class Attended:
 
     pairs: how channels of keys are turned on the way, see `uncertainty.pairs_turned`.
     axes: of arguments, the dimension along tokens, where this graph tells.
+    written: arguments that this graph writes slices of.
     """
 
     keys: tuple[int, ...]
@@ -49,6 +50,7 @@ class Attended:
     pairs: int
     source: str
     axes: tuple[tuple[int, int], ...] = ()
+    written: tuple[int, ...] = ()
 
 
 class Passages:

@@ -42,15 +42,15 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def wan(kind: Callable[[], Any], tokens: int = 8 * FRAME, seed: int = 0, steps: int = STEPS) -> Callable[..., Calls]:
+def wan(kind: Callable[[], Any], tokens: int = 8 * FRAME, seed: int = 0) -> Callable[..., Calls]:
     def calls(compiled: Compile) -> Calls:
         torch.manual_seed(seed)
         model = Wan(kind())
         caches, model = model.new_caches(tokens), compiled(model)
         for chunk in range(5):
-            for step in range(steps):
-                clean = step == steps - 1
-                x = noise(1, CHUNK, DIM, seed=steps * chunk + step)
+            for step in range(STEPS):
+                clean = step == STEPS - 1
+                x = noise(1, CHUNK, DIM, seed=STEPS * chunk + step)
                 out, updates = model(x, caches, CHUNK * chunk, clean)
                 if clean and kind is HunyuanVideo:
                     caches = updates
@@ -102,7 +102,7 @@ PUBLISHED: dict[str, tuple[Callable[[Compile], Calls], int, str]] = {
     "MemFlow": (wan(MemFlow, 6 * CHUNK, seed=3), 10, "fused"),  # no two frames are about as fit as each other
     "Matrix-Game": (wan(MatrixGame), 10, "fused"),
     "Matrix-Game 2": (wan(MatrixGame2), 23, "reconstructed"),
-    "HunyuanVideo 1.5": (wan(HunyuanVideo, steps=3), 18, "reconstructed"),  # packed when it comes again
+    "HunyuanVideo 1.5": (wan(HunyuanVideo), 15, "reconstructed"),
     "VAR": (var, 3, "fused"),
     "FAR": (far, 5, "reconstructed"),
     "LightX2V": (lightx2v, 24, "fused"),
