@@ -28,15 +28,32 @@ def obstacle(tensor: Tensor, views: int = 0) -> str | None:
         return f"it is a {type(tensor).__name__}, not a plain tensor"
     if tensor.requires_grad:
         return "it requires grad"
+    if is_part(tensor, views):
+        return None
     if tensor._is_view() and tensor._base is not None and tensor._base.numel() > tensor.numel():
         return "it is a view of a larger tensor"
     if memory_order(tensor.shape, tensor.stride()) is None:
         return "it is expanded or has gaps: several of its elements share their memory, or others lie between them"
     if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
         return "its storage holds more than this tensor"
-    if not tensor.untyped_storage().resizable() or (tensor.device.type == "cpu" and tensor.is_shared()):
+    if _in_foreign_memory(tensor):
         return "its memory is shared with NumPy, another library or another process"
     return shared(tensor, views)
+
+
+def is_part(tensor: Tensor, views: int = 0) -> bool:
+    """Whether a plain tensor is a slice of a larger one, of which nothing else is held any more: then `adopt` frees it.
+
+    As where a model caches `torch.cat([past, new], 1)[:, -window:]`.
+    """
+    if views or any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        return False
+    larger = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return larger and not _in_foreign_memory(tensor) and shared(tensor) is None
+
+
+def _in_foreign_memory(tensor: Tensor) -> bool:
+    return not tensor.untyped_storage().resizable() or (tensor.device.type == "cpu" and tensor.is_shared())
 
 
 def shared(tensor: Tensor, views: int = 0) -> str | None:
@@ -77,6 +94,8 @@ def adopt(
     Raises:
         ConfigurationError: groups do not tile its head_dim.
     """
+    if is_part(tensor, len(views)):
+        _give_own_memory(tensor)
     canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))
     config.check_head_dim(canonical.shape[3])
     quantizer = quantizer or config.key_quantizer
@@ -114,6 +133,13 @@ def adopt(
         target.__dict__.update(swap_attributes)
         del packed
     return store
+
+
+def _give_own_memory(tensor: Tensor) -> None:
+    """Move what a tensor shows of a larger one into memory of its own, in place."""
+    with torch.inference_mode(tensor.is_inference()):
+        own = tensor.detach().clone(memory_format=torch.contiguous_format)
+    swap_implementation(tensor, own)
 
 
 def _fill_store(store: Store, canonical: Tensor) -> None:

@@ -51,12 +51,14 @@ class Source:
     tokens: of a tensor, its dimension along tokens.
     pairs: how channels have been turned since, see `uncertainty.pairs_turned`.
     asked: whether graphs were to tell Δ of what they read of it.
+    certain: whether it is a cache for sure: a copy of all of it was written in slices, and attended.
     """
 
     cache: weakref.ref[Tensor] | weakref.ref[Store]
     tokens: int | None
     pairs: int
     asked: bool = False
+    certain: bool = False
 
     @property
     def store(self) -> Store | None:
@@ -180,7 +182,7 @@ def _version(tensor: Any) -> int | None:
 
 def begins_passage(handed: Sequence[Handed], arguments: Sequence[Any]) -> bool:
     """Whether a graph hands on tokens of a cache that is among its own arguments, or that it takes for one."""
-    return any(one.tokens is not None or isinstance(arguments[one.argument], PackedKV) for one in handed)
+    return any(one.tokens is not None or one.whole or isinstance(arguments[one.argument], PackedKV) for one in handed)
 
 
 def idle_call(inner: Callable[..., Any], passing: Callable[..., Any], passed: Passed) -> Callable[..., Any]:
@@ -216,7 +218,8 @@ def _handed_on(argument: Tensor, one: Handed, passed: Passed) -> list[Source]:
     if isinstance(argument, PackedKV):
         store = argument._store
         return [Source(weakref.ref(store), None, one.pairs, store.tells_steps)]
-    return [] if one.tokens is None else [Source(weakref.ref(argument), one.tokens, one.pairs)]
+    told = one.tokens is not None or one.whole
+    return [Source(weakref.ref(argument), one.tokens, one.pairs)] if told else []
 
 
 def awaiting_call(
@@ -305,7 +308,9 @@ def attending_call(
         lost = {one for one in attended if any(passed.lost(args[i]) for i in one.keys)}  # the graph may change them
         outputs = inner(*args)
         for one in attended if passed else ():
-            keys, values = ([s for i in side for s in passed.sources(args[i])] for side in (one.keys, one.values))
+            keys, values = (
+                [s for i in side for s in _sources(args[i], i, one, passed)] for side in (one.keys, one.values)
+            )
             handed = bool(keys and values)
             packed = [store for source in keys if (store := source.store) is not None]
             done = [
@@ -338,6 +343,19 @@ def attending_call(
     return call
 
 
+def _sources(argument: Any, place: int, one: Attended, passed: Passed) -> list[Source]:
+    """Where an argument comes from. Of a plain cache that was copied as a whole, attention tells what its axes are."""
+    axis, shape = dict(one.axes).get(place), getattr(argument, "shape", None)
+    found = []
+    for source in passed.sources(argument):
+        cache = source.cache()
+        if source.tokens is not None or source.store is not None:
+            found.append(source)
+        elif axis is not None and isinstance(cache, Tensor) and cache.shape == shape:
+            found.append(replace(source, tokens=axis, certain=place in one.written))
+    return found
+
+
 def _adopt(
     sides: list[list[Source]], packed: list[bool], one: Attended, config: Config, stores: Any, passed: Passed
 ) -> str | None:
@@ -348,6 +366,7 @@ def _adopt(
     caches: dict[int, tuple[Tensor, tuple[int, ...], int, bool]] = {}
     tensors = {id(cache): cache for source in sides[0] + sides[1] if isinstance(cache := source.cache(), Tensor)}
     again = {key for key, cache in tensors.items() if passed.attended.before(cache)}
+    again |= {id(s.cache()) for side in sides for s in side if s.certain}
     sides = [[s for s in side if id(s.cache()) in again] for side in sides]
     if not all(side or done for side, done in zip(sides, packed)):
         return PENDING

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .adopt import Written, adopt, in_four_dimensions, obstacle, place_of
-from .compat import as_function
+from .adopt import Written, adopt, in_four_dimensions, is_part, obstacle, place_of
+from .compat import as_function, storage_key
 from .config import Config
 from .errors import NotRewrittenWarning, PackedCacheError
 from .hints import is_ignored, is_marked
@@ -231,15 +232,18 @@ def first_contact(
     assert rewritten is not None
     run_packed = packed_call(plan, rewritten.graph.forward, stores, passed)
     empty = Seen()
+    shown = {o.argument for o in rewritten.outputs if hasattr(o, "argument")}  # as windows of the memory that it is in
 
     def call(*args: Any) -> Any:
         plain = _still_plain(rewritten, args)
         if not plain:
             return later(*args)
         owners = {i: _owner(args[i], i in plan.owners, written) for i in plain}
-        shown = [(i, owner) for i, owner in owners.items() if i in plan.owners and owner is not None]
-        if any(place_of(args[i], owner) != plan.places[i] for i, owner in shown):
+        slices = [(i, owner) for i, owner in owners.items() if i in plan.owners and owner is not None]
+        if any(place_of(args[i], owner) != plan.places[i] for i, owner in slices):
             return later(*args)
+        if any(i in shown and i not in plan.owners and is_part(args[i]) for i in plain):
+            return otherwise(*args)
         for argument, owner in owners.items():
             reason = "it is not known as a cache any more" if owner is None else None
             if owner is not None and not isinstance(owner, PackedKV):
@@ -339,18 +343,29 @@ def tell_watched(report: GraphReport, new: Sequence[Tensor], passed: Passed) -> 
 
 
 class Seen:
-    """Tensors that graphs have been called with, by identity."""
+    """Tensors that graphs have been called with, by identity, or by the memory that they show: a model may hold it as
+    another object each time (`cache = cache.detach()`)."""
 
     def __init__(self) -> None:
         self._tensors: dict[int, Any] = {}
+        self._memory: dict[tuple[Any, ...], StorageWeakRef] = {}
 
     def before(self, tensor: Tensor) -> bool:
-        """Whether this very tensor has been asked about before."""
+        """Whether this very tensor, or one that is the same view of the same memory, has been asked about before."""
         key = id(tensor)
         known = self._tensors.get(key)
         if known is not None and known() is tensor:
             return True
         self._tensors[key] = weakref.ref(tensor, lambda _: self._tensors.pop(key, None))
+        return type(tensor) is Tensor and self._shown_before(tensor)
+
+    def _shown_before(self, tensor: Tensor) -> bool:
+        place = storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+        known = self._memory.get(place)
+        if known is not None and not known.expired():
+            return True
+        self._memory = {p: storage for p, storage in self._memory.items() if not storage.expired()}
+        self._memory[place] = StorageWeakRef(tensor.untyped_storage())
         return False
 
 

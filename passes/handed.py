@@ -25,12 +25,14 @@ class Handed:
 
     tokens: the dimension of the argument along tokens, where this graph tells.
     pairs: how its channels are turned on the way, see `uncertainty.pairs_turned`.
+    whole: whether it is a copy of the argument, and nothing else.
     """
 
     output: int
     argument: int
     tokens: int | None
     pairs: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Attended:
     """Arguments that the keys and the values of an attention may come from, and where in the model that is.
 
     pairs: how channels of keys are turned on the way, see `uncertainty.pairs_turned`.
+    axes: of arguments, the dimension along tokens, where this graph tells.
+    written: arguments that this graph writes slices of.
     """
 
     keys: tuple[int, ...]
@@ -45,6 +49,8 @@ class Attended:
     head_dim: int
     pairs: int
     source: str
+    axes: tuple[tuple[int, int], ...] = ()
+    written: tuple[int, ...] = ()
 
 
 class Passages:
@@ -105,19 +111,22 @@ class Passages:
         for i, node in results:
             inputs = [p for p in self.of(node) if p is not node]
             pairs = pairs_turned(self.graph, node, inputs) if inputs else 0
-            found += [Handed(i, self.position[p], axes.get(p), pairs) for p in inputs]
+            copy = name_of(node) == "clone" and node.args[0] in self.position
+            found += [Handed(i, self.position[p], axes.get(p), pairs, copy) for p in inputs]
         return found
 
     def attended(self) -> list[Attended]:
         """What attention of the graph may have been handed."""
         found = []
+        axes = {self.position[p]: axis for p, axis in Roles(self.graph).axes.items() if p in self.position}
         for node in self.graph.nodes:
             if (call := as_attention(node)) is not None and not call.result.requires_grad:
                 inputs = list(self.of(call.key))
                 keys, values = (tuple(self.position[p] for p in side) for side in (inputs, self.of(call.value)))
                 if keys and values:
                     head_dim, pairs = int(example(call.key).shape[-1]), pairs_turned(self.graph, call.key, inputs)
-                    found.append(Attended(keys, values, head_dim, pairs, source_line(node)))
+                    told = tuple((i, axis) for i, axis in axes.items() if i in (*keys, *values))
+                    found.append(Attended(keys, values, head_dim, pairs, source_line(node), told))
         return found
 
 

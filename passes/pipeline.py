@@ -369,7 +369,9 @@ class _View:
     def attended(self, passages: Passages) -> list[Attended]:
         """What attention may have been handed by other graphs; not of what only eager code could serve once packed."""
         blocked = {self.position[h.node] for h in self.tracking.caches if h.blockers and not h.packed}
-        return [one for one in passages.attended() if not blocked.intersection((*one.keys, *one.values))]
+        written = tuple(self.position[h.node] for h in self.tracking.caches if not h.packed and _looks_cached(h))
+        attended = (one for one in passages.attended() if not blocked.intersection((*one.keys, *one.values)))
+        return [replace(one, written=written) for one in attended]
 
     def _not_packed(self, holder: Holder) -> str | None:
         """Why what is done to a packed cache has no packed form of its quantizer."""

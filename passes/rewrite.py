@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..geometry import same
+from ..geometry import Window, dense_strides, hint, locate, same
 from ..kernels.centers import centered_number
 from ..kernels.quantizers import grid_of, grid_within
 from ..packed import PackedKV
@@ -31,7 +31,7 @@ from .memory_order import keep_memory_order
 from .nodes import example, identity, is_in_place, offset
 from .pieces import CachePlan, Component, Pieces
 from .retain import ReadAsTensor, lower_kept, score_written
-from .segments import Cached, Fresh, Segment
+from .segments import Cached, Fresh, Segment, cut, shift
 from .uncertainty import NotLinear, StepLayout, Uncertainty, pairs_turned
 
 ops = torch.ops.jkv
@@ -383,10 +383,16 @@ class _Rewriter:
 
         taken = 0
         stores: dict[Holder, int] = {}
+        parts = self._parts_shown()
         for value in values:
             if value in windows or value in self.returned:
                 view = example(value)
-                shown = [add(n) for n in view.shape], [add(n) for n in view.stride()], add(offset(view))
+                strides, first = view.stride(), offset(view)
+                if value in parts:
+                    returned, window = parts[value]
+                    strides = tuple(1 if a is None else returned.copy.strides[a] for a in window.axes)
+                    first = 0
+                shown = [add(n) for n in view.shape], [add(n) for n in strides], add(first)
                 if value in windows:
                     argument = self.position[windows[value].holder.node]
                     self.rewritten.outputs.append(OutputWindow(argument, *shown))
@@ -394,7 +400,8 @@ class _Rewriter:
                 copy = self.returned[value].copy
                 if copy not in stores:
                     stores[copy] = len(stores)
-                    self.rewritten.stores.append(self._new_store(self.returned[value], add))
+                    made = parts[value][0] if value in parts else self.returned[value]
+                    self.rewritten.stores.append(self._new_store(made, add))
                 self.rewritten.outputs.append(OutputView(stores[copy], *shown))
                 continue
             self.rewritten.outputs.append(taken)
@@ -405,6 +412,27 @@ class _Rewriter:
         if self.tell_changes:
             self._tell_changed(add)
         output.args = ((*plain, *extra),)
+
+    def _parts_shown(self) -> dict[Node, tuple[Returned, Window]]:
+        """Outputs that show a range of the tokens of a copy that no other output shows: what is made is these alone."""
+        parts = {}
+        for value, returned in self.returned.items():
+            copy, view = returned.copy, example(value)
+            if sum(r.copy is copy for r in self.returned.values()) > 1:
+                continue
+            window = locate(view.size(), view.stride(), offset(view), copy.shape, copy.strides)
+            order = sorted(range(len(copy.shape)), key=lambda a: (-hint(copy.strides[a]), -hint(copy.shape[a])))
+            axis = copy.token_axis
+            others = [a for a in range(len(copy.shape)) if a != axis]
+            if window is None or window.covers(copy.shape, axis):
+                continue
+            if all(window.covers(copy.shape, a) for a in others):
+                start, length = window.starts[axis], window.lengths[axis]
+                shape = tuple(length if a == axis else n for a, n in enumerate(copy.shape))
+                segments = shift(cut(copy.segments, start, start + length), -start)
+                part = replace(copy, shape=shape, strides=dense_strides(shape, order), segments=segments)
+                parts[value] = replace(returned, copy=part), window
+        return parts
 
     def _new_store(self, returned: Returned, add: Callable[[Any], int]) -> OutputStore:
         """A packed cache of the tokens that a copy holds."""
@@ -429,7 +457,8 @@ class _Rewriter:
         if fresh and (plan.holds or not returned.grows):
             source = add(pieces.method("clone", value, memory_format=torch.contiguous_format))
         if source is not None and not returned.grows:
-            active = source, add(cached[-1].stop), add(segments[-1].stop)
+            first = next(s.start for s in segments if s not in cached)
+            active = source, add(first), add(segments[-1].stop)
         if plan.holds:
             places = [add(p) for s in cached for p in (s.content.first, s.content.first + s.length, s.start)]  # type: ignore[union-attr]
             held = places, source, add(new.start if new is not None else 0)

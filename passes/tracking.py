@@ -135,6 +135,8 @@ class Tracker:
             content = segment.content
             if isinstance(content, Scattered) or (isinstance(content, Cached) and content.cache is not copy.root):
                 return False
+            if isinstance(content, Cached) and not self._is_current(content, segment.length):
+                return False  # it is made of what the cache holds at the end
         attended = {c for a in self.result.attends for c in (a.key_cache, a.value_cache)}
         attended |= {c for d in self.result.dense for c in d.caches}
         fresh = [s.content.node for s in copy.segments if isinstance(s.content, Fresh)]
@@ -265,9 +267,12 @@ class Tracker:
 
     def _check_current(self, content: Cached, length: int) -> None:
         """Packed tokens are read where they are used: nothing may have been written to them since they were copied."""
-        for time, start, stop in content.cache.writes:
-            if time > content.time and overlap((start, stop), (content.first, content.first + length)):
-                raise Unsupported("tokens are overwritten between their being copied and used")
+        if not self._is_current(content, length):
+            raise Unsupported("tokens are overwritten between their being copied and used")
+
+    def _is_current(self, content: Cached, length: int) -> bool:
+        written = ((start, stop) for time, start, stop in content.cache.writes if time > content.time)
+        return not any(overlap(w, (content.first, content.first + length)) for w in written)
 
     # ---- attention ----
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from jkv_compile import Config, ConfigurationError, NotRewrittenWarning, PackedKV, is_packed, materialize
 from jkv_compile.adopt import BLOCK, adopt, obstacle
 from tests.caches import AXES, assert_agrees
-from tests.harness import fresh_backend
+from tests.harness import fresh_backend, relative_error
 from tests.models import SelfAttention
 
 SHAPE = (1, 32, 4, 64)
@@ -148,12 +148,14 @@ def test_groups_must_tile_the_heads():
 # ---- refusals ----
 
 
-def grown_view() -> torch.Tensor:
-    return torch.zeros(4, *SHAPE)[1]
+def grown_view(kept: list[torch.Tensor]) -> torch.Tensor:
+    kept.append(torch.zeros(4, *SHAPE))
+    return kept[-1][1]
 
 
-def with_storage_to_spare() -> torch.Tensor:
-    return torch.empty(0).set_(torch.zeros(2 * 8192).untyped_storage(), 0, SHAPE)
+def with_storage_to_spare(kept: list[torch.Tensor]) -> torch.Tensor:
+    kept.append(torch.zeros(2 * 8192))
+    return torch.empty(0).set_(kept[-1].untyped_storage(), 0, SHAPE)
 
 
 def kept_alive_elsewhere(kept: list[torch.Tensor]) -> torch.Tensor:
@@ -167,8 +169,8 @@ OBSTACLES = {
     "parameter": (lambda: nn.Parameter(torch.zeros(SHAPE)), "it is a Parameter, not a plain tensor"),
     "requires grad": (lambda: torch.zeros(SHAPE, requires_grad=True), "it requires grad"),
     "result of a differentiable computation": (lambda: torch.zeros(SHAPE, requires_grad=True) * 2, "it requires grad"),
-    "view of a larger tensor": (grown_view, "it is a view of a larger tensor"),
-    "part of a storage": (with_storage_to_spare, "its storage holds more than this tensor"),
+    "view of a larger tensor": (lambda: grown_view(KEPT), "it is a view of a larger tensor"),
+    "part of a storage": (lambda: with_storage_to_spare(KEPT), "its storage holds more than this tensor"),
     "views that are alive": (lambda: kept_alive_elsewhere(KEPT), "2 other live tensors share its memory"),
     "memory of NumPy's": (lambda: torch.from_numpy(np.zeros(SHAPE, np.float32)), "its memory is shared with NumPy"),
     "memory of several processes": (lambda: torch.zeros(SHAPE).share_memory_(), "or another process"),
@@ -194,6 +196,41 @@ def test_a_view_is_packed_where_nothing_else_reaches_its_memory():
     assert_agrees(cache, plain.view(1, 8, 2, 32))
     gc.collect()
     assert storage.expired()
+
+
+PARTS = {
+    "a slice along tokens": lambda: torch.randn(1, 64, 4, 64)[:, 8:40],
+    "a slice along tokens, after the heads": lambda: torch.randn(1, 4, 64, 64)[:, :, :-32].transpose(1, 2),
+    "one of several": lambda: torch.randn(4, 1, 32, 4, 64)[1],
+    "memory with gaps": lambda: torch.empty_strided((1, 32, 4, 64), (32 * 300, 300, 64, 1)).normal_(),
+}
+
+
+@pytest.mark.parametrize("make", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("returns", [False, True], ids=["", "and a window on it is returned"])
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_a_part_of_what_nothing_else_holds_is_packed_and_the_rest_freed(make, returns, inference):
+    """As where `torch.cat([past, new], 1)[:, -window:]` is cached. Windows that are returned show that very memory."""
+    torch.manual_seed(0)
+    model = SelfAttention()
+
+    def step(x, cache, start):
+        out = model(x, cache, start)
+        return (out, cache["k"][:, 4 : start + 8]) if returns else (out, out)
+
+    compiled = torch.compile(step, backend=fresh_backend())
+    with torch.inference_mode(inference), torch.no_grad():
+        cache = {name: make() for name in ("k", "v")}
+        reference = {name: tensor.clone() for name, tensor in cache.items()}
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in cache.values()]
+        for start in (0, 8, 16):
+            x = torch.randn(1, 8, 256)
+            for got, want in zip(compiled(x, cache, start), step(x, reference, start)):
+                got = materialize(got) if is_packed(got) else got
+                assert relative_error(got, want) < 0.01
+    gc.collect()
+    for tensor, storage in zip(cache.values(), storages):
+        assert is_packed(tensor) == storage.expired() == (not returns)
 
 
 def test_plain_caches_have_no_obstacle_whatever_refers_to_the_object():

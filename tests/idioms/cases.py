@@ -18,6 +18,7 @@ from .models import (
     CloneEditAttend,
     Composite,
     FixedPast,
+    GrowingContext,
     GrowingPast,
     KeysBesideValues,
     LazyBuffers,
@@ -131,14 +132,20 @@ def rolled_buffer(edit: bool) -> Case:
     return steps
 
 
-def growing_past(backend: Backend, twins: Twins = twins) -> Steps:
-    compiled, eager = twins(GrowingPast(), backend)
-    past = reference_past = None
-    while True:
-        x = chunk()
-        out, past = compiled(x, past)
-        want, reference_past = eager(x, reference_past)
-        yield out, want
+def growing(kind: type[GrowingPast | GrowingContext]) -> Case:
+    def steps(backend: Backend, twins: Twins = twins) -> Steps:
+        compiled, eager = twins(kind(), backend)
+        past = reference_past = None
+        while True:
+            x = chunk()
+            out, past = compiled(x, past)
+            want, reference_past = eager(x, reference_past)
+            yield out, want
+
+    return steps
+
+
+growing_past = growing(GrowingPast)
 
 
 def keys_beside_values(backend: Backend, twins: Twins = twins) -> Steps:
@@ -184,6 +191,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "a fixed past, turned in halves after the read": (fixed_past("half", False, 64), 3),
     "a fixed past, its batch doubled": (fixed_past("", True), 3),
     "a concatenation that grows and is returned": (growing_past, 4),
+    "a concatenation that grows and is returned without its last tokens": (growing(GrowingContext), 4),
     "keys beside values in one tensor": (keys_beside_values, 4),
     "keys and values stacked, written by another graph": (stacked(), 3),
     "keys and values stacked, batch of two": (stacked(batch=2), 3),

@@ -290,6 +290,19 @@ class GrowingPast(Projections):
         return self.out(o.transpose(1, 2).flatten(2)), (k, v)
 
 
+class GrowingContext(Projections):
+    """H (FAR): frames that are done come with the noise of the next one, which is left out of what is returned."""
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self.project(x)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        noise = x.shape[1] // 2
+        return self.out(o.transpose(1, 2).flatten(2)), (k[:, :, :-noise], v[:, :, :-noise])
+
+
 class RolledBuffer(Projections):
     """I (transformers' sliding cache): the buffer is rolled, or shifted by `cat`, and copied back as a whole."""
 

@@ -264,6 +264,50 @@ class TestGraphs(expecttest.TestCase):
 """,
         )
 
+    def test_a_concatenation_that_grows_and_is_returned_without_its_last_tokens(self) -> None:
+        """What is made anew holds the tokens that are returned, and no others."""
+        self.assertExpectedInline(
+            changes("a concatenation that grows and is returned without its last tokens"),
+            """\
+- k = cat([l_past_0_, k_1], 2)
+- v = cat([l_past_1_, v_1], 2)
+- o = scaled_dot_product_attention(transpose, k, v)
+- transpose_1 = o.transpose(1, 2)
++ attention_active_default = jkv::attention_active(transpose, l_past_0__codes, l_past_0__scales, l_past_1__codes, l_past_1__scales, l_past_0__active, l_past_0__active_range, l_past_1__active, l_past_1__active_range, 0, s69, k_1, v_1, None, False, 0.17677669529663687, 2, 2, 'taylor')
++ transpose_1 = attention_active_default.transpose(1, 2)
+- getitem = k[:, :, :-4]
+- getitem_1 = v[:, :, :-4]
+- return (linear, getitem, getitem_1)
++ add = add(4, s69)
++ mul = mul(64, s69)
++ add_1 = add(256, mul)
++ mul_1 = mul(32, s69)
++ add_2 = add(128, mul_1)
++ narrow = narrow(k_1, 2, 0, 4)
++ extend_default = jkv::extend(l_past_0__codes, l_past_0__scales, [], narrow, 2)
++ getitem_2 = extend_default[0]
++ getitem_3 = extend_default[1]
++ mul_2 = mul(64, s69)
++ add_3 = add(256, mul_2)
++ mul_3 = mul(32, s69)
++ add_4 = add(128, mul_3)
++ add_5 = add(4, s89)
++ mul_4 = mul(64, s89)
++ add_6 = add(256, mul_4)
++ mul_5 = mul(32, s89)
++ add_7 = add(128, mul_5)
++ narrow_1 = narrow(v_1, 2, 0, 4)
++ extend_default_1 = jkv::extend(l_past_1__codes, l_past_1__scales, [], narrow_1, 2)
++ getitem_4 = extend_default_1[0]
++ getitem_5 = extend_default_1[1]
++ mul_6 = mul(64, s89)
++ add_8 = add(256, mul_6)
++ mul_7 = mul(32, s89)
++ add_9 = add(128, mul_7)
++ return (linear, 1, 2, add, 32, add_1, add_2, 32, 1, 0, getitem_2, getitem_3, add_3, add_4, 32, 1, 1, 2, add_5, 32, add_6, add_7, 32, 1, 0, getitem_4, getitem_5, add_8, add_9, 32, 1)
+""",
+        )
+
     def test_keys_beside_values_in_one_tensor(self) -> None:
         self.assertExpectedInline(
             changes("keys beside values in one tensor"),

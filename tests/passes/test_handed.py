@@ -525,3 +525,63 @@ def test_a_view_that_never_goes_is_told_of() -> None:
         for start in range(0, 6 * CHUNK, CHUNK):
             compiled(torch.randn(1, CHUNK, DIM), caches, start, True)
     assert not any(map(is_packed, (*caches, *views)))
+
+
+class EvictedAndMerged(Projections):
+    """As Reward-Forcing: what is evicted is copied before the cache is rolled, and becomes part of the sink later on."""
+
+    SINK = 4
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], full: bool) -> Tensor:
+        q, k, v = self.project(x)
+        sink, n = self.SINK, k.shape[1]
+        if full:
+            evicted = {name: cache[name][:, sink : sink + n].clone() for name in "kv"}
+            for name in "kv":
+                cache[name][:, sink:-n] = cache[name][:, sink + n :].clone()
+            torch._dynamo.graph_break()
+            for name in "kv":
+                cache[name][:, :sink] = (cache[name][:, :sink] + evicted[name][:, :sink]) / 2
+        cache["k"][:, -n:], cache["v"][:, -n:] = k, v
+        return self.out(attend(q, cache["k"], cache["v"]))
+
+
+def test_a_copy_that_is_handed_on_is_of_the_cache_as_it_was() -> None:
+    """Not as the graph leaves it, which writes to the cache after it has copied from it."""
+    torch.manual_seed(0)
+    compiled, eager = twins(EvictedAndMerged(), fresh_backend())
+    start = {name: torch.randn(1, 4 + 3 * CHUNK, HEADS, HEAD_DIM) for name in "kv"}
+    cache, reference_cache = ({n: t.clone() for n, t in start.items()} for _ in range(2))
+    with torch.no_grad():
+        for call in range(5):
+            x, full = torch.randn(1, CHUNK, DIM), call > 0
+            assert relative_error(compiled(x, cache, full), eager(x, reference_cache, full)) < 0.01
+    assert all(map(is_packed, cache.values()))
+    for name in "kv":
+        assert relative_error(jkv_compile.materialize(cache[name]), reference_cache[name]) < 0.01
+
+
+class CopiedElsewhere(Projections):
+    """As MemFlow: a copy of the cache is made, numbers are read from a tensor, and the copy is written and attended."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor], end: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        keys, values = cache["k"].clone(), cache["v"].clone()
+        last = end.item()
+        keys[:, last - k.shape[1] : last], values[:, last - k.shape[1] : last] = k, v
+        out = self.out(attend(q, keys[:, :last], values[:, :last]))
+        cache["k"][:, last - k.shape[1] : last], cache["v"][:, last - k.shape[1] : last] = k, v
+        return out
+
+
+def test_a_copy_that_another_graph_writes_to_is_no_cache_but_what_it_was_copied_from_is() -> None:
+    torch.manual_seed(0)
+    backend = fresh_backend()
+    compiled, eager = twins(CopiedElsewhere(), backend)
+    cache, reference_cache = ({n: torch.zeros(1, TOKENS, HEADS, HEAD_DIM) for n in "kv"} for _ in range(2))
+    with torch.no_grad():
+        for call in range(6):
+            x, end = torch.randn(1, CHUNK, DIM), torch.tensor((call + 1) * CHUNK)
+            assert relative_error(compiled(x, cache, end), eager(x, reference_cache, end)) < 0.01
+    assert all(map(is_packed, cache.values()))
+    assert {m.lowering for r in backend.reports for m in r.matches} == {"fused"}

@@ -86,12 +86,17 @@ class PerViewGrown(PerView):
         return self.out(o.permute(0, 3, 1, 2, 4).flatten(1, 2).flatten(2))
 
 
+HELD: list[Tensor] = []  # what others hold of the memory of caches
+
+
 def gaps() -> Tensor:
-    return torch.empty_strided(SHAPE, (TOKENS * 100, 100, HEAD_DIM, 1)).zero_()
+    HELD.append(torch.empty_strided(SHAPE, (TOKENS * 100, 100, HEAD_DIM, 1)).zero_())
+    return HELD[-1].detach()
 
 
 def halves() -> Tensor:
-    return torch.zeros(2 * TOKENS * HEADS * HEAD_DIM)[TOKENS * HEADS * HEAD_DIM :].view(SHAPE)
+    HELD.append(torch.zeros(2 * TOKENS * HEADS * HEAD_DIM))
+    return HELD[-1][TOKENS * HEADS * HEAD_DIM :].view(SHAPE)
 
 
 CASES: dict[str, tuple[type[Sliced], Callable[[], Any], str, str]] = {
