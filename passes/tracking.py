@@ -53,6 +53,7 @@ class Tracker:
         self.time = 0
         self.contents = Contents(graph, owners or {}, current)
         self.result = Tracking(self.contents.caches, [], [], [], [], [], [], [])
+        self.as_complex: dict[int, list[Holder]] = {}  # by the memory of copies, the caches that they show
 
     def run(self) -> Tracking:
         for time, node in enumerate(self.graph.nodes):
@@ -71,6 +72,7 @@ class Tracker:
     # ---- nodes ----
 
     def _visit(self, node: Node) -> None:
+        self._follow_complex(node)
         if (call := as_attention(node)) is not None:
             self._attention(call)
         elif node.op == "output":
@@ -81,6 +83,18 @@ class Tracker:
             self._write(node, write)
         elif not self._is_view(node) and not self._copy(node):
             self._compute(node)
+
+    def _follow_complex(self, node: Node) -> None:
+        """Complex numbers show memory of a cache, but a packed one has none to show: they are a copy of what it holds
+        (`packed_dispatch`), which may be read alone."""
+        for argument in node.all_input_nodes:
+            value = example(argument)
+            shown = self.as_complex.get(identity(value), ()) if isinstance(value, Tensor) else ()
+            if shown and (mutates(node, argument) or ((write := as_write(node)) and write.base is argument)):
+                for holder in shown:
+                    holder.blockers.append("it is written to as complex numbers")
+        if name_of(node) == "view_as_complex" and identity(example(node)) not in self.contents.holders:
+            self.as_complex[identity(example(node))] = self.contents.sources_of_inputs(node)
 
     def _is_view(self, node: Node) -> bool:
         """Whether a node shows memory of a holder. Where it is no box of it, it is an ordinary tensor from here on."""
