@@ -120,7 +120,7 @@ class Dense:
 
 @dataclass
 class Read:
-    """`consumer` uses `argument`, a view of a cache, as an ordinary tensor."""
+    """`consumer` uses `argument`, a view of a cache, as an ordinary tensor; axes of segments are the cache's."""
 
     consumer: Node
     argument: Node

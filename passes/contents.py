@@ -150,7 +150,8 @@ class Contents:
         return list({id(h): h for argument in node.all_input_nodes for h in self.sources(argument)}.values())
 
     def window(self, value: Tensor, holder: Holder, time: int) -> tuple[Window, list[Segment]]:
-        """The box that a view shows of a holder, and the tokens it holds, counted from its own first one."""
+        """The box that a view shows of a holder, and the tokens it holds, counted from its own first one; axes are
+        the holder's."""
         window = locate_in(value, holder)
         if window is None:
             raise Unsupported(f"the view of size {tuple(value.shape)} has steps or merged dimensions")
@@ -162,15 +163,15 @@ class Contents:
                 Segment(s.start, s.stop, replace(s.content, time=time)) if isinstance(s.content, Cached) else s
                 for s in segments
             ]
-        return window, [Segment(s.start, s.stop, renamed(s.content, window.axes)) for s in segments]
+        return window, segments
 
     def content(self, value: Tensor, holder: Holder, time: int) -> tuple[Window, list[Segment]]:
-        """As `window`, of a view that shows whole tokens."""
+        """As `window`, of a view that shows whole tokens; axes are its own."""
         window, segments = self.window(value, holder, time)
         for other in range(len(holder.shape)):
             if other != holder.token_axis and not window.covers(holder.shape, other):
                 raise Unsupported("only some of its batch entries, heads or channels are used")
-        return window, segments
+        return window, [Segment(s.start, s.stop, renamed(s.content, window.axes)) for s in segments]
 
     def shows_boxes(self, node: Node) -> bool:
         """Whether a view shows boxes of holders, or leads to nothing but views that do: these tell what is used."""

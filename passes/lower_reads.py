@@ -125,7 +125,7 @@ def _assemble(
     of_view = [None if a is None else roles[a] for a in window.axes]  # canonical axis of each of the view's dimensions
 
     def canonical(value: Fresh, length: int) -> Node:
-        return pieces.canonical(value, length, of_view, holder.dtype)
+        return pieces.canonical(value, length, roles, holder.dtype)
 
     def part(segment: Segment) -> Node:
         content = segment.content

@@ -24,7 +24,8 @@ MOVEMENT = COPIES | {
     "view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "unflatten", "expand",
     "expand_as", "repeat", "repeat_interleave", "getitem", "chunk", "split", "unbind", "narrow", "select",
     "index_select", "flip", "roll", "movedim", "swapaxes", "view_as", "view_as_complex", "view_as_real", "double",
-    "tile", "tensor_split", "hstack", "vstack",
+    "tile", "tensor_split", "hsplit", "vsplit", "dsplit", "hstack", "vstack", "gather", "take_along_dim",
+    "narrow_copy",
 }  # fmt: skip
 JOINING = {"cat", "concat", "concatenate", "stack"}
 SUMS = {"add", "sub", "neg"}
