@@ -224,9 +224,10 @@ def jkv_backend(
     Args:
         bits: bits of a stored channel, 2 unless the preset says otherwise, or a pair `(key_bits, value_bits)`.
         preset: "quality", "balanced", "memory" or "smallest": what measured best at 4.0, 5.3, 6.4 and 7.5 times less
-            memory (`config.PRESETS`). Settings that are given beside it replace the preset's.
+            memory; "qvg" or "qvg_pro": published settings (`config.PRESETS`). Settings that are given beside it replace
+            the preset's.
         settings: group_size, correction, quantizer, inner, strict, offload, sink, recent, center, center_tokens,
-            step_bits, budget, salience and block_tokens, as `Config` describes them.
+            step_bits, stages, centroids, budget, salience and block_tokens, as `Config` describes them.
 
     Raises:
         ConfigurationError: one of them has a value that cannot work.
