@@ -14,7 +14,9 @@ from torch import Tensor
 from .block_means import BlockMeans
 from .compat import only_view, storage_holders, storage_key, swap_implementation
 from .config import Config
+from .errors import ConfigurationError
 from .geometry import Fold, four_dimensional, memory_order
+from .kernels.quantizers import grid_of
 from .packed import PackedKV
 from .retention import KeptStore, adopt_tokens
 from .store import Store
@@ -92,8 +94,13 @@ def adopt(
             says.
 
     Raises:
-        ConfigurationError: groups do not tile its head_dim.
+        ConfigurationError: groups do not tile its head_dim, or it is not told how many tokens share centroids.
     """
+    if grid_of(quantizer or config.key_quantizer).clustered and not (mean_tokens or config.center_tokens):
+        raise ConfigurationError(
+            f"quantizer={config.quantizer!r} with center_tokens=0: expected how many tokens share centroids, where no "
+            "graph tells how many are written at a time"
+        )
     if is_part(tensor, len(views)):
         _give_own_memory(tensor)
     canonical = in_four_dimensions(tensor, fold).permute(tuple(axes))

@@ -48,6 +48,7 @@ CLUSTERS = {"quantizer": "qvg/stages2of3"}  # instead of a mean
 
 REFUSED = {
     "a concatenation that grows and is returned": "joined with new tokens and returned",
+    "a concatenation that grows and is returned without its last tokens": "joined with new tokens and returned",
     "a whole buffer under a boolean mask": "written at places that a tensor holds",
     "a whole buffer under an additive mask": "written at places that a tensor holds",
     "a whole buffer, heads repeated": "written at places that a tensor holds",

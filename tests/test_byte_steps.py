@@ -15,14 +15,14 @@ import jkv_compile.distributed as parallel
 from jkv_compile import Config, ConfigurationError, PackedCacheError, jkv_backend, materialize, quantization_step
 from jkv_compile.adopt import adopt
 from jkv_compile.kernels import byte_steps, reference
-from jkv_compile.kernels.quantizers import QUANTIZERS, Grid
+from jkv_compile.kernels.quantizers import CLUSTERED, QUANTIZERS, Grid
 
 from .caches import AXES
 from .harness import fresh_backend
 from .models import SelfAttention
 
 ops = torch.ops.jkv
-TOKENWISE = [q for q in QUANTIZERS if q != "kivi"]
+TOKENWISE = [q for q in QUANTIZERS if q not in ("kivi", *CLUSTERED)]
 
 
 def every_step() -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import jkv_compile.distributed as parallel
 from jkv_compile import (
+    Config,
     ConfigurationError,
     NotRewrittenWarning,
     PackedCacheError,
@@ -21,6 +22,7 @@ from jkv_compile import (
     materialize,
     quantization_step,
 )
+from jkv_compile.adopt import adopt
 from jkv_compile.block_means import BlockMeans
 from jkv_compile.kernels import reference
 from jkv_compile.store import Store, rebuild_store
@@ -347,3 +349,10 @@ def test_attention_in_eager_code_is_corrected_by_what_is_left() -> None:
     assert bias.mean() > 0.01
     want = torch.nn.functional.scaled_dot_product_attention(q, materialize(packed), value, -bias)
     assert relative_error(got, want) < 1e-5
+
+
+def test_a_cache_without_a_graph_has_to_be_told() -> None:
+    cache = torch.randn(1, 2, 20, 64)
+    with pytest.raises(ConfigurationError, match="quantizer='qvg' with center_tokens=0: expected how many tokens"):
+        adopt(cache, (0, 1, 2, 3), 2, Config(quantizer="qvg"))
+    assert type(cache) is Tensor

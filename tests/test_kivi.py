@@ -273,6 +273,7 @@ PACKED = (
 )  # fmt: skip
 REFUSED = {
     "a concatenation that grows and is returned": "joined with new tokens and returned",
+    "a concatenation that grows and is returned without its last tokens": "joined with new tokens and returned",
     "keys beside values in one tensor": "lie in one tensor",
     "keys and values stacked, written by another graph": "lie in one tensor",
     "keys and values stacked, batch of two": "lie in one tensor",
